@@ -1,0 +1,36 @@
+"""What the author of a plugin imports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from backdoor_bench_none.attack import Attack, AttackTask, LabelMode, PoisonedSamples, TriggerAttack
+from backdoor_bench_none.component import Component, Incidental
+from backdoor_bench_none.context import Context
+from backdoor_bench_none.data.dataset import Dataset, DatasetInfo, ImageSet
+from backdoor_bench_none.defense import Defense, DefenseResult, DefenseTask, Stage
+from backdoor_bench_none.evaluation import Evaluation, Metric
+from backdoor_bench_none.executors.base import Executor
+from backdoor_bench_none.hookspecs import hookimpl
+from backdoor_bench_none.models.architecture import Activation, Architecture, ModelSpec
+from backdoor_bench_none.recipe import Recipe
+from backdoor_bench_none.training import Batch, FitOptions, History, Trainer, TrainingData, cross_entropy
+from backdoor_bench_none.trigger import Trigger
+
+__all__ = [
+    "BASES", "Activation", "Architecture", "Attack", "AttackTask", "Batch", "Component", "Context", "Dataset", "DatasetInfo", "Defense", "DefenseResult",
+    "DefenseTask", "Evaluation", "Executor", "FitOptions", "History", "ImageSet", "Incidental", "LabelMode", "Metric", "ModelSpec", "PoisonedSamples",
+    "Recipe", "Stage", "Trainer", "TrainingData", "Trigger", "TriggerAttack", "cross_entropy", "hookimpl",
+]  # fmt: skip
+
+#: The base class of each kind of component.
+BASES: Mapping[str, type[Component]] = {
+    "attack": Attack,
+    "defense": Defense,
+    "architecture": Architecture,
+    "activation": Activation,
+    "dataset": Dataset,
+    "trainer": Trainer,
+    "metric": Metric,
+    "executor": Executor,
+}

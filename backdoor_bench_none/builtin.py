@@ -1,0 +1,63 @@
+"""The built-in architectures, activations, data sets, trainer and executor, registered through the same hooks as anybody's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from backdoor_bench_none.hookspecs import hookimpl
+
+
+@hookimpl
+def bbn_architectures() -> Mapping[str, str]:
+    """The paper's networks (section 5.1), and a multilayer perceptron."""
+    return {
+        "nin": "backdoor_bench_none.models.nin:NiN",
+        "vgg11": "backdoor_bench_none.models.vgg:VGG11",
+        "vgg16": "backdoor_bench_none.models.vgg:VGG16",
+        "resnet18": "backdoor_bench_none.models.resnet:ResNet18",
+        "alexnet": "backdoor_bench_none.models.alexnet:AlexNet",
+        "mlp": "backdoor_bench_none.models.mlp:MLP",
+    }
+
+
+@hookimpl
+def bbn_activations() -> Mapping[str, str]:
+    """The activation functions of Table 7, and three more."""
+    module = "backdoor_bench_none.models.activations"
+    return {
+        "relu": f"{module}:ReLU",
+        "leaky_relu": f"{module}:LeakyReLU",
+        "elu": f"{module}:ELU",
+        "prelu": f"{module}:PReLU",
+        "tanhshrink": f"{module}:Tanhshrink",
+        "softplus": f"{module}:Softplus",
+        "gelu": f"{module}:GELU",
+        "silu": f"{module}:SiLU",
+    }
+
+
+@hookimpl
+def bbn_datasets() -> Mapping[str, str]:
+    """Real data sets, and the user's own files."""
+    return {
+        "digits": "backdoor_bench_none.data.digits:Digits",
+        "mnist": "backdoor_bench_none.data.torchvision_sets:MNIST",
+        "fashion_mnist": "backdoor_bench_none.data.torchvision_sets:FashionMNIST",
+        "cifar10": "backdoor_bench_none.data.torchvision_sets:CIFAR10",
+        "gtsrb": "backdoor_bench_none.data.torchvision_sets:GTSRB",
+        "imagenette": "backdoor_bench_none.data.torchvision_sets:Imagenette",
+        "image_folder": "backdoor_bench_none.data.user:ImageFolder",
+        "npz": "backdoor_bench_none.data.user:Npz",
+    }
+
+
+@hookimpl
+def bbn_trainers() -> Mapping[str, str]:
+    """The one training loop, on all data in one place."""
+    return {"centralized": "backdoor_bench_none.training:Centralized"}
+
+
+@hookimpl
+def bbn_executors() -> Mapping[str, str]:
+    """Processes on this machine."""
+    return {"local": "backdoor_bench_none.executors.local:Local"}

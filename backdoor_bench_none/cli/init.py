@@ -1,0 +1,31 @@
+"""bbn init."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from backdoor_bench_none.errors import ConfigError, ExitCode
+
+
+@click.command("init")
+@click.argument("file", default="benchmark.yaml", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--force", is_flag=True, help="Overwrite a file that is there.")
+def init_command(file: Path, force: bool) -> int:
+    """Write a commented benchmark file that runs in minutes on a CPU."""
+    if file.exists() and not force:
+        raise ConfigError(f"'{file}' is there already", "--force overwrites it")
+    try:
+        file.write_text(default_benchmark(), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"'{file}' cannot be written: {error.strerror}") from error
+    click.echo(f"wrote {file}; run it: bbn run {file}")
+    return ExitCode.OK
+
+
+def default_benchmark() -> str:
+    """The text of the embedded benchmark file: beside the package in a wheel, one folder up in a checkout."""
+    package = Path(__file__).parents[1]
+    packed = package / "benchmark.yaml"
+    return (packed if packed.is_file() else package.parent / "benchmark.yaml").read_text(encoding="utf-8")

@@ -1,0 +1,94 @@
+"""The entry point: verbs by name, errors without tracebacks, warnings in one line, exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from typing import Any
+
+import click
+
+from backdoor_bench_none.errors import BenchError, ExitCode
+from backdoor_bench_none.plugins import own_version
+
+#: verb -> module under backdoor_bench_none.cli, which has a command of that name
+VERBS = {
+    "init": "init",
+    "list": "catalogue",
+    "show": "catalogue",
+    "plan": "run",
+    "run": "run",
+    "status": "status",
+    "table": "table",
+    "results": "results",
+    "doctor": "doctor",
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a verb's module when the verb is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs, in the order of a day's work."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """The verb's command."""
+        if name not in VERBS:
+            return None
+        module = importlib.import_module(f"backdoor_bench_none.cli.{VERBS[name]}")
+        command: click.Command = getattr(module, f"{name}_command")
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's, with a suggestion for an unknown verb."""
+        from backdoor_bench_none.errors import did_you_mean
+
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            raise BenchError(f"unknown command '{args[0]}'", did_you_mean(args[0], VERBS))
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(own_version(), prog_name="bbn")
+def cli() -> None:
+    """Benchmark backdoor defenses: cross attacks, defenses, architectures and activations into one comparison matrix."""
+
+
+def main() -> None:
+    """Run `bbn` and exit."""
+    warnings.showwarning = _show_warning
+    sys.exit(run_cli(sys.argv[1:]))
+
+
+def run_cli(arguments: list[str]) -> int:
+    """Run `bbn` with `arguments` and return its exit code."""
+    try:
+        result: Any = cli.main(arguments, prog_name="bbn", standalone_mode=False)
+        return int(result or ExitCode.OK)
+    except click.ClickException as error:
+        error.show()
+        return ExitCode.USAGE_ERROR
+    except BenchError as error:
+        for line in error.message.splitlines():
+            click.echo(f"error: {line}", err=True)
+        if error.hint is not None:
+            click.echo(f"hint: {error.hint}", err=True)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return ExitCode.OK
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        click.echo("error: this is a bug in backdoor-bench-none; please report it with the text above and `bbn doctor`", err=True)
+        return ExitCode.INTERNAL_ERROR
+
+
+def _show_warning(message: Warning | str, *rest: object, **named: object) -> None:
+    click.echo(f"warning: {message}", err=True)

@@ -1,0 +1,127 @@
+"""Options that several verbs share, and what they select."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from backdoor_bench_none.errors import ConfigError, NothingSelectedError
+
+if TYPE_CHECKING:
+    from backdoor_bench_none.cell import Cell
+    from backdoor_bench_none.plan import Plan
+    from backdoor_bench_none.registry import Registry
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+results_option = click.option(
+    "--results", type=click.Path(path_type=Path, file_okay=False), help="Results folder; default: the file's, else results/."
+)
+file_argument = click.argument("file", required=False, type=click.Path(path_type=Path))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which cells of a plan a verb is about: patterns per axis, seeds, and an expression over titles."""
+
+    patterns: dict[str, tuple[str, ...]]
+    seeds: tuple[int, ...]
+    expression: str | None
+
+    def apply(self, plan: Plan) -> Plan:
+        """The plan with the selected cells; `NothingSelectedError` if there are none."""
+        matches = compile_expression(self.expression) if self.expression else lambda title: True
+        selected = plan.select(lambda cell: self._wants(cell) and matches(cell.title))
+        if not selected.cells:
+            raise NothingSelectedError(f"no cell of {len(plan.cells)} is selected", "`bbn plan` shows all cells")
+        return selected
+
+    def _wants(self, cell: Cell) -> bool:
+        if self.seeds and cell.seed not in self.seeds:
+            return False
+        return all(_matches(getattr(cell, axis), given) for axis, given in self.patterns.items() if given)
+
+
+def _matches(choice: Any, patterns: tuple[str, ...]) -> bool:  # noqa: ANN401
+    """Whether a label or a name is one of the patterns; `[` in a pattern is meant literally."""
+    return any(fnmatchcase(name, p.replace("[", "[[]")) for name in (choice.label, choice.name) for p in patterns)
+
+
+def selection_options(command: Command) -> Command:
+    """Add -a, -d, -m, --activation, --dataset, -s and -k; the verb gets one `selection`."""
+
+    @functools.wraps(command)
+    def with_selection(*args: Any, **given: Any) -> Any:  # noqa: ANN401
+        patterns = {axis: given.pop(axis) for axis in ("attack", "defense", "architecture", "activation", "dataset")}
+        selection = Selection(patterns, given.pop("seed"), given.pop("expression"))
+        return command(*args, selection=selection, **given)
+
+    options = [
+        click.option("-a", "--attack", multiple=True, metavar="NAME", help="Only these attacks (labels or patterns)."),
+        click.option("-d", "--defense", multiple=True, metavar="NAME", help="Only these defenses."),
+        click.option("-m", "--architecture", multiple=True, metavar="NAME", help="Only these architectures."),
+        click.option("--activation", multiple=True, metavar="NAME", help="Only these activations."),
+        click.option("--dataset", multiple=True, metavar="NAME", help="Only these data sets."),
+        click.option("-s", "--seed", multiple=True, type=int, help="Only these seeds."),
+        click.option("-k", "expression", metavar="EXPR", help="Only cells whose title matches, as 'badnets and not mlp'."),
+    ]
+    for option in reversed(options):
+        with_selection = option(with_selection)
+    return with_selection  # type: ignore[return-value]
+
+
+def compile_expression(text: str) -> Callable[[str], bool]:
+    """pytest's -k: names joined by and, or, not and parentheses; a name holds if it is part of the title."""
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except SyntaxError:
+        tree = None
+    if tree is None or not _is_expression(tree):
+        raise ConfigError(f"-k '{text}' is not an expression", "names joined by and, or, not and parentheses")
+    return lambda title: _holds(tree, title)
+
+
+def _is_expression(node: ast.AST) -> bool:
+    match node:
+        case ast.Name():
+            return True
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return _is_expression(operand)
+        case ast.BoolOp(values=values):
+            return all(map(_is_expression, values))
+    return False
+
+
+def _holds(node: ast.AST, title: str) -> bool:
+    match node:
+        case ast.Name(id=name):
+            return name in title
+        case ast.UnaryOp(operand=operand):
+            return not _holds(operand, title)
+        case ast.BoolOp(op=ast.And(), values=values):
+            return all(_holds(value, title) for value in values)
+        case ast.BoolOp(values=values):
+            return any(_holds(value, title) for value in values)
+    raise AssertionError(ast.dump(node))
+
+
+def find_file(file: Path | None) -> Path:
+    """The benchmark file: the one given, else ./benchmark.yaml, else an error."""
+    path = file or Path("benchmark.yaml")
+    if not path.is_file():
+        raise ConfigError(f"there is no file '{path}'", "`bbn init` writes one" if file is None else None)
+    return path
+
+
+def open_registry(file: Path | None) -> Registry:
+    """The registry, with the bbnfile.py beside the benchmark file."""
+    from backdoor_bench_none.registry import Registry
+
+    return Registry.default((file or Path("benchmark.yaml")).parent)

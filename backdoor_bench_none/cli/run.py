@@ -1,0 +1,129 @@
+"""bbn plan, bbn run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from backdoor_bench_none.cli.options import Selection, file_argument, find_file, open_registry, results_option, selection_options
+from backdoor_bench_none.errors import ExitCode
+
+if TYPE_CHECKING:
+    from backdoor_bench_none.plan import Plan
+    from backdoor_bench_none.run.runner import Summary
+
+only_option = click.option(
+    "--only",
+    type=click.Choice(["missing", "failed", "all"]),
+    default="missing",
+    show_default=True,
+    help="missing: cells without numbers, failed ones included; failed: those that failed; all: compute again.",
+)
+
+
+@click.command("plan")
+@file_argument
+@results_option
+@only_option
+@selection_options
+@click.option("-v", "--verbose", is_flag=True, help="Name every cell.")
+def plan_command(file: Path | None, results: Path | None, only: Any, selection: Selection, verbose: bool) -> int:
+    """Show what `bbn run` would do: cells, shared stages, what is done and what is skipped."""
+    from backdoor_bench_none.plan import make_plan
+    from backdoor_bench_none.results.store import Store
+    from backdoor_bench_none.run.runner import choose_cells, pack_jobs
+
+    path = find_file(file)
+    plan = selection.apply(make_plan(path, open_registry(path)))
+    store = Store(results or plan.config.results)
+    todo = [cell for cell in choose_cells(plan, store, only) if cell.key not in plan.skipped]
+    for line in describe_plan(plan):
+        click.echo(line)
+    if verbose:
+        pending = {cell.key for cell in todo}
+        for cell in plan.cells:
+            state = "skip" if cell.key in plan.skipped else "run" if cell.key in pending else "done"
+            click.echo(f"  {state:4} {cell.key}  {cell.title}")
+    kinds = Counter(job.kind for job in pack_jobs(todo, store))
+    click.echo(f"  to do       {kinds['poison']} poisoned sets, {kinds['victim']} victims, {kinds['cell']} cells")
+    click.echo("Nothing was run. To run it: bbn run" + (f" {path}" if file else ""))
+    return ExitCode.OK
+
+
+def describe_plan(plan: Plan) -> list[str]:
+    """The size of the matrix, and what is left out of it."""
+    axes = ("dataset", "attack", "defense", "architecture", "activation")
+    sizes = [(axis, len({getattr(cell, axis).label for cell in plan.cells})) for axis in axes]
+    sizes.append(("seed", len({cell.seed for cell in plan.cells})))
+    shape = " × ".join(f"{size} {axis}" for axis, size in sizes)
+    lines = [f"{plan.config.name}: {len(plan.cells)} cells = {shape}, less {plan.excluded} excluded"]
+    selected = {cell.key for cell in plan.cells}
+    for reason, count in Counter(reason for key, reason in plan.skipped.items() if key in selected).items():
+        lines.append(f"  skipped     {count}: {reason}")
+    lines += [f"  absent      data set {name}: `bbn run` downloads it if it may" for name in plan.absent]
+    return lines
+
+
+@click.command("run")
+@file_argument
+@results_option
+@only_option
+@selection_options
+@click.option("-j", "--slots", type=click.IntRange(min=1), help="Jobs at the same time; default: one per core, or per GPU.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("-x", "fail_fast", is_flag=True, help="Stop after the first failure.")
+@click.option("--maxfail", type=click.IntRange(min=1), help="Stop after that many failures.")
+@click.option("-q", "--quiet", is_flag=True, help="Show failures only, and the table.")
+def run_command(
+    file: Path | None,
+    results: Path | None,
+    only: Any,
+    selection: Selection,
+    slots: int | None,
+    device: str,
+    fail_fast: bool,
+    maxfail: int | None,
+    quiet: bool,
+) -> int:
+    """Run what is missing of a benchmark file (default: benchmark.yaml) and print its matrix. A run that was stopped goes on where it was."""
+    from rich.console import Console
+
+    from backdoor_bench_none.context import choose_device
+    from backdoor_bench_none.plan import make_plan
+    from backdoor_bench_none.report.tables import print_matrix
+    from backdoor_bench_none.results.rows import make_rows
+    from backdoor_bench_none.results.store import Store
+    from backdoor_bench_none.run.progress import Bars, Lines
+    from backdoor_bench_none.run.runner import Options, run_plan
+
+    choose_device(device)
+    path = find_file(file)
+    registry = open_registry(path)
+    plan = selection.apply(make_plan(path, registry, need_data=True))
+    folder = results or plan.config.results
+    console = Console()
+    reporter = Bars(console) if console.is_terminal and not quiet else Lines(console, quiet)
+    options = Options(folder, device, slots, only, 1 if fail_fast else maxfail)
+    summary = run_plan(plan, registry, options, reporter)
+    print_matrix(make_rows(plan, Store(folder)), console)
+    for line in describe_summary(summary):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if summary.interrupted:
+        return ExitCode.INTERRUPTED
+    return ExitCode.CELLS_FAILED if summary.failed else ExitCode.OK
+
+
+def describe_summary(summary: Summary) -> list[str]:
+    """What failed, and the numbers of the run."""
+    lines = [f"{record.status.upper()} {record.key}  {record.title} - {record.reason}" for record in summary.failed]
+    counts = [(summary.done, "done"), (len(summary.failed), "failed"), (summary.skipped, "skipped")]
+    counts += [(summary.cached, "done before"), (summary.not_run, "not run")]
+    lines.append(", ".join(f"{n} {word}" for n, word in counts if n or word == "done") + f" in {summary.seconds:.0f} s")
+    if summary.failed:
+        lines.append(f"look: bbn results show {summary.failed[0].key}    again: bbn run --only failed")
+    elif summary.not_run:
+        lines.append("go on: bbn run")
+    return lines

@@ -1,0 +1,83 @@
+"""Where and how a stage runs: device, precision, seed, deadline, progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from backdoor_bench_none.errors import BenchError
+from backdoor_bench_none.seeds import derive_seed
+
+
+class DeadlineError(BenchError):
+    """A stage ran past its deadline."""
+
+
+def no_log(name: str, value: float, step: int) -> None:
+    """Drop a logged number."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage may know of its surroundings.
+
+    `amp` is the autocast type, or None for float32. `deadline` is in seconds of `time.monotonic`. `log(name, value, step)` records a number,
+    `progress(done, total)` counts epochs.
+    """
+
+    device: torch.device
+    seed: int
+    amp: torch.dtype | None = None
+    deadline: float | None = None
+    log: Callable[[str, float, int], None] = no_log
+    progress: Callable[[int, int], None] = field(default=lambda done, total: None)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Mixed precision, where it pays."""
+        return nullcontext() if self.amp is None else torch.autocast(self.device.type, self.amp)
+
+    def generator(self, *purpose: object) -> torch.Generator:
+        """A generator on the CPU, seeded by this stage's seed and a purpose."""
+        return torch.Generator().manual_seed(derive_seed(self.seed, *purpose))
+
+    def derive(self, *purpose: object) -> Context:
+        """The same surroundings with another seed."""
+        return replace(self, seed=derive_seed(self.seed, *purpose))
+
+    def check_deadline(self) -> None:
+        """Raise `DeadlineError` once the deadline has passed."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise DeadlineError("the time limit has passed", "raise budget.cell_timeout")
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device called `auto`, `cpu`, `cuda` or `cuda:N`; `auto` is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise BenchError(f"there is no device '{name}'", "use --device cpu, or see `bbn doctor`")
+    return device
+
+
+def choose_amp(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the hardware computes it; float32 elsewhere, where bfloat16 would be 4 to 12 times slower."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    return torch.bfloat16 if cpu_has_bf16() else None
+
+
+@cache
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has instructions for bfloat16 (AVX-512 BF16 or AMX), as Linux tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        return False
+    flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
+    return bool({"avx512_bf16", "amx_bf16"} & set(flags.split()))

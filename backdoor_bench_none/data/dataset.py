@@ -1,0 +1,87 @@
+"""What a data set is: facts that need no pixels, and its images as uint8 tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backdoor_bench_none.component import Component
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images (N, C, H, W) uint8 in 0..255 and their labels (N,) int64, on one device, in their original order."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> ImageSet:
+        """The same set on `device`."""
+        return ImageSet(self.images.to(device), self.labels.to(device))
+
+    def take(self, indices: Tensor) -> ImageSet:
+        """The samples at `indices` (k,), in that order."""
+        indices = indices.to(self.labels.device)
+        return ImageSet(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What is known of a data set before its pixels are read.
+
+    `shape` is (C, H, W). `mean` and `std` have C values on the 0..1 scale. `crop_padding` (pixels) and `flip` are the augmentation its images bear.
+    `paper_target` and `paper_trigger` are what the paper uses on it (Table 8, section 8.6).
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    num_classes: int
+    train_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_padding: int = 0
+    flip: bool = False
+    paper_target: int = 0
+    paper_trigger: str = "dynamic"
+
+
+class Dataset(Component):
+    """Base of all data sets: `info`, `prepare`, `files` and `load`."""
+
+    def info(self) -> DatasetInfo:
+        """The facts, without reading pixels; nominal ones while the files are still to be downloaded."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Make sure that the files are there: download them if that is allowed, else raise `DatasetError` saying what to put where."""
+
+    def files(self) -> list[Path]:
+        """The files that hold the data, all of them; `DatasetError` when they are absent."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """The sha256 of names and contents of all files: what the content keys rest on."""
+        digest = hashlib.sha256()
+        for path in sorted(self.files()):
+            digest.update(f"{path.parent.name}/{path.name}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    def recipe(self) -> Mapping[str, Any]:
+        """The fields of the default training recipe that this data set needs changed."""
+        return {}
+
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        """The training set and the test set, in a fixed order."""
+        raise NotImplementedError

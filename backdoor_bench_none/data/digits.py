@@ -1,0 +1,74 @@
+"""Handwritten digits that come with scikit-learn: 1,797 real images, no download."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from backdoor_bench_none.data.dataset import Dataset, DatasetInfo, ImageSet
+
+_TEST_SIZE = 500
+
+
+def stratified_split(labels: NDArray[np.int64], test_size: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Fixed indices of a training and a test part with equal class shares, both ascending.
+
+    `test_size` is a share in 0..1 or a whole number of samples.
+    """
+    indices = np.arange(len(labels))
+    train, test = train_test_split(indices, test_size=test_size, stratify=labels, random_state=0)
+    return np.sort(train), np.sort(test)
+
+
+class Digits(Dataset):
+    """scikit-learn's `load_digits`: 8x8 grey images of ten classes, enlarged; 1,297 to train with, 500 to test with."""
+
+    image_size: int = Field(default=16, ge=8, le=64, description="side in pixels, enlarged bilinearly from 8")
+
+    def info(self) -> DatasetInfo:
+        """The facts; `mean` and `std` hold for the default size. The digits fill the frame: no crop, no flip."""
+        return DatasetInfo(
+            name="digits",
+            shape=(1, self.image_size, self.image_size),
+            num_classes=10,
+            train_size=1797 - _TEST_SIZE,
+            mean=(0.3053,),
+            std=(0.3186,),
+            paper_target=0,
+            paper_trigger="label_consistent",
+        )
+
+    def files(self) -> list[Path]:
+        """None: the images are part of scikit-learn."""
+        return []
+
+    def fingerprint(self) -> str:
+        """The sha256 of the images and labels of both parts."""
+        digest = hashlib.sha256()
+        for part in self.load():
+            digest.update(part.images.numpy().tobytes())
+            digest.update(part.labels.numpy().tobytes())
+        return digest.hexdigest()
+
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        """1,297 training and 500 test images (N, 1, S, S), in scikit-learn's order within each part."""
+        digits = load_digits()
+        images = torch.from_numpy(self._enlarged(np.rint(digits.images * (255 / 16)).astype(np.uint8)))
+        labels = digits.target.astype(np.int64)
+        train, test = (torch.from_numpy(part) for part in stratified_split(labels, _TEST_SIZE))
+        whole = ImageSet(images, torch.from_numpy(labels))
+        return whole.take(train), whole.take(test)
+
+    def _enlarged(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        # Pillow computes in integers: the bytes, and so the fingerprint, are the same on every machine.
+        size = (self.image_size, self.image_size)
+        enlarged = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)) for image in images]
+        return np.stack(enlarged)[:, None]

@@ -1,0 +1,529 @@
+"""The published data sets, fetched and laid out by `torchvision.datasets`.
+
+The folder is `root`, else the environment variable BBN_DATA, else `~/.cache/backdoor-bench-none/data`.
+Where there is no network, the files are put there by hand: every `DatasetError` says which and where.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import os
+import shutil
+import struct
+import tarfile
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+import torchvision.datasets as tv
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field
+from torchvision.datasets.folder import make_dataset
+from torchvision.datasets.mnist import read_image_file, read_label_file
+from torchvision.datasets.utils import check_integrity
+
+from backdoor_bench_none.component import Incidental
+from backdoor_bench_none.data.dataset import Dataset, DatasetInfo, ImageSet
+from backdoor_bench_none.errors import DatasetError
+
+#: The path of an image file, and its label.
+Sample = tuple[str, int]
+
+_FETCH_FAULTS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    HTTPException,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+_READ_FAULTS = (OSError, RuntimeError, ValueError, TypeError, LookupError, AssertionError, EOFError)
+
+
+class SmallerThanPublishedWarning(UserWarning):
+    """Fewer training images are there than the paper trained on."""
+
+
+def read_square(path: str, size: int, mode: str = "RGB") -> NDArray[np.uint8]:
+    """One image file as uint8 (size, size, 3) for "RGB" or (size, size) for "L", resized bilinearly as a whole."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert(mode).resize((size, size), Image.Resampling.BILINEAR))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DatasetError(f"the image {path} cannot be read: {error}", "replace it or take it away") from error
+
+
+def read_images(samples: Sequence[Sample], size: int, channels: int = 3) -> ImageSet:
+    """The images (N, C, size, size) of `samples`, in their order; C is 1 or 3."""
+    images = torch.empty(len(samples), channels, size, size, dtype=torch.uint8)
+    pixels = images.numpy().transpose(0, 2, 3, 1)
+    mode = "RGB" if channels == 3 else "L"
+
+    def place(index: int) -> None:
+        pixels[index] = read_square(samples[index][0], size, mode).reshape(size, size, channels)
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(place, range(len(samples))):
+            pass
+    return ImageSet(images, torch.tensor([label for _, label in samples], dtype=torch.int64))
+
+
+def layout_digest(content: str, files: Iterable[Path], folder: Path) -> str:
+    """The sha256 of `content`, a digest, and of the places of `files` below `folder`."""
+    names = sorted(path.relative_to(folder).as_posix() for path in files)
+    return hashlib.sha256("\n".join([content, *names]).encode()).hexdigest()
+
+
+class TorchvisionSet(Dataset):
+    """Base of the published data sets: finds, downloads and checks the files below one folder."""
+
+    root: Annotated[Path | None, Incidental] = Field(
+        default=None,
+        description="folder of the data sets; default: the environment variable BBN_DATA, else a folder in ~/.cache",
+    )
+    download: Annotated[bool, Incidental] = Field(
+        default=True, description="whether absent files are fetched from the network"
+    )
+
+    title: ClassVar[str]
+
+    def folder(self) -> Path:
+        """The folder that holds the data sets, below which each has its own."""
+        if self.root is not None:
+            return self.root.expanduser()
+        named = os.environ.get("BBN_DATA")
+        return Path(named).expanduser() if named else Path.home() / ".cache" / "backdoor-bench-none" / "data"
+
+    def prepare(self) -> None:
+        """Return at once when the files are there; else unpack or download them, or say what to put where."""
+        if self._missing():
+            self._obtain()
+        locked = next((path for path in self.files() if not os.access(path, os.R_OK)), None)
+        if locked is not None:
+            raise DatasetError(f"{self.title}: {locked} cannot be read", "give yourself the right to read it")
+        if not self._intact():
+            self._obtain()
+
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        """The training set and the test set in torchvision's order."""
+        self._require()
+        try:
+            parts = self._read()
+        except _READ_FAULTS as error:
+            raise DatasetError(f"{self.title} in {self.folder()} cannot be read: {error}", self._hint()) from error
+        for part in parts:
+            self._check(part)
+        return parts
+
+    def _needed(self) -> list[Path]:
+        """The files and folders without which the set is not there."""
+        raise NotImplementedError
+
+    def _advice(self) -> str:
+        """What to put where."""
+        raise NotImplementedError
+
+    def _fetch(self, folder: str) -> None:
+        raise NotImplementedError
+
+    def _read(self) -> tuple[ImageSet, ImageSet]:
+        raise NotImplementedError
+
+    def _intact(self) -> bool:
+        return True
+
+    def _unpack(self) -> None:
+        """Make use of what lies there packed."""
+
+    def _missing(self) -> list[Path]:
+        # os.path says False where pathlib raises: a folder that may not be searched.
+        return [path for path in self._needed() if not os.path.exists(path)]
+
+    def _obtain(self) -> None:
+        folder = self.folder()
+        try:
+            self._unpack()
+            if self.download and (self._missing() or not self._intact()):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._fetch(str(folder))
+        except _FETCH_FAULTS as error:
+            reason = str(error) or type(error).__name__
+            raise DatasetError(f"{self.title} cannot be fetched into {folder}: {reason}", self._hint()) from error
+        self._require()
+        if not self._intact():
+            raise DatasetError(f"{self.title} in {folder}: a file is not the published one", self._hint())
+
+    def _require(self) -> None:
+        missing = self._missing()
+        if not missing:
+            return
+        folder = self.folder()
+        if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+            raise DatasetError(
+                f"{self.title}: the folder {folder} cannot be read", "give yourself the right to read it"
+            )
+        if os.path.isfile(folder):
+            raise DatasetError(f"{self.title}: {folder} is a file", "`root` or BBN_DATA must name a folder")
+        raise DatasetError(f"{self.title} is not there: {missing[0]} is missing", self._hint())
+
+    def _hint(self) -> str:
+        present = len(self._missing()) < len(self._needed())
+        rest = "; take away the rest of an interrupted download first" if present else ""
+        switch = "" if self.download else ", or set `download: true`"
+        return f"{self._advice()}{switch}{rest}; `root` or BBN_DATA names another folder"
+
+    def _check(self, part: ImageSet) -> None:
+        info = self.info()
+        good = (
+            0 < len(part.images) == len(part.labels)
+            and tuple(part.images.shape[1:]) == info.shape
+            and 0 <= int(part.labels.min()) <= int(part.labels.max()) < info.num_classes
+        )
+        if not good:
+            raise DatasetError(
+                f"{self.title} in {self.folder()}: images {tuple(part.images.shape)} and {len(part.labels)} labels are "
+                f"not N images {info.shape} with labels 0 to {info.num_classes - 1}",
+                self._hint(),
+            )
+
+
+class MNIST(TorchvisionSet):
+    """LeCun's handwritten digits: 60,000 training and 10,000 test images (1, 28, 28); neither cropped nor flipped."""
+
+    title: ClassVar[str] = "MNIST"
+    source: ClassVar[Any] = tv.MNIST
+
+    def info(self) -> DatasetInfo:
+        """The facts; `train_size` is the one that the label file states."""
+        return DatasetInfo(
+            name="mnist",
+            shape=(1, 28, 28),
+            num_classes=10,
+            train_size=self._train_size(),
+            mean=(0.1307,),
+            std=(0.3081,),
+            paper_target=0,
+            paper_trigger="pixel",
+        )
+
+    def files(self) -> list[Path]:
+        """The four unpacked idx files."""
+        self._require()
+        return self._needed()
+
+    def _raw(self) -> Path:
+        return self.folder() / str(self.source.__name__) / "raw"
+
+    def _needed(self) -> list[Path]:
+        return [self._raw() / name.removesuffix(".gz") for name, _ in self.source.resources]
+
+    def _advice(self) -> str:
+        names = ", ".join(path.name for path in self._needed())
+        return f"put {names} (or each with .gz) into {self._raw()}"
+
+    def _unpack(self) -> None:
+        for path in self._missing():
+            packed = path.with_name(f"{path.name}.gz")
+            if os.path.isfile(packed):
+                part = path.with_name(f"{path.name}.part")
+                with gzip.open(packed) as source, part.open("wb") as target:
+                    shutil.copyfileobj(source, target)
+                part.replace(path)
+
+    def _fetch(self, folder: str) -> None:
+        self.source(folder, download=True)
+
+    def _train_size(self) -> int:
+        path = self._raw() / "train-labels-idx1-ubyte"
+        if not os.path.exists(path):
+            return 60_000
+        try:
+            with path.open("rb") as file:
+                magic, size = struct.unpack(">II", file.read(8))
+        except (OSError, struct.error) as error:
+            raise DatasetError(f"{path} cannot be read: {error}", self._hint()) from error
+        if magic != 0x801:
+            raise DatasetError(f"{path} is not a file of labels in idx format", self._hint())
+        return int(size)
+
+    def _read(self) -> tuple[ImageSet, ImageSet]:
+        # Not through torchvision's class: it prefers a legacy `processed` folder, which the fingerprint does not see.
+        return self._part("train"), self._part("t10k")
+
+    def _part(self, name: str) -> ImageSet:
+        images = read_image_file(str(self._raw() / f"{name}-images-idx3-ubyte"))
+        labels = read_label_file(str(self._raw() / f"{name}-labels-idx1-ubyte"))
+        return ImageSet(images[:, None], labels)
+
+
+class FashionMNIST(MNIST):
+    """Zalando's pieces of clothing: 60,000 training and 10,000 test images (1, 28, 28). Not in the paper."""
+
+    title: ClassVar[str] = "FashionMNIST"
+    source: ClassVar[Any] = tv.FashionMNIST
+
+    def info(self) -> DatasetInfo:
+        """The facts; the paper has no word on this set, so target and trigger are those of MNIST."""
+        return DatasetInfo(
+            name="fashion_mnist",
+            shape=(1, 28, 28),
+            num_classes=10,
+            train_size=self._train_size(),
+            mean=(0.2860,),
+            std=(0.3530,),
+            paper_target=0,
+            paper_trigger="pixel",
+        )
+
+
+class CIFAR10(TorchvisionSet):
+    """Krizhevsky's CIFAR-10: 50,000 training and 10,000 test images (3, 32, 32).
+
+    The batches are pickles. They are opened only after torchvision has found the md5 sums of the published files,
+    so nothing that comes from elsewhere is ever unpickled.
+    """
+
+    title: ClassVar[str] = "CIFAR-10"
+
+    def info(self) -> DatasetInfo:
+        """The facts; mean, std and augmentation are those of NONE's code."""
+        return DatasetInfo(
+            name="cifar10",
+            shape=(3, 32, 32),
+            num_classes=10,
+            train_size=50_000,
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.2023, 0.1994, 0.2010),
+            crop_padding=4,
+            flip=True,
+            paper_target=0,
+            paper_trigger="dynamic",
+        )
+
+    def files(self) -> list[Path]:
+        """The five training batches, the test batch and the file of class names."""
+        self._require()
+        return self._needed()
+
+    def _sums(self) -> dict[Path, str]:
+        base = self.folder() / str(tv.CIFAR10.base_folder)
+        listed = [*tv.CIFAR10.train_list, *tv.CIFAR10.test_list, (tv.CIFAR10.meta["filename"], tv.CIFAR10.meta["md5"])]
+        return {base / name: md5 for name, md5 in listed}
+
+    def _needed(self) -> list[Path]:
+        return list(self._sums())
+
+    def _intact(self) -> bool:
+        return all(check_integrity(path, md5) for path, md5 in self._sums().items())
+
+    def _advice(self) -> str:
+        names = ", ".join(path.name for path in self._needed())
+        return f"unpack {tv.CIFAR10.filename} in {self.folder()}, so that {names} lie in {self._needed()[0].parent}"
+
+    def _fetch(self, folder: str) -> None:
+        tv.CIFAR10(folder, download=True)
+
+    def _read(self) -> tuple[ImageSet, ImageSet]:
+        return self._part(train=True), self._part(train=False)
+
+    def _part(self, *, train: bool) -> ImageSet:
+        source = tv.CIFAR10(str(self.folder()), train=train, download=False)
+        images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
+        return ImageSet(images, torch.tensor(source.targets, dtype=torch.int64))
+
+
+class _ImageFiles(TorchvisionSet):
+    """Base of the sets that come as one file for each image."""
+
+    image_size: int = Field(default=32, ge=16, le=224, description="side in pixels that the images are resized to")
+
+    published: ClassVar[int]
+
+    def prepare(self) -> None:
+        """As for every set; warn when fewer training images are there than the paper trained on."""
+        super().prepare()
+        found = self._train_size()
+        if found < self.published:
+            message = (
+                f"{self.title}: {found:,} training images found, {self.published:,} in the paper{self._shortage()}"
+            )
+            warnings.warn(message, SmallerThanPublishedWarning, stacklevel=2)
+
+    def files(self) -> list[Path]:
+        """The image files of both parts."""
+        return [Path(path) for part in self._samples() for path, _ in part]
+
+    def fingerprint(self) -> str:
+        """The sha256 of the contents and of the places below the folder: the same image may be in either part."""
+        return layout_digest(super().fingerprint(), self.files(), self.folder())
+
+    def _shortage(self) -> str:
+        return ""
+
+    def _list(self) -> tuple[list[Sample], list[Sample]]:
+        raise NotImplementedError
+
+    def _samples(self) -> tuple[list[Sample], list[Sample]]:
+        """The training and the test files with their labels, in torchvision's order."""
+        self._require()
+        try:
+            return self._list()
+        except (OSError, ValueError, LookupError) as error:
+            raise DatasetError(f"{self.title} in {self.folder()} is incomplete: {error}", self._hint()) from error
+
+    def _train_size(self) -> int:
+        return self.published if self._missing() else len(self._samples()[0])
+
+    def _read(self) -> tuple[ImageSet, ImageSet]:
+        train, test = self._samples()
+        return read_images(train, self.image_size), read_images(test, self.image_size)
+
+
+class GTSRB(_ImageFiles):
+    """German traffic signs, 43 classes: 39,209 training and 12,630 test images, resized to squares.
+
+    torchvision's training archive holds 26,640 images, not the paper's 39,209: `prepare` warns of it.
+    """
+
+    title: ClassVar[str] = "GTSRB"
+    published: ClassVar[int] = 39_209
+
+    def info(self) -> DatasetInfo:
+        """The facts; mean and std are NONE's. Its augmentation is unpublished: crop 4, no flip as in BackdoorBench."""
+        return DatasetInfo(
+            name="gtsrb",
+            shape=(3, self.image_size, self.image_size),
+            num_classes=43,
+            train_size=self._train_size(),
+            mean=(0.3403, 0.3121, 0.3214),
+            std=(0.2724, 0.2608, 0.2669),
+            crop_padding=4,
+            paper_target=1,
+            paper_trigger="static",
+        )
+
+    def files(self) -> list[Path]:
+        """The .ppm files of both parts, and the table of the test labels."""
+        return [*super().files(), self._table()]
+
+    def _base(self) -> Path:
+        return self.folder() / "gtsrb"
+
+    def _table(self) -> Path:
+        return self._base() / "GT-final_test.csv"
+
+    def _training(self) -> Path:
+        return self._base() / "GTSRB" / "Training"
+
+    def _tests(self) -> Path:
+        return self._base() / "GTSRB" / "Final_Test" / "Images"
+
+    def _needed(self) -> list[Path]:
+        return [*(self._training() / f"{label:05d}" for label in range(43)), self._tests(), self._table()]
+
+    def _advice(self) -> str:
+        return (
+            f"put the folders 00000 to 00042 of GTSRB_Final_Training_Images.zip (39,209 images) or of "
+            f"GTSRB-Training_fixed.zip (26,640) into {self._training()}, the .ppm files of GTSRB_Final_Test_Images.zip "
+            f"into {self._tests()} and GT-final_test.csv of GTSRB_Final_Test_GT.zip into {self._base()}"
+        )
+
+    def _shortage(self) -> str:
+        return (
+            " (26,640 are what torchvision downloads); for all of them put the folders 00000 to 00042 of "
+            f"GTSRB_Final_Training_Images.zip into {self._training()}"
+        )
+
+    def _fetch(self, folder: str) -> None:
+        tv.GTSRB(folder, split="train", download=True)
+        tv.GTSRB(folder, split="test", download=True)
+
+    def _list(self) -> tuple[list[Sample], list[Sample]]:
+        # The labels are the folders' numbers: torchvision's class would count through whatever folders there are.
+        labels = {f"{label:05d}": label for label in range(43)}
+        train = list(make_dataset(str(self._training()), class_to_idx=labels, extensions=(".ppm",)))
+        with self._table().open(newline="") as table:
+            rows = csv.DictReader(table, delimiter=";", skipinitialspace=True)
+            test = [(str(self._tests() / row["Filename"]), int(row["ClassId"])) for row in rows]
+        lost = next((path for path, _ in test if not os.path.exists(path)), None)
+        if lost is not None:
+            raise FileNotFoundError(f"{lost}, listed in {self._table().name}, is missing")
+        return train, test
+
+
+class Imagenette(_ImageFiles):
+    """Ten ImageNet classes, full size pictures: 9,469 training and 3,925 test images, resized whole to squares.
+
+    The paper's "ImageNet-10". Classes are in the order of their WordNet ids: 0 tench to 9 parachute.
+    """
+
+    image_size: int = Field(default=224, ge=16, le=224, description="side in pixels that the images are resized to")
+
+    title: ClassVar[str] = "Imagenette"
+    published: ClassVar[int] = 9_469
+    wnids: ClassVar[tuple[str, ...]] = (
+        "n01440764",
+        "n02102040",
+        "n02979186",
+        "n03000684",
+        "n03028079",
+        "n03394916",
+        "n03417042",
+        "n03425413",
+        "n03445777",
+        "n03888257",
+    )
+
+    def info(self) -> DatasetInfo:
+        """The facts; mean and std are NONE's. Its augmentation is unpublished: here crop by 4, and flip."""
+        return DatasetInfo(
+            name="imagenette",
+            shape=(3, self.image_size, self.image_size),
+            num_classes=10,
+            train_size=self._train_size(),
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+            crop_padding=4,
+            flip=True,
+            paper_target=1,
+            paper_trigger="watermark",
+        )
+
+    def _part(self, name: str) -> Path:
+        return self.folder() / "imagenette2" / name
+
+    def _needed(self) -> list[Path]:
+        return [self._part(part) / wnid for part in ("train", "val") for wnid in self.wnids]
+
+    def _advice(self) -> str:
+        return (
+            f"unpack imagenette2.tgz in {self.folder()}, so that {self._part('train')} and {self._part('val')} "
+            f"each hold the ten folders {self.wnids[0]} to {self.wnids[-1]} of .JPEG files"
+        )
+
+    def _shortage(self) -> str:
+        return "; the rest of an interrupted download looks like this"
+
+    def _fetch(self, folder: str) -> None:
+        # Some versions of torchvision refuse a folder that exists, some take it as it is: both end in a `DatasetError`.
+        tv.Imagenette(folder, split="train", size="full", download=True)
+
+    def _list(self) -> tuple[list[Sample], list[Sample]]:
+        labels = {wnid: label for label, wnid in enumerate(self.wnids)}
+        train, test = (
+            list(make_dataset(str(self._part(part)), class_to_idx=labels, extensions=(".jpeg",)))
+            for part in ("train", "val")
+        )
+        return train, test

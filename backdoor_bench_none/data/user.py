@@ -1,0 +1,296 @@
+"""The user's own images: a folder for each class, or four arrays in one .npz file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torchvision.datasets as tv
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+from pydantic import Field
+
+from backdoor_bench_none.component import Incidental
+from backdoor_bench_none.data.dataset import Dataset, DatasetInfo, ImageSet
+from backdoor_bench_none.data.digits import stratified_split
+from backdoor_bench_none.data.torchvision_sets import Sample, layout_digest, read_images
+from backdoor_bench_none.errors import DatasetError
+
+_KEYS = ("x_train", "y_train", "x_test", "y_test")
+_NPZ_FAULTS = (OSError, RuntimeError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+class ImageFolder(Dataset):
+    """Image files in one folder for each class, whose sorted names are the labels 0 to K - 1, resized to squares.
+
+    `root` holds `train` and `test` (or `val`) folders of class folders, or the class folders themselves: then a
+    fixed, stratified share `test_fraction` is the test set.
+    """
+
+    root: Annotated[Path, Incidental] = Field(description="folder of class folders, or of train and test (or val)")
+    image_size: int = Field(default=64, ge=8, le=512, description="side in pixels that the images are resized to")
+    channels: Literal[1, 3] = Field(default=3, description="1 for grey, 3 for colour")
+    mean: float = Field(default=0.5, ge=0, le=1, description="subtracted from every channel, on the 0..1 scale")
+    std: float = Field(default=0.5, gt=0, description="every channel is divided by it, on the 0..1 scale")
+    test_fraction: float = Field(
+        default=0.2, gt=0, lt=1, description="share of the images to test with, where `root` has no test or val folder"
+    )
+    flip: bool = Field(default=False, description="whether images are mirrored at random in training")
+    crop_padding: int = Field(default=0, ge=0, description="pixels by which images are shifted at random in training")
+
+    def info(self) -> DatasetInfo:
+        """The facts, from the names of the files."""
+        classes, train, _ = self._samples()
+        return DatasetInfo(
+            name="image_folder",
+            shape=(self.channels, self.image_size, self.image_size),
+            num_classes=len(classes),
+            train_size=len(train),
+            mean=(self.mean,) * self.channels,
+            std=(self.std,) * self.channels,
+            crop_padding=self.crop_padding,
+            flip=self.flip,
+        )
+
+    def prepare(self) -> None:
+        """Check that the folders are there and agree; nothing is downloaded."""
+        self._samples()
+
+    def files(self) -> list[Path]:
+        """The image files of both parts."""
+        _, train, test = self._samples()
+        return [Path(path) for path, _ in (*train, *test)]
+
+    def fingerprint(self) -> str:
+        """The sha256 of the contents and of the places below `root`: the same image may be in either part."""
+        return layout_digest(super().fingerprint(), self.files(), self.root.expanduser())
+
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        """Images (N, C, S, S) of the training and the test part, in the order of their paths."""
+        _, train, test = self._samples()
+        return read_images(train, self.image_size, self.channels), read_images(test, self.image_size, self.channels)
+
+    def _samples(self) -> tuple[list[str], list[Sample], list[Sample]]:
+        root = self.root.expanduser()
+        if not os.path.isdir(root):
+            raise DatasetError(f"image_folder: {root} is not a folder", "`root` must name a folder of class folders")
+        tests = [root / name for name in ("test", "val") if os.path.isdir(root / name)]
+        if tests and os.path.isdir(root / "train"):
+            classes, train = _listed(root / "train")
+            test_classes, test = _listed(tests[0])
+            _require_agreement(classes, test_classes, tests[0])
+        else:
+            classes, samples = _listed(root)
+            train, test = self._divided(samples)
+        if len(classes) < 2:
+            raise DatasetError(
+                f"image_folder: {root} has one class only, {classes[0]!r}",
+                "two or more class folders are needed; a train folder needs a test or val folder beside it",
+            )
+        return classes, train, test
+
+    def _divided(self, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+        labels = np.array([label for _, label in samples], dtype=np.int64)
+        try:
+            train, test = stratified_split(labels, self.test_fraction)
+        except ValueError as error:
+            raise DatasetError(
+                f"image_folder: test_fraction {self.test_fraction} cannot divide {len(samples)} images: {error}",
+                "add images, change `test_fraction`, or make the folders train and test yourself",
+            ) from error
+        return [samples[i] for i in train], [samples[i] for i in test]
+
+
+def _listed(folder: Path) -> tuple[list[str], list[Sample]]:
+    try:
+        found = tv.ImageFolder(str(folder))
+    except OSError as error:
+        raise DatasetError(f"image_folder: {folder}: {error}", "it must hold one folder of images per class") from error
+    return list(found.classes), list(found.samples)
+
+
+def _require_agreement(train: list[str], test: list[str], folder: Path) -> None:
+    odd = sorted(set(train) ^ set(test))
+    if odd:
+        raise DatasetError(
+            f"image_folder: train and {folder.name} do not have the same classes: {', '.join(odd)}",
+            "give both parts a folder for every class",
+        )
+
+
+class Npz(Dataset):
+    """Arrays `x_train`, `y_train`, `x_test` and `y_test` in one .npz file, which is never unpickled.
+
+    Images are uint8 and square: (N, H, W), (N, H, W, C) or (N, C, H, W) with C of 1 or 3; a last axis of 1 or 3 is
+    taken for the channels. Labels are integers (N,) from 0 to K - 1, each of which occurs in `y_train`.
+    """
+
+    path: Annotated[Path, Incidental] = Field(description="the .npz file")
+    mean: float = Field(default=0.5, ge=0, le=1, description="subtracted from every channel, on the 0..1 scale")
+    std: float = Field(default=0.5, gt=0, description="every channel is divided by it, on the 0..1 scale")
+    flip: bool = Field(default=False, description="whether images are mirrored at random in training")
+    crop_padding: int = Field(default=0, ge=0, description="pixels by which images are shifted at random in training")
+
+    def info(self) -> DatasetInfo:
+        """The facts, from the headers of the arrays and from the labels."""
+        shape, train, _ = self._inspected()
+        return DatasetInfo(
+            name="npz",
+            shape=shape,
+            num_classes=int(train.max()) + 1,
+            train_size=len(train),
+            mean=(self.mean,) * shape[0],
+            std=(self.std,) * shape[0],
+            crop_padding=self.crop_padding,
+            flip=self.flip,
+        )
+
+    def prepare(self) -> None:
+        """Check everything but the pixels; nothing is downloaded."""
+        self._inspected()
+
+    def files(self) -> list[Path]:
+        """The one file."""
+        path = self.path.expanduser()
+        if not os.path.isfile(path):
+            raise DatasetError(f"npz: there is no file {path}", "`path` must name a file written by numpy.savez")
+        return [path]
+
+    def fingerprint(self) -> str:
+        """The sha256 of the file's content; its name does not count."""
+        with self.files()[0].open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        """Images (N, C, H, W) and labels of both parts, in the order of the file."""
+        shape, train, test = self._inspected()
+        return self._part("x_train", shape, train), self._part("x_test", shape, test)
+
+    def _part(self, key: str, shape: tuple[int, int, int], labels: NDArray[np.int64]) -> ImageSet:
+        images = self._array(key)
+        if images.ndim == 4 and images.shape[-1] in (1, 3):
+            images = images.transpose(0, 3, 1, 2)
+        images = np.ascontiguousarray(images.reshape(-1, *shape))
+        return ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
+
+    def _array(self, key: str) -> NDArray[np.generic]:
+        path = self.files()[0]
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                array: NDArray[np.generic] = archive[key]
+                return array
+        except _NPZ_FAULTS as error:
+            raise DatasetError(f"npz: {key} in {path} cannot be read: {error}", "write the file again") from error
+
+    def _inspected(self) -> tuple[tuple[int, int, int], NDArray[np.int64], NDArray[np.int64]]:
+        """The shape (C, H, W) of the images and the labels of both parts, all found in order."""
+        headers = self._headers()
+        for key in _KEYS:
+            _require_dtype(key, headers[key][1])
+        shapes = {key: header[0] for key, header in headers.items()}
+        shape = _image_shape("x_train", shapes["x_train"])
+        _image_shape("x_test", shapes["x_test"])
+        if shapes["x_train"][1:] != shapes["x_test"][1:]:
+            raise DatasetError(
+                f"npz: x_train holds images {shapes['x_train'][1:]} and x_test {shapes['x_test'][1:]}",
+                "give both the same shape",
+            )
+        for part in ("train", "test"):
+            _require_lengths(part, shapes[f"x_{part}"], shapes[f"y_{part}"])
+        train, test = self._array("y_train"), self._array("y_test")
+        _require_classes(train, test)
+        return shape, train.astype(np.int64), test.astype(np.int64)
+
+    def _headers(self) -> dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]:
+        path = self.files()[0]
+        try:
+            with zipfile.ZipFile(path) as archive:
+                absent = [key for key in _KEYS if f"{key}.npy" not in archive.namelist()]
+                if absent:
+                    raise DatasetError(
+                        f"npz: {path} lacks {', '.join(absent)}", f"it must hold the arrays {', '.join(_KEYS)}"
+                    )
+                return {key: _header(archive, f"{key}.npy") for key in _KEYS}
+        except zipfile.BadZipFile as error:
+            raise DatasetError(f"npz: {path} is not an npz file: {error}", "write it with numpy.savez") from error
+        except _NPZ_FAULTS as error:
+            raise DatasetError(f"npz: {path} cannot be read: {error}", "write it again with numpy.savez") from error
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
+    with archive.open(name) as member:
+        version = npy.read_magic(member)
+        # Version 3.0 serves structured arrays only, which are no images.
+        if version == (1, 0):
+            shape, _, dtype = npy.read_array_header_1_0(member)
+        elif version == (2, 0):
+            shape, _, dtype = npy.read_array_header_2_0(member)
+        else:
+            raise ValueError(f"{name} has the unknown format version {version}")
+    return tuple(shape), dtype
+
+
+def _require_dtype(key: str, dtype: np.dtype[np.generic]) -> None:
+    if dtype.hasobject:
+        raise DatasetError(
+            f"npz: {key} is an array of Python objects, which are never unpickled",
+            "make all images of one size, and save plain uint8 images and integer labels",
+        )
+    if key.startswith("y") and dtype.kind not in "iu":
+        raise DatasetError(
+            f"npz: {key} is {dtype}, not integers", f"save {key}.astype('int64'), with labels 0 to K - 1"
+        )
+    if key.startswith("x") and dtype != np.uint8:
+        cure = "multiply by 255 and cast to uint8 (if the values are 0 to 1)" if dtype.kind == "f" else "cast to uint8"
+        raise DatasetError(f"npz: {key} is {dtype}, not uint8", f"{cure}; the values must be 0 to 255")
+
+
+def _image_shape(key: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(C, H, W) of an array of images."""
+    if len(shape) == 3:
+        channels, height, width = 1, *shape[1:]
+    elif len(shape) == 4 and shape[3] in (1, 3):
+        height, width, channels = shape[1:]
+    elif len(shape) == 4 and shape[1] in (1, 3):
+        channels, height, width = shape[1:]
+    else:
+        raise DatasetError(
+            f"npz: {key} has the shape {shape}", "images are (N, H, W), (N, H, W, C) or (N, C, H, W) with C of 1 or 3"
+        )
+    if height != width or height == 0:
+        raise DatasetError(f"npz: {key} holds images of {height}x{width} pixels", "crop or resize them to squares")
+    return channels, height, width
+
+
+def _require_lengths(part: str, images: tuple[int, ...], labels: tuple[int, ...]) -> None:
+    if len(labels) != 1:
+        raise DatasetError(f"npz: y_{part} has the shape {labels}", "labels are (N,): one integer per image")
+    if images[0] != labels[0]:
+        raise DatasetError(
+            f"npz: {images[0]} images in x_{part} and {labels[0]} labels in y_{part}", "give every image one label"
+        )
+    if images[0] == 0:
+        raise DatasetError(f"npz: x_{part} is empty", "both parts need images")
+
+
+def _require_classes(train: NDArray[np.generic], test: NDArray[np.generic]) -> None:
+    classes = np.unique(train)
+    hint = "number the classes 0 to K - 1, each with training images"
+    if not np.array_equal(classes, np.arange(len(classes))):
+        raise DatasetError(f"npz: the labels in y_train are {_some(classes)}", hint)
+    if len(classes) < 2:
+        raise DatasetError("npz: y_train has one class only", "two or more are needed")
+    strange = np.setdiff1d(test, classes)
+    if len(strange):
+        raise DatasetError(f"npz: y_test has labels that y_train lacks: {_some(strange)}", hint)
+
+
+def _some(values: NDArray[np.generic]) -> str:
+    shown = ", ".join(str(value) for value in values[:8])
+    return f"{shown}, …" if len(values) > 8 else shown

@@ -1,0 +1,114 @@
+"""What a defense is, what it is given, and what it returns: the threat model, as types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from backdoor_bench_none.component import Component
+from backdoor_bench_none.context import Context
+from backdoor_bench_none.data.dataset import DatasetInfo, ImageSet
+from backdoor_bench_none.recipe import Recipe
+from backdoor_bench_none.training import FitOptions, History, Loss, Trainer, TrainingData, cross_entropy, predict_logits
+
+
+class Stage(StrEnum):
+    """When a defense acts."""
+
+    #: filters or changes the training set, then trains
+    PRE_TRAINING = "pre_training"
+    #: changes how a network is trained
+    IN_TRAINING = "in_training"
+    #: repairs a finished network
+    POST_TRAINING = "post_training"
+
+
+@dataclass(frozen=True)
+class DefenseTask:
+    """What a defender has: untrusted training data, the trusted images it asked for, and the means to train.
+
+    There is no ground truth of what is poisoned in here, no trigger and no test set. Indices refer to `train` in its original order.
+    """
+
+    #: the untrusted training set, on the device
+    train: ImageSet
+    #: trusted images: int(clean_fraction * N) of them, none poisoned; None for a defense that asks for none
+    clean: ImageSet | None
+    info: DatasetInfo
+    recipe: Recipe
+    trainer: Trainer
+    build: Callable[[int], nn.Module] = field(repr=False)
+    load_victim: Callable[[], nn.Module] = field(repr=False)
+
+    def new_model(self, draw: int = 0) -> nn.Module:
+        """An initialised network of the cell's architecture and activation, on the device: draw 0 has the initial weights every defense and the victim share."""
+        return self.build(draw)
+
+    def victim(self) -> nn.Module:
+        """The network trained on `train` by the cell's recipe, without any defense, on the device: trained once, shared by all defenses of a seed."""
+        return self.load_victim()
+
+    def fit(
+        self,
+        model: nn.Module,
+        context: Context,
+        *,
+        data: ImageSet | None = None,
+        keep: Tensor | None = None,
+        freeze_batchnorm: bool = False,
+        loss: Loss = cross_entropy,
+        **recipe: Any,
+    ) -> History:
+        """Train `model` in place by the cell's trainer and recipe; keyword arguments change the recipe, as in `epochs=5`.
+
+        `data` (default `train`) is what to train on; `keep` (k,) int64 the indices of its samples to use.
+        """
+        options = FitOptions(keep=keep, freeze_batchnorm=freeze_batchnorm, loss=loss)
+        changed = Recipe(**{**self.recipe.model_dump(), **recipe})
+        return self.trainer.fit(model, self.training_data(data, context), changed, context, options)
+
+    def training_data(self, data: ImageSet | None, context: Context) -> TrainingData:
+        """`data` (default `train`) with the normalisation and augmentation of the data set."""
+        return TrainingData.of(self.train if data is None else data, self.info, context.device)
+
+    def predict(self, model: nn.Module, context: Context, data: ImageSet | None = None) -> Tensor:
+        """Logits (N, K) float32 of `data` (default `train`) in its order, in eval mode, without augmentation, in float32."""
+        prepared = self.training_data(data, context)
+        return predict_logits(model, prepared.images.images, prepared.pixels, replace(context, amp=None))
+
+
+@dataclass(frozen=True)
+class DefenseResult:
+    """What a defense returns. `flagged` (N,) bool and `scores` (N,) float, higher is more suspicious, index the original training set."""
+
+    model: nn.Module
+    flagged: Tensor | None = None
+    scores: Tensor | None = None
+    #: whether the defense says that the training set or the network is attacked
+    infected: bool | None = None
+    #: numbers and texts for the record
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Defense(Component):
+    """Base of all defenses: write `run`.
+
+    `stage` says when it acts. `starts_from_victim` says that it begins with the ordinary training of the network; core trains that network once for all
+    defenses that do, and adds its seconds to the cost unless the defense is a repair (`POST_TRAINING`).
+    """
+
+    stage: ClassVar[Stage]
+    starts_from_victim: ClassVar[bool] = False
+    #: what `run` returns besides the model
+    returns: ClassVar[tuple[Literal["flagged", "scores", "infected"], ...]] = ()
+
+    clean_fraction: float = Field(0.0, ge=0, le=0, description="share of the training set granted as trusted clean images")
+
+    def run(self, task: DefenseTask, context: Context) -> DefenseResult:
+        """Return a model, in eval mode or not, and what was found out on the way."""
+        raise NotImplementedError

@@ -1,0 +1,100 @@
+"""Every hook of backdoor-bench-none. Hooks grow by new keyword arguments only; an implementation may take fewer.
+
+The first group returns a mapping from a snake_case name to a class or to a lazy `"module:Class"` string, imported when the component is first used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from backdoor_bench_none.api import Activation, Architecture, Attack, Dataset, Defense, Executor, Metric, Trainer
+    from backdoor_bench_none.cell import Cell
+    from backdoor_bench_none.config import Config
+    from backdoor_bench_none.results.record import Record
+
+PROJECT = "backdoor_bench_none"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def bbn_attacks() -> Mapping[str, type[Attack] | str]:
+    """Attacks: they poison the training set and stamp the trigger on the test set."""
+
+
+@hookspec
+def bbn_defenses() -> Mapping[str, type[Defense] | str]:
+    """Defenses: they turn an untrusted training set, or a model trained on it, into a model."""
+
+
+@hookspec
+def bbn_architectures() -> Mapping[str, type[Architecture] | str]:
+    """Network architectures with a free activation function."""
+
+
+@hookspec
+def bbn_activations() -> Mapping[str, type[Activation] | str]:
+    """Activation functions."""
+
+
+@hookspec
+def bbn_datasets() -> Mapping[str, type[Dataset] | str]:
+    """Image classification data sets."""
+
+
+@hookspec
+def bbn_trainers() -> Mapping[str, type[Trainer] | str]:
+    """Ways to fit a model: centralized, and what a plugin adds."""
+
+
+@hookspec
+def bbn_metrics() -> Mapping[str, type[Metric] | str]:
+    """Extra numbers computed from core's predictions when a cell is evaluated."""
+
+
+@hookspec
+def bbn_executors() -> Mapping[str, type[Executor] | str]:
+    """Ways to run jobs: local processes, and what a plugin adds."""
+
+
+@hookspec
+def bbn_modify_plan(config: Config, cells: list[Cell]) -> None:
+    """Reorder, drop or add cells in place, once the matrix is expanded and before keys are looked up.
+
+    :param config: the validated benchmark file.
+    :param cells: all cells of the matrix, in the order in which tables show them.
+    """
+
+
+@hookspec(firstresult=True)
+def bbn_cell_skip(cell: Cell) -> str | None:
+    """The reason to skip `cell`, shown in the tables; None to leave the decision to the next plugin.
+
+    :param cell: one combination of the matrix.
+    """
+
+
+@hookspec
+def bbn_cell_finished(cell: Cell, record: Record) -> None:
+    """Told of every cell that ended, whatever its status, after its record is on disk; it cannot change the record.
+
+    :param cell: one combination of the matrix.
+    :param record: what was measured.
+    """
+
+
+#: hook name -> the kind of component it provides
+COMPONENT_HOOKS: Mapping[str, str] = {
+    "bbn_attacks": "attack",
+    "bbn_defenses": "defense",
+    "bbn_architectures": "architecture",
+    "bbn_activations": "activation",
+    "bbn_datasets": "dataset",
+    "bbn_trainers": "trainer",
+    "bbn_metrics": "metric",
+    "bbn_executors": "executor",
+}

@@ -1,0 +1,1 @@
+"""Network architectures with a free activation function, and what can be read off their neurons."""

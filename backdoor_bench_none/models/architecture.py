@@ -1,0 +1,51 @@
+"""What an architecture and an activation function are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
+from torch import nn
+
+from backdoor_bench_none.component import Component
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a network is built for: input (N, channels, image_size, image_size), output logits (N, num_classes).
+
+    `activation()` makes one new module per place it is used, so PReLU learns one slope per layer.
+    """
+
+    num_classes: int
+    channels: int
+    image_size: int
+    activation: Callable[[], nn.Module]
+
+
+class Architecture(Component):
+    """Base of all architectures: `build` makes an initialised network."""
+
+    width: float = Field(1.0, gt=0, le=4, description="factor on the number of channels of every hidden layer")
+
+    def build(self, spec: ModelSpec) -> nn.Module:
+        """A freshly initialised network for `spec`, drawing from torch's global generator."""
+        raise NotImplementedError
+
+    def recipe(self, dataset: str) -> Mapping[str, Any]:
+        """The fields of the training recipe this architecture needs changed on `dataset`."""
+        return {}
+
+    def scale(self, channels: int) -> int:
+        """`channels` times `width`, at least 1."""
+        return max(1, round(channels * self.width))
+
+
+class Activation(Component):
+    """Base of all activation functions: `build` makes one module."""
+
+    def build(self) -> nn.Module:
+        """A new module of this activation function, not in place."""
+        raise NotImplementedError

@@ -1,0 +1,210 @@
+"""The typed façade over pluggy: loads plugins one by one, keeps the broken ones from harming the others, and remembers who provides what."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from backdoor_bench_none import hookspecs
+
+if TYPE_CHECKING:
+    from backdoor_bench_none.cell import Cell
+    from backdoor_bench_none.config import Config
+    from backdoor_bench_none.results.record import Record
+
+#: A plugin module may set `bbn_api_version`; a newer one than this is refused.
+API_VERSION = 1
+#: Registered by import name, so that a bare checkout works without being installed.
+BUILTINS = ("backdoor_bench_none.builtin", "bbn_attacks", "bbn_defenses")
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Who brings a component: the plugin's name, its distribution and that one's version."""
+
+    plugin: str
+    distribution: str
+    version: str
+    builtin: bool = False
+
+    def __str__(self) -> str:
+        return f"'{self.plugin}' ({self.distribution} {self.version})"
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A plugin, or a part of one, that is not in use, and why."""
+
+    provider: Provider
+    reason: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One name a plugin provides; `target` is the class, or `"module:Class"` until it is needed."""
+
+    kind: str
+    name: str
+    target: type[Any] | str
+    provider: Provider
+
+    def load(self) -> type[Any]:
+        """The class itself."""
+        if not isinstance(self.target, str):
+            return self.target
+        module, _, attribute = self.target.partition(":")
+        loaded: type[Any] = getattr(importlib.import_module(module), attribute)
+        return loaded
+
+
+class PluginWarning(UserWarning):
+    """A plugin is broken, or a hook of it raised; everything else goes on."""
+
+
+class Plugins:
+    """All plugins of this process: the built-ins, installed distributions, and a `bbnfile.py`.
+
+    :param external: load the installed plugins of the entry-point group `backdoor_bench_none`.
+    :param bbnfile: a Python file that is a plugin too; usually `bbnfile.py` beside `benchmark.yaml`.
+    :param disabled: plugin or distribution names to leave out; default: `BBN_DISABLE_PLUGINS`, separated by commas.
+    """
+
+    def __init__(self, *, external: bool = True, bbnfile: Path | None = None, disabled: Iterable[str] | None = None) -> None:
+        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self.bbnfile = bbnfile
+        self.providers: list[Provider] = []
+        self.broken: list[Broken] = []
+        self.entries: list[Entry] = []
+        if disabled is None:
+            disabled = filter(None, os.environ.get("BBN_DISABLE_PLUGINS", "").split(","))
+        self._disabled = {name.strip() for name in disabled}
+        for module in BUILTINS:
+            self._add(_own_provider(module), lambda module=module: importlib.import_module(module))
+        for point in _external_points() if external else ():
+            self._add(_provider_of(point), point.load)
+        if bbnfile is not None:
+            self._add(Provider("bbnfile", str(bbnfile), "-"), lambda: _import_file(bbnfile))
+
+    def _add(self, provider: Provider, load: Callable[[], Any]) -> None:
+        if {provider.plugin, provider.distribution} & self._disabled and not provider.builtin:
+            return
+        try:
+            module = load()
+            self._refuse_newer_api(module)
+            self._register(module, provider.plugin)
+            entries = list(self._entries_of(provider))
+        except (Exception, SystemExit) as error:  # whatever a stranger's module does on import
+            if provider.builtin:
+                raise
+            self._drop(provider, f"{type(error).__name__}: {error}")
+            return
+        self.providers.append(provider)
+        for entry in entries:
+            self._add_entry(entry)
+
+    def _refuse_newer_api(self, module: Any) -> None:
+        wanted = getattr(module, "bbn_api_version", API_VERSION)
+        if wanted > API_VERSION:
+            raise RuntimeError(f"it needs plugin API {wanted}, this is {API_VERSION}; a newer backdoor-bench-none may have it")
+
+    def _register(self, module: Any, name: str) -> None:
+        self._manager.register(module, name=name)
+        self._manager.check_pending()
+
+    def _drop(self, provider: Provider, reason: str) -> None:
+        if self._manager.has_plugin(provider.plugin):
+            self._manager.unregister(name=provider.plugin)
+        self.broken.append(Broken(provider, reason))
+        warnings.warn(f"plugin {provider} is not loaded: {reason}", PluginWarning, stacklevel=4)
+
+    def _entries_of(self, provider: Provider) -> Iterator[Entry]:
+        for hook, kind in hookspecs.COMPONENT_HOOKS.items():
+            for implementation in getattr(self._manager.hook, hook).get_hookimpls():
+                if implementation.plugin_name != provider.plugin:
+                    continue
+                provided = implementation.function()
+                if not isinstance(provided, Mapping):
+                    raise TypeError(f"{hook} returned {type(provided).__name__}, not a mapping of names to classes")
+                for name, target in provided.items():
+                    if not isinstance(target, (str, type)):
+                        raise TypeError(f"{hook}: '{name}' is neither a class nor a 'module:Class' string")
+                    yield Entry(kind, name, target, provider)
+
+    def _add_entry(self, entry: Entry) -> None:
+        """Keep `entry` unless its name is taken by a built-in; two strangers' equal names are both kept, and refused on use."""
+        taken = next((e.provider for e in self.entries if (e.kind, e.name) == (entry.kind, entry.name)), None)
+        if taken is not None:
+            reason = f"{entry.kind} '{entry.name}' is provided by {taken} too; BBN_DISABLE_PLUGINS={entry.provider.plugin} leaves this one out"
+            self.broken.append(Broken(entry.provider, reason))
+            warnings.warn(f"plugin {entry.provider}: {reason}", PluginWarning, stacklevel=5)
+            if taken.builtin:
+                return
+        self.entries.append(entry)
+
+    # The lifecycle hooks, with types; a stranger's exception becomes a warning.
+
+    def modify_plan(self, config: Config, cells: list[Cell]) -> None:
+        """Let every plugin reorder, drop or add cells in place."""
+        for _ in self._each("bbn_modify_plan", config=config, cells=cells):
+            pass
+
+    def cell_skip(self, cell: Cell) -> str | None:
+        """The first reason a plugin gives to skip `cell`."""
+        return next((reason for reason in self._each("bbn_cell_skip", cell=cell) if reason is not None), None)
+
+    def cell_finished(self, cell: Cell, record: Record) -> None:
+        """Tell every plugin that `cell` ended."""
+        for _ in self._each("bbn_cell_finished", cell=cell, record=record):
+            pass
+
+    def _each(self, hook: str, **arguments: Any) -> Iterator[Any]:
+        for implementation in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
+            try:
+                yield implementation.function(*(arguments[name] for name in implementation.argnames))
+            except Exception as error:
+                message = f"plugin '{implementation.plugin_name}': {hook} raised {type(error).__name__}: {error}"
+                warnings.warn(message, PluginWarning, stacklevel=3)
+
+
+def _own_provider(module: str) -> Provider:
+    return Provider(module.partition(".")[0], "backdoor-bench-none", own_version(), builtin=True)
+
+
+def own_version() -> str:
+    """The version of this distribution; `0+checkout` where it is used without being installed."""
+    try:
+        return version("backdoor-bench-none")
+    except PackageNotFoundError:
+        return "0+checkout"
+
+
+def _external_points() -> list[EntryPoint]:
+    return sorted(entry_points(group=hookspecs.PROJECT), key=lambda point: point.name)
+
+
+def _provider_of(point: EntryPoint) -> Provider:
+    if point.dist is None:
+        return Provider(point.name, point.value, "?")
+    return Provider(point.name, point.dist.name, point.dist.version)
+
+
+def _import_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bbnfile", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bbnfile"] = module  # pydantic resolves annotations through it
+    spec.loader.exec_module(module)
+    return module

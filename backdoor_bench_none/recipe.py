@@ -1,0 +1,67 @@
+"""How a network is trained: the numbers, and which of several sources a number comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Schedule = Literal["one_cycle", "step", "constant"]
+
+
+class Recipe(BaseModel):
+    """SGD with momentum and a learning-rate schedule.
+
+    `one_cycle` rises linearly to `lr` over the first `warmup` of all steps and falls linearly to zero. `step` multiplies by `gamma` at the start of each
+    epoch in `milestones` (counted from 1, as in the paper's released code). `constant` stays at `lr`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(15, ge=1, description="passes over the training set")
+    batch_size: int = Field(128, ge=1, description="images per step; an incomplete last batch is left out unless it is the only one")
+    lr: float = Field(0.1, gt=0, description="highest learning rate")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum")
+    nesterov: bool = Field(True, description="Nesterov's form of momentum")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty")
+    schedule: Schedule = Field("one_cycle", description="how the learning rate changes")
+    warmup: float = Field(0.2, ge=0, lt=1, description="share of all steps over which one_cycle rises")
+    milestones: tuple[int, ...] = Field((), description="epochs, counted from 1, at which step multiplies by gamma")
+    gamma: float = Field(0.1, gt=0, le=1, description="factor of step")
+    clip_norm: float | None = Field(None, gt=0, description="highest norm of the gradient, over all parameters")
+    augment: bool = Field(True, description="crop and flip as the data set bears it")
+    bias_lr_factor: float = Field(1.0, gt=0, description="learning rate of biases, relative to lr; other than 1 frees biases from weight decay")
+    head_lr_factor: float = Field(1.0, gt=0, description="learning rate of the last convolution or linear layer, relative to lr")
+    compile: bool = Field(False, description="torch.compile the network; pays on a GPU in long runs only")
+
+    def lr_at(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate of step `step`, counted from 0."""
+        if self.schedule == "constant":
+            return self.lr
+        if self.schedule == "step":
+            epoch = step // steps_per_epoch + 1
+            return float(self.lr * self.gamma ** sum(epoch >= milestone for milestone in self.milestones))
+        total = self.epochs * steps_per_epoch
+        rise = max(1, round(self.warmup * total))
+        return self.lr * (step + 1) / rise if step < rise else self.lr * (total - step) / (total - rise + 1)
+
+
+#: The paper's own recipe (released code): 200 epochs at 0.1, divided by 10 at the start of epochs 80 and 160.
+PAPER = {
+    "epochs": 200, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4,
+    "schedule": "step", "milestones": (80, 160), "clip_norm": None,
+}  # fmt: skip
+#: What the released code changes for NiN.
+PAPER_NIN = {"momentum": 0.95, "bias_lr_factor": 2.0, "head_lr_factor": 0.1}
+
+
+def named_recipe(name: str, architecture: str) -> Mapping[str, Any]:
+    """The fields of the recipe called `name`: `default` changes nothing, `paper` is the paper's."""
+    if name == "default":
+        return {}
+    return {**PAPER, **(PAPER_NIN if architecture == "nin" else {})}
+
+
+#: Names that `recipe:` takes in a benchmark file.
+NAMED_RECIPES = ("default", "paper")

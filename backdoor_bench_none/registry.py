@@ -1,0 +1,92 @@
+"""From a kind and a name to the class behind it, and to an instance with validated parameters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from backdoor_bench_none.component import Component
+from backdoor_bench_none.errors import ConfigError, PluginError, did_you_mean
+from backdoor_bench_none.plugins import Entry, Plugins
+
+
+class Registry:
+    """Every component by kind and name."""
+
+    def __init__(self, plugins: Plugins) -> None:
+        self.plugins = plugins
+
+    @classmethod
+    def default(cls, folder: Path | None = None) -> Registry:
+        """The built-ins, the installed plugins, and the `bbnfile.py` of `folder` if there is one."""
+        bbnfile = (folder or Path(os.curdir)) / "bbnfile.py"
+        return cls(Plugins(bbnfile=bbnfile if bbnfile.is_file() else None))
+
+    def names(self, kind: str) -> list[str]:
+        """The names of all components of `kind`, built-ins first."""
+        return list(dict.fromkeys(entry.name for entry in self.plugins.entries if entry.kind == kind))
+
+    def entry(self, kind: str, name: str) -> Entry:
+        """The one entry of that name; an error if there is none, or more than one."""
+        found = [entry for entry in self.plugins.entries if (entry.kind, entry.name) == (kind, name)]
+        if not found:
+            raise ConfigError(f"unknown {kind} '{name}'", did_you_mean(name, self.names(kind)))
+        if len(found) > 1:
+            providers = " and ".join(str(entry.provider) for entry in found)
+            hint = f"BBN_DISABLE_PLUGINS={found[-1].provider.plugin} leaves the last one out"
+            raise PluginError(f"{kind} '{name}' is provided by {providers}", hint)
+        return found[0]
+
+    def find(self, name: str) -> list[Entry]:
+        """The entries of that name, of any kind."""
+        found = [entry for entry in self.plugins.entries if entry.name == name]
+        if not found:
+            raise ConfigError(f"unknown component '{name}'", did_you_mean(name, {e.name for e in self.plugins.entries}))
+        return found
+
+    def load(self, kind: str, name: str) -> type[Component]:
+        """The class behind a name, checked to be a component of that kind."""
+        from backdoor_bench_none.api import BASES
+
+        entry = self.entry(kind, name)
+        hint = f"update it, or leave it out with BBN_DISABLE_PLUGINS={entry.provider.plugin}"
+        try:
+            loaded = entry.load()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise PluginError(f"{kind} '{name}' of plugin {entry.provider} cannot be imported: {reason}", hint) from error
+        if not (isinstance(loaded, type) and issubclass(loaded, BASES[kind])):
+            raise PluginError(f"{kind} '{name}' of plugin {entry.provider} is not a subclass of {BASES[kind].__name__}", hint)
+        return loaded
+
+    def create(self, kind: str, name: str, params: Mapping[str, Any] | None = None) -> Component:
+        """An instance with `params`; parameter faults become one `ConfigError` that names them all."""
+        loaded = self.load(kind, name)
+        try:
+            return loaded(**(params or {}))
+        except ValidationError as error:
+            faults = "; ".join(f"{path}: {message}" for path, message in explain(error, loaded))
+            raise ConfigError(f"{kind} '{name}': {faults}", _parameters_hint(loaded)) from error
+
+
+def explain(error: ValidationError, model: type[Any]) -> list[tuple[str, str]]:
+    """Pydantic's faults as (dotted path, plain words)."""
+    return [(".".join(str(part) for part in fault["loc"]) or "-", plain_words(fault, model)) for fault in error.errors()]
+
+
+def plain_words(fault: Mapping[str, Any], model: type[Any]) -> str:
+    """One pydantic fault in the words of a user: unknown keys get a suggestion."""
+    if fault["type"] != "extra_forbidden":
+        message: str = fault["msg"]
+        return message.removeprefix("Value error, ")
+    known = getattr(model, "model_fields", {}) if len(fault["loc"]) == 1 else {}
+    suggestion = f", {did_you_mean(str(fault['loc'][-1]), known)}" if known else ""
+    return f"unknown key{suggestion}"
+
+
+def _parameters_hint(component: type[Component]) -> str:
+    return f"parameters: {', '.join(component.model_fields) or 'none'}"

@@ -1,0 +1,48 @@
+"""A sheet of real images, clean above, triggered below."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.io import write_png
+
+from backdoor_bench_none.attack import Attack, AttackTask
+from backdoor_bench_none.data.dataset import Dataset, ImageSet
+from backdoor_bench_none.errors import BenchError
+
+COLUMNS = 8
+#: the sheet's images are enlarged, to the nearest pixel, to at least this many pixels
+SIDE = 96
+
+
+def write_preview(attack: Attack, dataset: Dataset, path: Path) -> None:
+    """Write a PNG with the first test image of up to eight classes: as it is, with the attack, and the difference."""
+    dataset.prepare()
+    info = dataset.info()
+    attack = attack.resolve(info)
+    attack.check(info)
+    test = dataset.load()[1]
+    sample = test.take(_first_of_each_class(test)[:COLUMNS])
+    triggered = attack.preview(AttackTask(sample, info, seed=0))
+    difference = (triggered.int() - sample.images.int()).abs().to(torch.uint8)
+    rows = [_join(images) for images in (sample.images, triggered, difference)]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_png(torch.cat(rows, dim=1), str(path))
+    except (OSError, RuntimeError) as error:
+        raise BenchError(f"'{path}' cannot be written: {error}") from error
+
+
+def _first_of_each_class(data: ImageSet) -> Tensor:
+    classes = data.labels.unique()
+    return torch.stack([torch.nonzero(data.labels == label)[0, 0] for label in classes])
+
+
+def _join(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) uint8 side by side with a gap, enlarged (3, H', W')."""
+    factor = max(1, -(-SIDE // images.shape[-1]))
+    large = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3).expand(-1, 3, -1, -1)
+    framed = torch.nn.functional.pad(large, (2, 2, 2, 2), value=128)
+    return torch.cat(list(framed), dim=2)

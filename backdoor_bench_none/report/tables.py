@@ -1,0 +1,100 @@
+"""The comparison matrix: one line per data set, attack, architecture and activation, one column per defense."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from tabulate import tabulate
+
+from backdoor_bench_none.results.rows import Row
+
+FORMATS = ("terminal", "markdown", "latex", "csv", "json", "html")
+LEGEND = "Each cell: BA / ASR in percent. BA benign accuracy, higher is better; ASR attack success rate, lower is better"
+#: axes that make the lines of the matrix; those with a single value go into the title
+LINE_AXES = ("dataset", "attack", "architecture", "activation", "trainer")
+
+
+class Matrix:
+    """Rows pivoted: `title` has the axes that do not vary, `header` and `lines` the rest."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        varying = [axis for axis in LINE_AXES if len({getattr(row, axis) for row in rows}) > 1] or ["attack"]
+        fixed = [getattr(rows[0], axis) for axis in LINE_AXES if axis not in varying and axis != "trainer"] if rows else []
+        defenses = list(dict.fromkeys(row.defense for row in rows))
+        clean = {row.defense: row.clean_fraction for row in rows if row.clean_fraction}
+        cells = {(tuple(getattr(row, axis) for axis in varying), row.defense): row for row in rows}
+        lines = dict.fromkeys(line for line, _ in cells)
+        self.notes: list[str] = []
+        self.title = " · ".join([*fixed, _seeds(rows)])
+        self.header = [*varying, *(d + (f" ({clean[d]:.0%} clean data)" if d in clean else "") for d in defenses)]
+        self.lines = [[*line, *(self._cell(cells.get((line, defense))) for defense in defenses)] for line in lines]
+
+    def _cell(self, row: Row | None) -> str:
+        if row is None:
+            return ""
+        mark = "" if row.status == "done" else self._note(f"{row.status}: {row.reason}")
+        if row.ba is None:
+            return row.status + mark
+        return f"{100 * row.ba:.1f} / " + ("–" if row.asr is None else f"{100 * row.asr:.1f}") + mark
+
+    def _note(self, text: str) -> str:
+        if text not in self.notes:
+            self.notes.append(text)
+        return f" [{self.notes.index(text) + 1}]"
+
+    def footnotes(self) -> list[str]:
+        """The legend, and why cells have no numbers."""
+        return [LEGEND, *(f"[{number}] {note}" for number, note in enumerate(self.notes, 1))]
+
+
+def _seeds(rows: Sequence[Row]) -> str:
+    counts = {len(row.seeds) for row in rows if row.seeds}
+    if not counts:
+        return "no results yet"
+    if counts == {1}:
+        return "1 seed"
+    return f"mean over {min(counts)} seeds" if len(counts) == 1 else f"mean over {min(counts)} to {max(counts)} seeds"
+
+
+def print_matrix(rows: Sequence[Row], console: Console) -> None:
+    """Print the matrix on a terminal."""
+    matrix = Matrix(rows)
+    table = Table(title=matrix.title, title_justify="left", title_style="bold", header_style="bold")
+    for name in matrix.header:
+        table.add_column(name, justify="left" if name in LINE_AXES else "right", no_wrap=True)
+    for line in matrix.lines:
+        table.add_row(*line)
+    console.print(table, markup=False)
+    for note in matrix.footnotes():
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def render(rows: Sequence[Row], form: str) -> str:
+    """The matrix as markdown, latex or html; the rows as csv or json."""
+    if form == "json":
+        return json.dumps([row.as_dict() for row in rows], indent=1, ensure_ascii=False)
+    if form == "csv":
+        return _csv(rows)
+    matrix = Matrix(rows)
+    if form == "latex":
+        text = tabulate(matrix.lines, matrix.header, tablefmt="latex_booktabs", disable_numparse=True)
+        return "\n".join([f"% {matrix.title}", text, *(f"% {note}" for note in matrix.footnotes())])
+    if form == "html":
+        text = tabulate(matrix.lines, matrix.header, tablefmt="html", disable_numparse=True)
+        return f"<p>{matrix.title}</p>\n{text}\n" + "\n".join(f"<p>{note}</p>" for note in matrix.footnotes())
+    text = tabulate(matrix.lines, matrix.header, tablefmt="github", disable_numparse=True)
+    return "\n\n".join([f"**{matrix.title}**", text, "\n".join(f"{note}  " for note in matrix.footnotes())])
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(Row.__dataclass_fields__))
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({**row.as_dict(), "seeds": " ".join(map(str, row.seeds))})
+    return out.getvalue().rstrip("\r\n")

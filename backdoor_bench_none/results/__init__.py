@@ -1,0 +1,1 @@
+"""What a run leaves behind: one JSON record per cell, and the artifacts its stages share."""

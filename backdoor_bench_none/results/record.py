@@ -1,0 +1,85 @@
+"""The record of one cell: counts, costs and where they come from."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from backdoor_bench_none.cell import AXES, Cell
+from backdoor_bench_none.evaluation import Counts, Detection
+
+Status = Literal["done", "failed", "timeout", "skipped"]
+SCHEMA = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Cost(_Part):
+    """What a stage took: wall-clock seconds and the highest memory of its process (CPU) or of the device (CUDA), in bytes."""
+
+    seconds: float
+    peak_memory: int | None = None
+
+
+class AxisValue(_Part):
+    """One component as it took part."""
+
+    name: str
+    label: str
+    revision: int
+    params: dict[str, Any]
+
+
+class Failure(_Part):
+    """Why a cell has no numbers."""
+
+    type: str
+    message: str
+    traceback: str | None = None
+
+
+class Record(_Part):
+    """Everything known of one cell. Shares are never stored, only counts."""
+
+    schema_version: Literal[1] = Field(SCHEMA, alias="schema")
+    key: str
+    title: str
+    status: Status
+    reason: str | None = None
+    axes: dict[str, AxisValue]
+    seed: int
+    recipe: dict[str, Any]
+    counts: Counts | None = None
+    detection: Detection | None = None
+    infected: bool | None = None
+    clean_fraction: float = 0.0
+    metrics: dict[str, float] = {}
+    extras: dict[str, Any] = {}
+    #: mean training loss of the victim, per epoch; empty where the defense does not start from it
+    victim_losses: list[float] = []
+    costs: dict[str, Cost] = {}
+    defense_stage: str | None = None
+    #: keys of the stages behind this record, and the number of poisoned training samples
+    upstream: dict[str, str | int | None] = {}
+    provenance: dict[str, Any] = {}
+    failure: Failure | None = None
+    warnings: list[str] = []
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, ser_json_inf_nan="null")
+
+    @classmethod
+    def of(cls, cell: Cell, status: Status, **values: Any) -> Self:
+        """A record for `cell`."""
+        axes = {axis: _axis_value(cell, axis) for axis in AXES}
+        return cls(
+            key=cell.key, title=cell.title, status=status, axes=axes, seed=cell.seed,
+            recipe=cell.recipe.model_dump(mode="json"), clean_fraction=cell.the_defense.clean_fraction, **values,
+        )  # fmt: skip
+
+
+def _axis_value(cell: Cell, axis: str) -> AxisValue:
+    choice = getattr(cell, axis)
+    return AxisValue(name=choice.name, label=choice.label, **choice.component.identity())

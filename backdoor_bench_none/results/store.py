@@ -1,0 +1,153 @@
+"""The results folder: every file is written under a temporary name and renamed, so that a reader or a crash never sees half of one.
+
+`records/ab/<key>.json` are the truth. `artifacts/<stage>/ab/<key>.<sha256>.safetensors` are shared stages, checked against the hash in their name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from backdoor_bench_none.errors import BenchError, StoreError, did_you_mean
+from backdoor_bench_none.results.record import Record
+
+
+class DamagedArtifactWarning(UserWarning):
+    """An artifact is truncated or altered; it is computed again."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Tensors by name, on the CPU, and a JSON mapping."""
+
+    tensors: Mapping[str, Tensor]
+    meta: Mapping[str, Any]
+
+
+class Store:
+    """A results folder; any number of processes may use it at once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def create(self) -> None:
+        """Make the folder, or say why that is not possible."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            raise StoreError(f"the results folder '{self.root}' cannot be written: {error}", "choose another with --results") from error
+
+    # records
+
+    def record_path(self, key: str) -> Path:
+        """Where the record of a cell stands."""
+        return self.root / "records" / key[:2] / f"{key}.json"
+
+    def write_record(self, record: Record) -> None:
+        """Put `record` in place of an older one of its key."""
+        text = json.dumps(record.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False)
+        self._write(self.record_path(record.key), text.encode())
+
+    def read_record(self, key: str) -> Record | None:
+        """The record of a cell; None if there is none, or none that can be read."""
+        return _read_record(self.record_path(key))
+
+    def records(self) -> list[Record]:
+        """All records, by key."""
+        paths = sorted((self.root / "records").glob("*/*.json"))
+        return [record for path in paths if (record := _read_record(path)) is not None]
+
+    def find_record(self, prefix: str) -> Record:
+        """The one record whose key starts with `prefix`."""
+        paths = list((self.root / "records").glob(f"{prefix[:2]}*/{prefix}*.json")) if prefix else []
+        if len(paths) == 1 and (record := _read_record(paths[0])) is not None:
+            return record
+        if paths:
+            raise BenchError(f"'{prefix}' is not one key: {', '.join(sorted(p.stem for p in paths)[:5])}", "give more digits")
+        known = [path.stem for path in (self.root / "records").glob("*/*.json")]
+        raise BenchError(f"there is no record '{prefix}' in '{self.root}'", did_you_mean(prefix, known) if known else "`bbn run` makes records")
+
+    # artifacts
+
+    def find_artifact(self, stage: str, key: str) -> Path | None:
+        """The file of an artifact, unread."""
+        return next((self.root / "artifacts" / stage / key[:2]).glob(f"{key}.*.safetensors"), None)
+
+    def save_artifact(self, stage: str, key: str, artifact: Artifact) -> None:
+        """Write an artifact under a name that holds its hash."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in artifact.tensors.items()}
+        data = save(tensors, metadata={"meta": json.dumps(artifact.meta)})
+        self._write(self.root / "artifacts" / stage / key[:2] / f"{key}.{hashlib.sha256(data).hexdigest()}.safetensors", data)
+
+    def load_artifact(self, stage: str, key: str) -> Artifact | None:
+        """An artifact, checked; None if it is absent. A damaged one is reported, removed, and absent from then on."""
+        path = self.find_artifact(stage, key)
+        if path is None:
+            return None
+        try:
+            with path.open("rb") as file:
+                intact = hashlib.file_digest(file, "sha256").hexdigest() == path.name.split(".")[1]
+            if intact:
+                return _read_artifact(path)
+        except (OSError, SafetensorError):
+            pass
+        warnings.warn(f"artifact {stage} {key} is damaged and is computed again", DamagedArtifactWarning, stacklevel=2)
+        path.unlink(missing_ok=True)
+        return None
+
+    @contextmanager
+    def lock(self, stage: str, key: str) -> Iterator[None]:
+        """Hold the right to compute a stage; a second process waits. The lock is the kernel's, and is gone with the process."""
+        path = self.root / "locks" / f"{stage}-{key}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+            with suppress(OSError):
+                path.unlink()
+
+    def _write(self, path: Path, data: bytes) -> None:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
+            raise StoreError(f"'{path}' cannot be written: {error.strerror}", "make room, or choose another folder with --results") from error
+
+
+def _read_record(path: Path) -> Record | None:
+    try:
+        return Record.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError, ValueError) as error:
+        warnings.warn(f"record '{path}' cannot be read and counts as missing: {str(error).splitlines()[0]}", UserWarning, stacklevel=3)
+        return None
+
+
+def _read_artifact(path: Path) -> Artifact:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        return Artifact({name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["meta"]))  # noqa: SIM118

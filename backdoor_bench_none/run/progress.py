@@ -1,0 +1,96 @@
+"""Shows a run: bars with a remaining time on a terminal, one line per finished cell elsewhere."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from backdoor_bench_none.executors.base import Event
+from backdoor_bench_none.plan import Plan
+from backdoor_bench_none.results.record import Record
+from backdoor_bench_none.run.jobs import Job, Outcome
+
+#: job kinds as a person reads them, in the order of the bars
+BARS = {"data": "data", "poison": "poison", "victim": "victim", "cell": "defense"}
+
+
+class Lines:
+    """One line per finished cell; quiet: nothing but failures."""
+
+    def __init__(self, console: Console, quiet: bool = False) -> None:
+        self.console = console
+        self.quiet = quiet
+        self._left = 0
+
+    def start(self, plan: Plan, jobs: list[Job], cached: int) -> None:
+        self._left = sum(job.kind == "cell" for job in jobs)
+        if not self.quiet:
+            self._print(f"{plan.config.name}: {self._left} cells to run, {cached} done before, {len(plan.skipped)} skipped")
+
+    def job_started(self, job: Job) -> None:
+        pass
+
+    def job_progress(self, event: Event) -> None:
+        pass
+
+    def job_finished(self, job: Job, outcome: Outcome) -> None:
+        pass
+
+    def cell_finished(self, record: Record) -> None:
+        self._left -= 1
+        if not self.quiet or record.status != "done":
+            self._print(describe_record(record) + f"  ({self._left} left)")
+
+    def note(self, text: str) -> None:
+        self._print(text)
+
+    def stop(self) -> None:
+        pass
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class Bars(Lines):
+    """A bar per kind of job, and one for every job that runs."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._progress = Progress(TextColumn("{task.description}"), *columns, console=console, transient=True)
+        self._bars: dict[str, TaskID] = {}
+        self._jobs: dict[str, TaskID] = {}
+
+    def start(self, plan: Plan, jobs: list[Job], cached: int) -> None:
+        super().start(plan, jobs, cached)
+        kinds = [job.kind for job in jobs]
+        self._bars = {k: self._progress.add_task(name, total=kinds.count(k)) for k, name in BARS.items() if k in kinds}
+        self._progress.start()
+
+    def job_started(self, job: Job) -> None:
+        self._jobs[job.id] = self._progress.add_task(f"  [dim]{BARS[job.kind]} {job.title}", total=None)
+
+    def job_progress(self, event: Event) -> None:
+        self._progress.update(self._jobs[event.job], completed=event.done, total=event.total)
+
+    def job_finished(self, job: Job, outcome: Outcome) -> None:
+        if job.id in self._jobs:
+            self._progress.remove_task(self._jobs.pop(job.id))
+        self._progress.advance(self._bars[job.kind])
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+def describe_record(record: Record) -> str:
+    """One line: how a cell ended."""
+    if record.counts is None:
+        return f"{record.status.upper():7} {record.key}  {record.title} - {record.reason}"
+    counts = record.counts
+    parts = [f"BA {counts.benign_accuracy.rate:.3f}"]
+    if counts.attack_success_rate is not None:
+        parts.append(f"ASR {counts.attack_success_rate.rate:.3f}")
+    if record.detection is not None and record.detection.tpr is not None and record.detection.fpr is not None:
+        parts.append(f"TPR {record.detection.tpr:.3f} FPR {record.detection.fpr:.3f}")
+    parts.append(f"{record.costs['defense'].seconds:.1f} s")
+    return f"done    {record.key}  {record.title}  {'  '.join(parts)}"

@@ -1,0 +1,209 @@
+"""Runs a plan: decides what is left to do, packs it into jobs, and sees to it that every cell ends with a record."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Literal, Protocol, cast
+
+from backdoor_bench_none.cell import Cell
+from backdoor_bench_none.executors.base import Event, Executor
+from backdoor_bench_none.plan import Plan
+from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.results.record import Failure, Record
+from backdoor_bench_none.results.store import Store
+from backdoor_bench_none.run.jobs import Job, JobKind, Outcome, Settings
+from backdoor_bench_none.run.scheduler import Scheduler
+
+#: which cells to run: those without numbers, those that failed, or all again
+Only = Literal["missing", "failed", "all"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is to be carried out."""
+
+    results: Path
+    device: str = "auto"
+    slots: int | None = None
+    only: Only = "missing"
+    max_failures: int | None = None
+
+
+class Reporter(Protocol):
+    """Shows a run to a person."""
+
+    def start(self, plan: Plan, jobs: list[Job], cached: int) -> None:
+        """The run begins; `cached` cells have their numbers already."""
+
+    def job_started(self, job: Job) -> None:
+        """A job begins."""
+
+    def job_progress(self, event: Event) -> None:
+        """A job has done some epochs."""
+
+    def job_finished(self, job: Job, outcome: Outcome) -> None:
+        """A job ended."""
+
+    def cell_finished(self, record: Record) -> None:
+        """A cell has its record."""
+
+    def note(self, text: str) -> None:
+        """Something a person should know."""
+
+    def stop(self) -> None:
+        """The run ended, however it did."""
+
+
+@dataclass
+class Summary:
+    """How a run ended."""
+
+    done: int = 0
+    cached: int = 0
+    skipped: int = 0
+    not_run: int = 0
+    failed: list[Record] = field(default_factory=list)
+    seconds: float = 0.0
+    interrupted: bool = False
+
+
+def run_plan(plan: Plan, registry: Registry, options: Options, reporter: Reporter) -> Summary:
+    """Run what is left of `plan` and return how it ended; the records are in the results folder."""
+    store = Store(options.results)
+    store.create()
+    started = time.monotonic()
+    todo = [cell for cell in choose_cells(plan, store, options.only) if cell.key not in plan.skipped]
+    summary = Summary(skipped=len(plan.skipped), cached=len(plan.cells) - len(plan.skipped) - len(todo))
+    for cell in plan.cells:
+        if cell.key in plan.skipped:
+            _record_skip(store, cell, plan.skipped[cell.key], registry)
+    if options.only == "all":
+        _forget(store, todo)
+    jobs = pack_jobs(todo, store)
+    executor = cast("Executor", _executor(plan, registry, options))
+    settings = Settings(options.results, options.device, plan.config.budget.cell_timeout, registry.plugins.bbnfile)
+    reporter.start(plan, jobs, summary.cached)
+    try:
+        with executor.open(settings) as pool, _count_interrupts(reporter) as interrupts:
+            scheduler = Scheduler(jobs, pool, reporter.job_progress, reporter.job_started)
+            cells = {cell.key: cell for cell in todo}
+
+            def keep_going() -> bool:
+                return not interrupts and (options.max_failures is None or len(summary.failed) < options.max_failures)
+
+            for job, outcome in scheduler.run(keep_going):
+                _tell(reporter, job, outcome)
+                if job.kind == "cell":
+                    _finish(cells[job.id.partition(":")[2]], outcome, store, registry, reporter, summary)
+            summary.interrupted = bool(interrupts)
+    except KeyboardInterrupt:
+        summary.interrupted = True
+    finally:
+        reporter.stop()
+    summary.not_run = len(todo) - summary.done - len(summary.failed)
+    summary.seconds = time.monotonic() - started
+    return summary
+
+
+def choose_cells(plan: Plan, store: Store, only: Only) -> list[Cell]:
+    """The cells to run. A failed cell counts as missing."""
+    if only == "all":
+        return plan.cells
+    statuses = {cell.key: record.status if (record := store.read_record(cell.key)) else None for cell in plan.cells}
+    if only == "failed":
+        return [cell for cell in plan.cells if statuses[cell.key] in ("failed", "timeout")]
+    return [cell for cell in plan.cells if statuses[cell.key] != "done"]
+
+
+def pack_jobs(cells: list[Cell], store: Store) -> list[Job]:
+    """One job per cell, and one per shared stage that is not there yet, each before the jobs that need it."""
+    jobs: dict[str, Job] = {}
+
+    def add(kind: JobKind, key: str, cell: Cell, needs: tuple[str, ...]) -> tuple[str, ...]:
+        """The id to wait for, or nothing if the artifact is there already."""
+        job_id = f"{kind}:{key}"
+        if job_id not in jobs:
+            if kind != "cell" and store.find_artifact(kind, key) is not None:
+                return ()
+            jobs[job_id] = Job(job_id, kind, cell.title, cell.spec(), needs)
+        return (job_id,)
+
+    for cell in cells:
+        needs = add("data", cell.data_key, cell, ())
+        needs = add("poison", cell.poison_key, cell, needs)
+        if cell.the_defense.starts_from_victim:
+            needs = add("victim", cell.victim_key, cell, needs)
+        add("cell", cell.key, cell, needs)
+    return list(jobs.values())
+
+
+def _executor(plan: Plan, registry: Registry, options: Options) -> object:
+    entry = plan.config.executor
+    params = entry.params if options.slots is None else {**entry.params, "slots": options.slots}
+    return registry.create("executor", entry.name, params)
+
+
+def _forget(store: Store, cells: list[Cell]) -> None:
+    """Remove the artifacts that lead to `cells`, so that everything but the data set is computed again."""
+    for cell in cells:
+        for stage in ("poison", "victim", "defense"):
+            if path := store.find_artifact(stage, getattr(cell, f"{stage}_key")):
+                path.unlink(missing_ok=True)
+
+
+def _finish(
+    cell: Cell, outcome: Outcome, store: Store, registry: Registry, reporter: Reporter, summary: Summary
+) -> None:
+    record = store.read_record(cell.key) if outcome.status == "done" else None
+    if record is None:
+        failure = Failure(type=outcome.error, message=outcome.message, traceback=outcome.traceback)
+        status: Literal["failed", "timeout"] = "timeout" if outcome.status == "timeout" else "failed"
+        reason = f"{outcome.error}: {outcome.message}" if outcome.traceback else outcome.message
+        record = Record.of(cell, status, reason=reason.splitlines()[0] if reason else status, failure=failure)
+        store.write_record(record)
+        summary.failed.append(record)
+    else:
+        summary.done += 1
+    reporter.cell_finished(record)
+    registry.plugins.cell_finished(cell, record)
+
+
+def _record_skip(store: Store, cell: Cell, reason: str, registry: Registry) -> None:
+    record = Record.of(cell, "skipped", reason=reason)
+    if store.read_record(cell.key) != record:
+        store.write_record(record)
+        registry.plugins.cell_finished(cell, record)
+
+
+def _tell(reporter: Reporter, job: Job, outcome: Outcome) -> None:
+    reporter.job_finished(job, outcome)
+    for text in outcome.warnings:
+        reporter.note(text)
+
+
+@contextmanager
+def _count_interrupts(reporter: Reporter) -> Iterator[list[int]]:
+    """Ctrl-C once: the list is no longer empty, and what runs is finished; twice: `KeyboardInterrupt`."""
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+        reporter.note("stopping: the running stages are finished and kept; Ctrl-C again stops at once")
+
+    try:
+        before = signal.signal(signal.SIGINT, receive)
+    except ValueError:  # not the main thread: the caller has its own way to stop
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,21 @@
+"""Seeds and content keys: both are hashes of everything they should depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+
+def canonical_json(value: object) -> str:
+    """`value` as JSON that is equal for equal values."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def content_key(*parts: object) -> str:
+    """The first 16 hexadecimal digits of the sha256 of `parts`."""
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:16]
+
+
+def derive_seed(*parts: object) -> int:
+    """A seed in 0..2**63-1 that is a function of `parts` alone, so that equal cells draw equal numbers on any machine."""
+    return int.from_bytes(hashlib.sha256(canonical_json(parts).encode()).digest()[:8]) >> 1

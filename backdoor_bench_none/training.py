@@ -1,0 +1,234 @@
+"""The one training loop, for CPU and CUDA: the data set lies on the device as uint8, every step is a handful of batched tensor operations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from backdoor_bench_none.component import Component
+from backdoor_bench_none.context import Context
+from backdoor_bench_none.data.dataset import DatasetInfo, ImageSet
+from backdoor_bench_none.errors import TrainingError
+from backdoor_bench_none.recipe import Recipe
+
+#: images per forward pass without gradients
+INFERENCE_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's data on the device: normalised `images` (B, C, H, W), `labels` (B,), and their `indices` (B,) in the training set."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+#: computes the loss of a batch, a scalar that the loop differentiates
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean cross entropy of the batch."""
+    return F.cross_entropy(model(batch.images), batch.labels)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Turns uint8 images into what networks see: scaled to 0..1, normalised per channel, and in training cropped and flipped."""
+
+    scale: Tensor  # (C, 1, 1)
+    shift: Tensor  # (C, 1, 1)
+    crop_padding: int
+    flip: bool
+
+    @classmethod
+    def of(cls, info: DatasetInfo, device: torch.device) -> Pixels:
+        """The normalisation and augmentation of a data set."""
+        mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (info.mean, info.std))
+        return cls(1 / (255 * std), -mean / std, info.crop_padding, info.flip)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) uint8 -> float32, zero mean and unit deviation, channels last."""
+        return torch.addcmul(self.shift, images, self.scale).contiguous(memory_format=torch.channels_last)
+
+    def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Crop out of a zero-padded image and flip, each image on its own; images (N, C, H, W) uint8."""
+        count, _, height, width = images.shape
+        if not self.crop_padding and not self.flip:
+            return images
+        padding = self.crop_padding
+        top, left = (torch.randint(2 * padding + 1, (count, 1), generator=generator) for _ in range(2))
+        flipped = torch.rand(count, 1, generator=generator) < 0.5 * self.flip
+        rows = top + torch.arange(height)  # (N, H)
+        columns = left + torch.where(flipped, torch.arange(width - 1, -1, -1), torch.arange(width))
+        rows, columns = (positions.to(images.device, non_blocking=True) for positions in (rows, columns))
+        padded = F.pad(images, (padding,) * 4)
+        samples = torch.arange(count, device=images.device)
+        # advanced indices around a slice: (N, H, W, C), which is channels last already
+        return padded[samples[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """A training set on the device, and how its pixels are prepared."""
+
+    images: ImageSet
+    info: DatasetInfo
+    pixels: Pixels
+
+    @classmethod
+    def of(cls, images: ImageSet, info: DatasetInfo, device: torch.device) -> TrainingData:
+        """`images` moved to `device`."""
+        return cls(images.to(device), info, Pixels.of(info, device))
+
+
+@dataclass
+class History:
+    """The mean training loss of every epoch."""
+
+    losses: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What a defense may change about training; the defaults are plain training on all samples."""
+
+    #: indices (k,) of the samples to train on; all of them by default
+    keep: Tensor | None = None
+    #: leave BatchNorm's running statistics as they are (its affine parameters still train)
+    freeze_batchnorm: bool = False
+    loss: Loss = cross_entropy
+
+
+class Trainer(Component):
+    """Base of all trainers: they fit a model to data; a defense trains through one and nothing else."""
+
+    def fit(self, model: nn.Module, data: TrainingData, recipe: Recipe, context: Context, options: FitOptions) -> History:
+        """Train `model` in place."""
+        raise NotImplementedError
+
+
+class Centralized(Trainer):
+    """All data in one place: SGD over shuffled batches."""
+
+    def fit(self, model: nn.Module, data: TrainingData, recipe: Recipe, context: Context, options: FitOptions) -> History:
+        """Train `model` in place; raises `TrainingError` when the loss is not finite."""
+        with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
+            torch.manual_seed(context.seed)  # dropout draws from the global generator
+            return self._fit(model, data, recipe, context, options)
+
+    def _fit(self, model: nn.Module, data: TrainingData, recipe: Recipe, context: Context, options: FitOptions) -> History:
+        generator = context.generator("fit")
+        indices = torch.arange(len(data.images)) if options.keep is None else options.keep.cpu()
+        steps_per_epoch = max(1, len(indices) // recipe.batch_size)
+        model.to(context.device, memory_format=torch.channels_last)
+        optimizer = _make_optimizer(model, recipe)
+        forward = torch.compile(model) if recipe.compile else model
+        history = History()
+        for epoch in range(recipe.epochs):
+            _set_train_mode(model, options.freeze_batchnorm)
+            total = torch.zeros((), device=context.device)
+            for step, batch in enumerate(_batches(data, indices, recipe, generator)):
+                _set_lr(optimizer, recipe.lr_at(epoch * steps_per_epoch + step, steps_per_epoch))
+                total += _step(forward, batch, optimizer, recipe, context, options.loss)
+            history.losses.append(_finite(total.item() / steps_per_epoch, epoch))
+            context.log("loss", history.losses[-1], epoch)
+            context.progress(epoch + 1, recipe.epochs)
+            context.check_deadline()
+        model.eval()
+        return history
+
+
+def _batches(data: TrainingData, indices: Tensor, recipe: Recipe, generator: torch.Generator) -> Iterator[Batch]:
+    device = data.images.labels.device
+    order = indices[torch.randperm(len(indices), generator=generator)].to(device)
+    whole = len(order) // recipe.batch_size * recipe.batch_size or len(order)
+    for chosen in order[:whole].split(recipe.batch_size):
+        images = data.images.images[chosen]
+        if recipe.augment:
+            images = data.pixels.augment(images, generator)
+        yield Batch(data.pixels.normalize(images), data.images.labels[chosen], chosen)
+
+
+def _step(
+    model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, recipe: Recipe, context: Context, loss_of: Loss
+) -> Tensor:
+    with context.autocast():
+        loss = loss_of(model, batch)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    if recipe.clip_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+    optimizer.step()
+    return loss.detach()
+
+
+def _make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    head = set(map(id, last_layer(model).parameters()))
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        bias = name.endswith("bias") and recipe.bias_lr_factor != 1
+        factor = (recipe.bias_lr_factor if bias else 1.0) * (recipe.head_lr_factor if id(parameter) in head else 1.0)
+        groups.setdefault((factor, 0.0 if bias else recipe.weight_decay), []).append(parameter)
+    parameters = [{"params": p, "factor": factor, "weight_decay": decay} for (factor, decay), p in groups.items()]
+    momentum, nesterov = recipe.momentum, recipe.nesterov and recipe.momentum > 0
+    return torch.optim.SGD(parameters, lr=recipe.lr, momentum=momentum, nesterov=nesterov, fused=True)
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
+
+
+def _set_train_mode(model: nn.Module, freeze_batchnorm: bool) -> None:
+    model.train()
+    if freeze_batchnorm:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+
+def _finite(loss: float, epoch: int) -> float:
+    if not math.isfinite(loss):
+        raise TrainingError(f"failed to train: the loss is not finite in epoch {epoch + 1}", "lower recipe.lr or set recipe.clip_norm")
+    return loss
+
+
+def check_learned(history: History, num_classes: int) -> None:
+    """Raise `TrainingError` if the last epoch's loss is no better than guessing, ln K."""
+    if history.losses[-1] > 0.98 * math.log(num_classes):
+        raise TrainingError(
+            f"failed to train: the loss stayed at chance level ({history.losses[-1]:.3f}, ln {num_classes} is {math.log(num_classes):.3f})",
+            "change recipe.lr, recipe.clip_norm or recipe.epochs",
+        )
+
+
+def last_layer(model: nn.Module) -> nn.Module:
+    """The last convolution or linear layer in definition order: the one that makes the logits."""
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
+    if not layers:
+        raise TrainingError("the network has no convolution and no linear layer")
+    return layers[-1]
+
+
+def iterate_normalized(images: Tensor, pixels: Pixels, batch_size: int = INFERENCE_BATCH) -> Iterator[Tensor]:
+    """`images` (N, C, H, W) uint8 in order, in normalised batches."""
+    for chunk in images.split(batch_size):
+        yield pixels.normalize(chunk)
+
+
+@torch.inference_mode()
+def predict_logits(model: nn.Module, images: Tensor, pixels: Pixels, context: Context) -> Tensor:
+    """Logits (N, K) float32 of `images` (N, C, H, W) uint8, in order, in eval mode, in the precision of `context`."""
+    model.eval()
+    images = images.to(context.device)
+    with context.autocast():
+        logits = [model(batch).float() for batch in iterate_normalized(images, pixels)]
+    return torch.cat(logits) if logits else torch.empty(0, device=context.device)

@@ -1,0 +1,153 @@
+"""The trigger of Eq. 1, `x' = (1 - m) * x + m * t`, and the kinds of trigger the paper uses (Fig. 3, Table 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from backdoor_bench_none.errors import ConfigError
+
+#: (C, H, W)
+Shape = tuple[int, int, int]
+Color = tuple[int, int, int]
+#: draws on an image (H, W) or (H, W, 3) with an ink and a thickness
+Stroke = Callable[[NDArray[np.uint8], "Color | int", int], None]
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """Eq. 1: `mask` (1|C, H, W) and `pattern` (C, H, W), float in [0, 1]; with a leading N, one trigger per image.
+
+    A binary mask is the paper's (Theorem 3.3 needs it): then stamping is idempotent. Opacity below 1 is a blend.
+    """
+
+    mask: Tensor
+    pattern: Tensor
+
+    def __post_init__(self) -> None:
+        if self.mask.shape[-2:] != self.pattern.shape[-2:]:
+            raise ConfigError(f"mask {tuple(self.mask.shape)} and pattern {tuple(self.pattern.shape)} differ in size")
+        for name, tensor in (("mask", self.mask), ("pattern", self.pattern)):
+            if not tensor.is_floating_point() or tensor.min() < 0 or tensor.max() > 1:
+                raise ConfigError(f"the trigger's {name} must be float in [0, 1]")
+
+    @cached_property
+    def is_binary(self) -> bool:
+        """Whether the mask is 0 or 1 everywhere."""
+        return bool(((self.mask == 0) | (self.mask == 1)).all())
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Stamp `images` (N, C, H, W), uint8 in 0..255 or float in [0, 1]; returns new images of the same type, rounded if uint8."""
+        if images.shape[-2:] != self.mask.shape[-2:]:
+            raise ConfigError(f"the trigger is made for images of {tuple(self.mask.shape[-2:])}, not {tuple(images.shape[-2:])}")
+        mask, pattern = self.mask.to(images.device), self.pattern.to(images.device)
+        if images.dtype != torch.uint8:
+            return (1 - mask) * images + mask * pattern
+        if self.is_binary:
+            return torch.where(mask.bool(), (pattern * 255).round().to(torch.uint8), images)
+        return ((1 - mask) * images + mask * pattern * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def label_consistent_tile(size: int = 3) -> Tensor:
+    """The black and white corner pattern of the label-consistent attack (1, size, size), enlarged from 3x3 to the nearest pixel."""
+    tile = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
+    return F.interpolate(tile[None, None], size=(size, size), mode="nearest")[0]
+
+
+def solid_tile(size: int, color: Color, channels: int) -> Tensor:
+    """A square of one RGB colour in 0..255 (channels, size, size); on one channel, its brightest component."""
+    values = torch.tensor(color, dtype=torch.float32) / 255
+    values = values if channels == 3 else values.max().expand(channels)
+    return values[:, None, None].expand(channels, size, size).clone()
+
+
+def place(shape: Shape, tile: Tensor, row: int, column: int, opacity: float = 1.0) -> Trigger:
+    """`tile` (1|C, h, w) at `row`, `column`, which count from the far edges when negative (-1: flush with the edge)."""
+    rows, columns = _inside(shape, tile, torch.tensor([row]), torch.tensor([column]))
+    batch = place_each(shape, tile, rows, columns, opacity)
+    return Trigger(batch.mask[0], batch.pattern[0])
+
+
+def place_each(shape: Shape, tile: Tensor, rows: Tensor, columns: Tensor, opacity: float = 1.0) -> Trigger:
+    """One trigger per image: `tile` with its top left pixel at `rows` (N,), `columns` (N,)."""
+    channels, height, width = shape
+    tile_height, tile_width = tile.shape[-2:]
+    down = torch.arange(height) - rows[:, None]  # (N, H): row inside the tile
+    right = torch.arange(width) - columns[:, None]  # (N, W)
+    inside = ((down >= 0) & (down < tile_height))[:, :, None] & ((right >= 0) & (right < tile_width))[:, None, :]
+    down, right = down.clamp(0, tile_height - 1), right.clamp(0, tile_width - 1)
+    full = tile.expand(channels, -1, -1)
+    pattern = full[:, down[:, :, None], right[:, None, :]].transpose(0, 1)  # (N, C, H, W)
+    mask = inside[:, None].to(torch.float32)
+    return Trigger(mask * opacity, pattern * mask)
+
+
+def _inside(shape: Shape, tile: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Non-negative places, checked to keep the tile within the image."""
+    placed = []
+    for positions, extent, length in ((rows, shape[1], tile.shape[-2]), (columns, shape[2], tile.shape[-1])):
+        start = torch.where(positions < 0, positions + 1 + extent - length, positions)
+        if length > extent or start.min() < 0 or start.max() > extent - length:
+            raise ConfigError(f"a trigger of {length} pixels at {int(positions[0])} does not fit into {extent} pixels")
+        placed.append(start)
+    return placed[0], placed[1]
+
+
+def random_places(shape: Shape, size: int, indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Uniform top left places of a `size` x `size` tile for the samples `indices` (N,), each a function of (seed, index) alone."""
+    if size > min(shape[1:]):
+        raise ConfigError(f"a trigger of {size} pixels does not fit into {shape[1]}x{shape[2]} pixels")
+    count = int(indices.max()) + 1 if len(indices) else 0
+    highest = [shape[1] - size, shape[2] - size]
+    drawn = np.random.default_rng(seed).integers(0, highest, size=(count, 2), endpoint=True)
+    chosen = torch.from_numpy(drawn)[indices]
+    return chosen[:, 0], chosen[:, 1]
+
+
+def watermark(shape: Shape, opacity: float = 1.0) -> Trigger:
+    """Glyphs of several colours and outlines across the whole image, drawn with OpenCV without antialiasing, so that the mask is binary."""
+    channels, height, width = shape
+    canvas = np.zeros((height, width, 3), np.uint8)
+    mask = np.zeros((height, width), np.uint8)
+    thickness = max(1, min(height, width) // 48)
+    strokes: list[tuple[Stroke, Color]] = [
+        (_text("TROJ", 0.42), (255, 64, 64)),
+        (_text("NONE", 0.88), (64, 224, 64)),
+        (_circle, (64, 128, 255)),
+        (_diagonal, (255, 224, 32)),
+    ]
+    for draw, color in strokes:
+        draw(canvas, color, thickness)
+        draw(mask, 255, thickness)
+    pattern = torch.from_numpy(canvas).permute(2, 0, 1).float() / 255
+    if channels == 1:
+        pattern = pattern.amax(dim=0, keepdim=True)
+    return Trigger(torch.from_numpy(mask)[None].float() / 255 * opacity, pattern)
+
+
+def _text(word: str, baseline: float) -> Stroke:
+    def draw(image: NDArray[np.uint8], ink: Color | int, thickness: int) -> None:
+        height, width = image.shape[:2]
+        (drawn_width, _), _ = cv2.getTextSize(word, cv2.FONT_HERSHEY_SIMPLEX, 1.0, 1)
+        scale = 0.95 * width / drawn_width
+        cv2.putText(image, word, (0, int(baseline * height)), cv2.FONT_HERSHEY_SIMPLEX, scale, ink, thickness, cv2.LINE_8)
+
+    return draw
+
+
+def _circle(image: NDArray[np.uint8], ink: Color | int, thickness: int) -> None:
+    height, width = image.shape[:2]
+    cv2.circle(image, (width * 3 // 4, height // 2), min(height, width) // 6, ink, thickness, cv2.LINE_8)
+
+
+def _diagonal(image: NDArray[np.uint8], ink: Color | int, thickness: int) -> None:
+    height, width = image.shape[:2]
+    cv2.line(image, (0, height - 1), (width - 1, 0), ink, thickness, cv2.LINE_8)
