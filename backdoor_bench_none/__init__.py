@@ -1,6 +1,7 @@
 """Crosses backdoor attacks and defenses, NONE among them, into comparison matrices people can trust.
 
-What the author of a plugin needs is here, imported when it is first used: `from backdoor_bench_none import Defense, hookimpl`.
+What the author of a plugin needs is here, imported when it is first used: `from backdoor_bench_none import Defense,
+hookimpl`.
 """
 
 from __future__ import annotations

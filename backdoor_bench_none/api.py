@@ -18,9 +18,10 @@ from backdoor_bench_none.training import Batch, FitOptions, History, Trainer, Tr
 from backdoor_bench_none.trigger import Trigger
 
 __all__ = [
-    "BASES", "Activation", "Architecture", "Attack", "AttackTask", "Batch", "Component", "Context", "Dataset", "DatasetInfo", "Defense", "DefenseResult",
-    "DefenseTask", "Evaluation", "Executor", "FitOptions", "History", "ImageSet", "Incidental", "LabelMode", "Metric", "ModelSpec", "PoisonedSamples",
-    "Recipe", "Stage", "Trainer", "TrainingData", "Trigger", "TriggerAttack", "cross_entropy", "hookimpl",
+    "BASES", "Activation", "Architecture", "Attack", "AttackTask", "Batch", "Component", "Context", "Dataset",
+    "DatasetInfo", "Defense", "DefenseResult", "DefenseTask", "Evaluation", "Executor", "FitOptions", "History",
+    "ImageSet", "Incidental", "LabelMode", "Metric", "ModelSpec", "PoisonedSamples", "Recipe", "Stage", "Trainer",
+    "TrainingData", "Trigger", "TriggerAttack", "cross_entropy", "hookimpl",
 ]  # fmt: skip
 
 #: The base class of each kind of component.

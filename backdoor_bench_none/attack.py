@@ -32,7 +32,9 @@ class AttackTask:
 
 @dataclass(frozen=True)
 class PoisonedSamples:
-    """Samples that stand at `indices` (k,) int64 of the original set: `images` (k, C, H, W) uint8, `labels` (k,) int64."""
+    """Samples that stand at `indices` (k,) int64 of the original set: `images` (k, C, H, W) uint8, `labels` (k,)
+    int64.
+    """
 
     indices: Tensor
     images: Tensor
@@ -69,7 +71,9 @@ class Attack(Component):
         raise NotImplementedError
 
     def attack_test(self, task: AttackTask) -> PoisonedSamples:
-        """The test samples whose label the attack would change, triggered, with the labels it wants: the denominator of ASR."""
+        """The test samples whose label the attack would change, triggered, with the labels it wants: the denominator of
+        ASR.
+        """
         raise NotImplementedError
 
     def preview(self, task: AttackTask) -> Tensor:
@@ -81,8 +85,12 @@ class TriggerAttack(Attack):
     """An attack that stamps a trigger: write `trigger`, or `trigger_each` when every sample bears its own."""
 
     poison_rate: float = Field(0.05, ge=0, le=1, description="share of the whole training set that is poisoned")
-    target: int | None = Field(None, ge=0, description="label all triggered images get; default: the paper's for the data set")
-    label_mode: LabelMode = Field("all_to_one", description="all_to_one: every label becomes target; all_to_all: y becomes (y + 1) mod K")
+    target: int | None = Field(
+        None, ge=0, description="label all triggered images get; default: the paper's for the data set"
+    )
+    label_mode: LabelMode = Field(
+        "all_to_one", description="all_to_one: every label becomes target; all_to_all: y becomes (y + 1) mod K"
+    )
 
     def trigger(self, info: DatasetInfo) -> Trigger:
         """The trigger for images of `info.shape`."""

@@ -40,7 +40,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Cell:
-    """dataset x attack x defense x architecture x activation x trainer x seed, with the recipe its networks are trained by.
+    """dataset x attack x defense x architecture x activation x trainer x seed, with the recipe its networks are trained
+    by.
 
     The attack is resolved for the data set; `fingerprint` is the data's sha256, None while it is not on this machine.
     """
@@ -71,7 +72,9 @@ class Cell:
     @cached_property
     def initial_key(self) -> str:
         """The initial weights: equal for all attacks and defenses of a seed."""
-        return content_key("initial", self.dataset.identity, self.architecture.identity, self.activation.identity, self.seed)
+        return content_key(
+            "initial", self.dataset.identity, self.architecture.identity, self.activation.identity, self.seed
+        )
 
     @cached_property
     def victim_key(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -29,6 +30,11 @@ class Component(BaseModel):
         fields = type(self).model_fields
         incidental = {name for name, field in fields.items() if Incidental in field.metadata}
         return {"revision": self.revision, "params": self.model_dump(mode="json", exclude=incidental)}
+
+    @classmethod
+    def facts(cls) -> Mapping[str, str]:
+        """What `bbn show` says besides parameters and paper."""
+        return {}
 
     def skip(self, cell: Cell) -> str | None:
         """The reason why this component cannot be part of `cell`, shown in the tables; None if it can."""

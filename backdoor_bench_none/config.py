@@ -40,8 +40,17 @@ def _listed(value: object) -> object:
     return value if isinstance(value, list) else [value]
 
 
+def _flatten(value: object) -> object:
+    """`{name: local, slots: 2}` -> name and params, as executors are written without a `params` level."""
+    if isinstance(value, dict) and "name" in value and "params" not in value:
+        return {"name": value["name"], "params": {k: v for k, v in value.items() if k != "name"}}
+    return _named(value)
+
+
 class Entry(_Strict):
-    """One value of an axis: a name, or a mapping with parameters; `sweep` makes one entry per combination of its values."""
+    """One value of an axis: a name, or a mapping with parameters; `sweep` makes one entry per combination of its
+    values.
+    """
 
     name: str
     params: dict[str, Any] = {}
@@ -98,14 +107,7 @@ class Config(_Strict):
     defaults: dict[str, dict[str, dict[str, Any]]] = {}
     metrics: list[AnEntry] = []
     budget: Budget = Budget()
-    executor: Annotated[Entry, BeforeValidator(lambda value: _flatten(value))] = Entry(name="local")
-
-
-def _flatten(value: object) -> object:
-    """`{name: local, slots: 2}` -> name and params, as executors are written without a `params` level."""
-    if isinstance(value, dict) and "name" in value and "params" not in value:
-        return {"name": value["name"], "params": {k: v for k, v in value.items() if k != "name"}}
-    return _named(value)
+    executor: Annotated[Entry, BeforeValidator(_flatten)] = Entry(name="local")
 
 
 class Source:
@@ -210,7 +212,9 @@ def _explain(fault: Any) -> Fault:  # noqa: ANN401
 
 def _known_keys(location: Location) -> list[str]:
     """The keys allowed beside an unknown one."""
-    model = {"matrix": Matrix, "include": Matrix, "exclude": Exclude, "budget": Budget}.get(str(location[0]), Config)
+    sections: dict[str, type[BaseModel]]
+    sections = {"matrix": Matrix, "include": Matrix, "exclude": Exclude, "budget": Budget}
+    model = sections.get(str(location[0]), Config)
     if len(location) == 1:
         model = Config
     elif model is Matrix and len(location) > 2 + (location[0] == "include"):

@@ -27,8 +27,8 @@ def no_log(name: str, value: float, step: int) -> None:
 class Context:
     """What a stage may know of its surroundings.
 
-    `amp` is the autocast type, or None for float32. `deadline` is in seconds of `time.monotonic`. `log(name, value, step)` records a number,
-    `progress(done, total)` counts epochs.
+    `amp` is the autocast type, or None for float32. `deadline` is in seconds of `time.monotonic`. `log(name, value,
+    step)` records a number, `progress(done, total)` counts epochs.
     """
 
     device: torch.device

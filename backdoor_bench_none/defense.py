@@ -32,7 +32,8 @@ class Stage(StrEnum):
 class DefenseTask:
     """What a defender has: untrusted training data, the trusted images it asked for, and the means to train.
 
-    There is no ground truth of what is poisoned in here, no trigger and no test set. Indices refer to `train` in its original order.
+    There is no ground truth of what is poisoned in here, no trigger and no test set. Indices refer to `train` in its
+    original order.
     """
 
     #: the untrusted training set, on the device
@@ -46,11 +47,15 @@ class DefenseTask:
     load_victim: Callable[[], nn.Module] = field(repr=False)
 
     def new_model(self, draw: int = 0) -> nn.Module:
-        """An initialised network of the cell's architecture and activation, on the device: draw 0 has the initial weights every defense and the victim share."""
+        """An initialised network of the cell's architecture and activation, on the device: draw 0 has the initial
+        weights every defense and the victim share.
+        """
         return self.build(draw)
 
     def victim(self) -> nn.Module:
-        """The network trained on `train` by the cell's recipe, without any defense, on the device: trained once, shared by all defenses of a seed."""
+        """The network trained on `train` by the cell's recipe, without any defense, on the device: trained once, shared
+        by all defenses of a seed.
+        """
         return self.load_victim()
 
     def fit(
@@ -64,7 +69,8 @@ class DefenseTask:
         loss: Loss = cross_entropy,
         **recipe: Any,
     ) -> History:
-        """Train `model` in place by the cell's trainer and recipe; keyword arguments change the recipe, as in `epochs=5`.
+        """Train `model` in place by the cell's trainer and recipe; keyword arguments change the recipe, as in
+        `epochs=5`.
 
         `data` (default `train`) is what to train on; `keep` (k,) int64 the indices of its samples to use.
         """
@@ -77,14 +83,18 @@ class DefenseTask:
         return TrainingData.of(self.train if data is None else data, self.info, context.device)
 
     def predict(self, model: nn.Module, context: Context, data: ImageSet | None = None) -> Tensor:
-        """Logits (N, K) float32 of `data` (default `train`) in its order, in eval mode, without augmentation, in float32."""
+        """Logits (N, K) float32 of `data` (default `train`) in its order, in eval mode, without augmentation, in
+        float32.
+        """
         prepared = self.training_data(data, context)
         return predict_logits(model, prepared.images.images, prepared.pixels, replace(context, amp=None))
 
 
 @dataclass(frozen=True)
 class DefenseResult:
-    """What a defense returns. `flagged` (N,) bool and `scores` (N,) float, higher is more suspicious, index the original training set."""
+    """What a defense returns. `flagged` (N,) bool and `scores` (N,) float, higher is more suspicious, index the
+    original training set.
+    """
 
     model: nn.Module
     flagged: Tensor | None = None
@@ -98,8 +108,9 @@ class DefenseResult:
 class Defense(Component):
     """Base of all defenses: write `run`.
 
-    `stage` says when it acts. `starts_from_victim` says that it begins with the ordinary training of the network; core trains that network once for all
-    defenses that do, and adds its seconds to the cost unless the defense is a repair (`POST_TRAINING`).
+    `stage` says when it acts. `starts_from_victim` says that it begins with the ordinary training of the network; core
+    trains that network once for all defenses that do, and adds its seconds to the cost unless the defense is a repair
+    (`POST_TRAINING`).
     """
 
     stage: ClassVar[Stage]
@@ -107,7 +118,15 @@ class Defense(Component):
     #: what `run` returns besides the model
     returns: ClassVar[tuple[Literal["flagged", "scores", "infected"], ...]] = ()
 
-    clean_fraction: float = Field(0.0, ge=0, le=0, description="share of the training set granted as trusted clean images")
+    clean_fraction: float = Field(
+        0.0, ge=0, le=0, description="share of the training set granted as trusted clean images"
+    )
+
+    @classmethod
+    def facts(cls) -> Mapping[str, str]:
+        """Its stage, what it starts from, and what it returns."""
+        start = "the undefended training" if cls.starts_from_victim else "initial weights"
+        return {"stage": cls.stage, "starts from": start, "returns": ", ".join(("model", *cls.returns))}
 
     def run(self, task: DefenseTask, context: Context) -> DefenseResult:
         """Return a model, in eval mode or not, and what was found out on the way."""

@@ -1,6 +1,7 @@
 """Every hook of backdoor-bench-none. Hooks grow by new keyword arguments only; an implementation may take fewer.
 
-The first group returns a mapping from a snake_case name to a class or to a lazy `"module:Class"` string, imported when the component is first used.
+The first group returns a mapping from a snake_case name to a class or to a lazy `"module:Class"` string, imported when
+the component is first used.
 """
 
 from __future__ import annotations

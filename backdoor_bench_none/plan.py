@@ -31,7 +31,9 @@ class Plan:
 
     def select(self, wanted: Callable[[Cell], bool]) -> Plan:
         """The same plan with only the wanted cells."""
-        return Plan(self.config, [cell for cell in self.cells if wanted(cell)], self.skipped, self.excluded, self.absent)
+        return Plan(
+            self.config, [cell for cell in self.cells if wanted(cell)], self.skipped, self.excluded, self.absent
+        )
 
 
 @dataclass
@@ -79,7 +81,9 @@ class _Planner:
         return {k: v for k, v in self.config.defaults.get(kind, {}).get(name, {}).items() if k != "recipe"}
 
     def recipe(self, dataset: tuple[Choice, Entry, Location], architecture: tuple[Choice, Entry, Location]) -> Recipe:
-        """The recipe of a data set and an architecture: theirs, then `defaults`, then the entries, the later winning."""
+        """The recipe of a data set and an architecture: theirs, then `defaults`, then the entries, the later
+        winning.
+        """
         cache_key = (id(dataset[0]), id(architecture[0]))
         if cache_key not in self._recipes:
             self._recipes[cache_key] = self._make_recipe(dataset, architecture)
@@ -106,7 +110,9 @@ class _Planner:
 
     def _given_recipe(self, given: object, architecture: str, place: Location) -> dict[str, Any]:
         """A recipe's name, or its fields, of which `base` names a recipe to start from."""
-        fields: dict[str, Any] = {"base": given} if isinstance(given, str) else dict(cast("dict[str, Any]", given or {}))
+        fields: dict[str, Any] = (
+            {"base": given} if isinstance(given, str) else dict(cast("dict[str, Any]", given or {}))
+        )
         base = fields.pop("base", "default")
         if base not in NAMED_RECIPES:
             self.faults.append((place, f"unknown recipe '{base}', {did_you_mean(str(base), NAMED_RECIPES)}"))
@@ -124,7 +130,9 @@ def _swept(entry: Entry) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def make_plan(path: Path, registry: Registry, *, need_data: bool = False) -> Plan:
-    """The plan of the benchmark file at `path`; `need_data` downloads what is absent, and fails where that is not possible."""
+    """The plan of the benchmark file at `path`; `need_data` downloads what is absent, and fails where that is not
+    possible.
+    """
     config, source = read_config(path)
     return plan_config(config, source, registry, need_data=need_data)
 
@@ -204,8 +212,15 @@ def _expand(
             planner.faults.append((dataset[2], str(error).replace("\nhint: ", "; ")))
             continue
         attacks = [resolved for attack in axes["attack"] if (resolved := _resolve(attack, info, planner))]
-        rest = (axes["architecture"], axes["activation"], axes["trainer"], attacks, axes["defense"], planner.config.seeds)
-        for architecture, activation, trainer, attack, defense, seed in itertools.product(*rest):
+        rest = (
+            attacks,
+            axes["architecture"],
+            axes["activation"],
+            axes["trainer"],
+            axes["defense"],
+            planner.config.seeds,
+        )
+        for attack, architecture, activation, trainer, defense, seed in itertools.product(*rest):
             yield Cell(
                 dataset[0], attack, defense[0], architecture[0], activation[0], trainer[0],
                 seed, planner.recipe(dataset, architecture), info, fingerprint, metrics,

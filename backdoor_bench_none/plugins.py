@@ -1,4 +1,6 @@
-"""The typed façade over pluggy: loads plugins one by one, keeps the broken ones from harming the others, and remembers who provides what."""
+"""The typed façade over pluggy: loads plugins one by one, keeps the broken ones from harming the others, and remembers
+who provides what.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
 from types import ModuleType
@@ -80,7 +83,9 @@ class Plugins:
     :param disabled: plugin or distribution names to leave out; default: `BBN_DISABLE_PLUGINS`, separated by commas.
     """
 
-    def __init__(self, *, external: bool = True, bbnfile: Path | None = None, disabled: Iterable[str] | None = None) -> None:
+    def __init__(
+        self, *, external: bool = True, bbnfile: Path | None = None, disabled: Iterable[str] | None = None
+    ) -> None:
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self.bbnfile = bbnfile
@@ -91,7 +96,7 @@ class Plugins:
             disabled = filter(None, os.environ.get("BBN_DISABLE_PLUGINS", "").split(","))
         self._disabled = {name.strip() for name in disabled}
         for module in BUILTINS:
-            self._add(_own_provider(module), lambda module=module: importlib.import_module(module))
+            self._add(_own_provider(module), partial(importlib.import_module, module))
         for point in _external_points() if external else ():
             self._add(_provider_of(point), point.load)
         if bbnfile is not None:
@@ -114,12 +119,14 @@ class Plugins:
         for entry in entries:
             self._add_entry(entry)
 
-    def _refuse_newer_api(self, module: Any) -> None:
-        wanted = getattr(module, "bbn_api_version", API_VERSION)
+    def _refuse_newer_api(self, module: object) -> None:
+        wanted: int = getattr(module, "bbn_api_version", API_VERSION)
         if wanted > API_VERSION:
-            raise RuntimeError(f"it needs plugin API {wanted}, this is {API_VERSION}; a newer backdoor-bench-none may have it")
+            raise RuntimeError(
+                f"it needs plugin API {wanted}, this is {API_VERSION}; a newer backdoor-bench-none may have it"
+            )
 
-    def _register(self, module: Any, name: str) -> None:
+    def _register(self, module: object, name: str) -> None:
         self._manager.register(module, name=name)
         self._manager.check_pending()
 
@@ -143,10 +150,13 @@ class Plugins:
                     yield Entry(kind, name, target, provider)
 
     def _add_entry(self, entry: Entry) -> None:
-        """Keep `entry` unless its name is taken by a built-in; two strangers' equal names are both kept, and refused on use."""
+        """Keep `entry` unless its name is taken by a built-in; two strangers' equal names are both kept, and refused on
+        use.
+        """
         taken = next((e.provider for e in self.entries if (e.kind, e.name) == (entry.kind, entry.name)), None)
         if taken is not None:
-            reason = f"{entry.kind} '{entry.name}' is provided by {taken} too; BBN_DISABLE_PLUGINS={entry.provider.plugin} leaves this one out"
+            remedy = f"BBN_DISABLE_PLUGINS={entry.provider.plugin} leaves this one out"
+            reason = f"{entry.kind} '{entry.name}' is provided by {taken} too; {remedy}"
             self.broken.append(Broken(entry.provider, reason))
             warnings.warn(f"plugin {entry.provider}: {reason}", PluginWarning, stacklevel=5)
             if taken.builtin:

@@ -13,14 +13,17 @@ Schedule = Literal["one_cycle", "step", "constant"]
 class Recipe(BaseModel):
     """SGD with momentum and a learning-rate schedule.
 
-    `one_cycle` rises linearly to `lr` over the first `warmup` of all steps and falls linearly to zero. `step` multiplies by `gamma` at the start of each
-    epoch in `milestones` (counted from 1, as in the paper's released code). `constant` stays at `lr`.
+    `one_cycle` rises linearly to `lr` over the first `warmup` of all steps and falls linearly to zero. `step`
+    multiplies by `gamma` at the start of each epoch in `milestones` (counted from 1, as in the paper's released code).
+    `constant` stays at `lr`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     epochs: int = Field(15, ge=1, description="passes over the training set")
-    batch_size: int = Field(128, ge=1, description="images per step; an incomplete last batch is left out unless it is the only one")
+    batch_size: int = Field(
+        128, ge=1, description="images per step; an incomplete last batch is left out unless it is the only one"
+    )
     lr: float = Field(0.1, gt=0, description="highest learning rate")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum")
     nesterov: bool = Field(True, description="Nesterov's form of momentum")
@@ -31,8 +34,12 @@ class Recipe(BaseModel):
     gamma: float = Field(0.1, gt=0, le=1, description="factor of step")
     clip_norm: float | None = Field(None, gt=0, description="highest norm of the gradient, over all parameters")
     augment: bool = Field(True, description="crop and flip as the data set bears it")
-    bias_lr_factor: float = Field(1.0, gt=0, description="learning rate of biases, relative to lr; other than 1 frees biases from weight decay")
-    head_lr_factor: float = Field(1.0, gt=0, description="learning rate of the last convolution or linear layer, relative to lr")
+    bias_lr_factor: float = Field(
+        1.0, gt=0, description="learning rate of biases, relative to lr; other than 1 frees biases from weight decay"
+    )
+    head_lr_factor: float = Field(
+        1.0, gt=0, description="learning rate of the last convolution or linear layer, relative to lr"
+    )
     compile: bool = Field(False, description="torch.compile the network; pays on a GPU in long runs only")
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:

@@ -58,9 +58,13 @@ class Registry:
             loaded = entry.load()
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-            raise PluginError(f"{kind} '{name}' of plugin {entry.provider} cannot be imported: {reason}", hint) from error
+            raise PluginError(
+                f"{kind} '{name}' of plugin {entry.provider} cannot be imported: {reason}", hint
+            ) from error
         if not (isinstance(loaded, type) and issubclass(loaded, BASES[kind])):
-            raise PluginError(f"{kind} '{name}' of plugin {entry.provider} is not a subclass of {BASES[kind].__name__}", hint)
+            raise PluginError(
+                f"{kind} '{name}' of plugin {entry.provider} is not a subclass of {BASES[kind].__name__}", hint
+            )
         return loaded
 
     def create(self, kind: str, name: str, params: Mapping[str, Any] | None = None) -> Component:
@@ -75,7 +79,9 @@ class Registry:
 
 def explain(error: ValidationError, model: type[Any]) -> list[tuple[str, str]]:
     """Pydantic's faults as (dotted path, plain words)."""
-    return [(".".join(str(part) for part in fault["loc"]) or "-", plain_words(fault, model)) for fault in error.errors()]
+    return [
+        (".".join(str(part) for part in fault["loc"]) or "-", plain_words(fault, model)) for fault in error.errors()
+    ]
 
 
 def plain_words(fault: Mapping[str, Any], model: type[Any]) -> str:

@@ -1,4 +1,6 @@
-"""The one training loop, for CPU and CUDA: the data set lies on the device as uint8, every step is a handful of batched tensor operations."""
+"""The one training loop, for CPU and CUDA: the data set lies on the device as uint8, every step is a handful of batched
+tensor operations.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ INFERENCE_BATCH = 512
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's data on the device: normalised `images` (B, C, H, W), `labels` (B,), and their `indices` (B,) in the training set."""
+    """One step's data on the device: normalised `images` (B, C, H, W), `labels` (B,), and their `indices` (B,) in the
+    training set.
+    """
 
     images: Tensor
     labels: Tensor
@@ -41,7 +45,9 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Turns uint8 images into what networks see: scaled to 0..1, normalised per channel, and in training cropped and flipped."""
+    """Turns uint8 images into what networks see: scaled to 0..1, normalised per channel, and in training cropped and
+    flipped.
+    """
 
     scale: Tensor  # (C, 1, 1)
     shift: Tensor  # (C, 1, 1)
@@ -110,7 +116,9 @@ class FitOptions:
 class Trainer(Component):
     """Base of all trainers: they fit a model to data; a defense trains through one and nothing else."""
 
-    def fit(self, model: nn.Module, data: TrainingData, recipe: Recipe, context: Context, options: FitOptions) -> History:
+    def fit(
+        self, model: nn.Module, data: TrainingData, recipe: Recipe, context: Context, options: FitOptions
+    ) -> History:
         """Train `model` in place."""
         raise NotImplementedError
 
@@ -118,26 +126,31 @@ class Trainer(Component):
 class Centralized(Trainer):
     """All data in one place: SGD over shuffled batches."""
 
-    def fit(self, model: nn.Module, data: TrainingData, recipe: Recipe, context: Context, options: FitOptions) -> History:
+    def fit(
+        self, model: nn.Module, data: TrainingData, recipe: Recipe, context: Context, options: FitOptions
+    ) -> History:
         """Train `model` in place; raises `TrainingError` when the loss is not finite."""
         with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
             torch.manual_seed(context.seed)  # dropout draws from the global generator
             return self._fit(model, data, recipe, context, options)
 
-    def _fit(self, model: nn.Module, data: TrainingData, recipe: Recipe, context: Context, options: FitOptions) -> History:
+    def _fit(
+        self, model: nn.Module, data: TrainingData, recipe: Recipe, context: Context, options: FitOptions
+    ) -> History:
         generator = context.generator("fit")
         indices = torch.arange(len(data.images)) if options.keep is None else options.keep.cpu()
         steps_per_epoch = max(1, len(indices) // recipe.batch_size)
-        model.to(context.device, memory_format=torch.channels_last)
+        move(model, context.device)
         optimizer = _make_optimizer(model, recipe)
-        forward = torch.compile(model) if recipe.compile else model
+        if recipe.compile:
+            model.compile()
         history = History()
         for epoch in range(recipe.epochs):
             _set_train_mode(model, options.freeze_batchnorm)
             total = torch.zeros((), device=context.device)
             for step, batch in enumerate(_batches(data, indices, recipe, generator)):
                 _set_lr(optimizer, recipe.lr_at(epoch * steps_per_epoch + step, steps_per_epoch))
-                total += _step(forward, batch, optimizer, recipe, context, options.loss)
+                total += _step(model, batch, optimizer, recipe, context, options.loss)
             history.losses.append(_finite(total.item() / steps_per_epoch, epoch))
             context.log("loss", history.losses[-1], epoch)
             context.progress(epoch + 1, recipe.epochs)
@@ -150,7 +163,7 @@ def _batches(data: TrainingData, indices: Tensor, recipe: Recipe, generator: tor
     device = data.images.labels.device
     order = indices[torch.randperm(len(indices), generator=generator)].to(device)
     whole = len(order) // recipe.batch_size * recipe.batch_size or len(order)
-    for chosen in order[:whole].split(recipe.batch_size):
+    for chosen in torch.split(order[:whole], recipe.batch_size):
         images = data.images.images[chosen]
         if recipe.augment:
             images = data.pixels.augment(images, generator)
@@ -158,16 +171,16 @@ def _batches(data: TrainingData, indices: Tensor, recipe: Recipe, generator: tor
 
 
 def _step(
-    model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, recipe: Recipe, context: Context, loss_of: Loss
+    model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, recipe: Recipe, context: Context, loss: Loss
 ) -> Tensor:
     with context.autocast():
-        loss = loss_of(model, batch)
+        value = loss(model, batch)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    value.backward()  # type: ignore[no-untyped-call]
     if recipe.clip_norm is not None:
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
     optimizer.step()
-    return loss.detach()
+    return value.detach()
 
 
 def _make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
@@ -195,17 +208,25 @@ def _set_train_mode(model: nn.Module, freeze_batchnorm: bool) -> None:
                 module.eval()
 
 
+def move(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` on `device`, in the channels-last layout."""
+    return model.to(device).to(memory_format=torch.channels_last)
+
+
 def _finite(loss: float, epoch: int) -> float:
     if not math.isfinite(loss):
-        raise TrainingError(f"failed to train: the loss is not finite in epoch {epoch + 1}", "lower recipe.lr or set recipe.clip_norm")
+        raise TrainingError(
+            f"failed to train: the loss is not finite in epoch {epoch + 1}", "lower recipe.lr or set recipe.clip_norm"
+        )
     return loss
 
 
 def check_learned(history: History, num_classes: int) -> None:
     """Raise `TrainingError` if the last epoch's loss is no better than guessing, ln K."""
-    if history.losses[-1] > 0.98 * math.log(num_classes):
+    chance, last = math.log(num_classes), history.losses[-1]
+    if last > 0.98 * chance:
         raise TrainingError(
-            f"failed to train: the loss stayed at chance level ({history.losses[-1]:.3f}, ln {num_classes} is {math.log(num_classes):.3f})",
+            f"failed to train: the loss stayed at chance level ({last:.3f}, ln {num_classes} is {chance:.3f})",
             "change recipe.lr, recipe.clip_norm or recipe.epochs",
         )
 
@@ -220,7 +241,7 @@ def last_layer(model: nn.Module) -> nn.Module:
 
 def iterate_normalized(images: Tensor, pixels: Pixels, batch_size: int = INFERENCE_BATCH) -> Iterator[Tensor]:
     """`images` (N, C, H, W) uint8 in order, in normalised batches."""
-    for chunk in images.split(batch_size):
+    for chunk in torch.split(images, batch_size):
         yield pixels.normalize(chunk)
 
 

@@ -45,9 +45,13 @@ class Trigger:
         return bool(((self.mask == 0) | (self.mask == 1)).all())
 
     def apply(self, images: Tensor) -> Tensor:
-        """Stamp `images` (N, C, H, W), uint8 in 0..255 or float in [0, 1]; returns new images of the same type, rounded if uint8."""
+        """Stamp `images` (N, C, H, W), uint8 in 0..255 or float in [0, 1]; returns new images of the same type, rounded
+        if uint8.
+        """
         if images.shape[-2:] != self.mask.shape[-2:]:
-            raise ConfigError(f"the trigger is made for images of {tuple(self.mask.shape[-2:])}, not {tuple(images.shape[-2:])}")
+            raise ConfigError(
+                f"the trigger is made for images of {tuple(self.mask.shape[-2:])}, not {tuple(images.shape[-2:])}"
+            )
         mask, pattern = self.mask.to(images.device), self.pattern.to(images.device)
         if images.dtype != torch.uint8:
             return (1 - mask) * images + mask * pattern
@@ -57,7 +61,9 @@ class Trigger:
 
 
 def label_consistent_tile(size: int = 3) -> Tensor:
-    """The black and white corner pattern of the label-consistent attack (1, size, size), enlarged from 3x3 to the nearest pixel."""
+    """The black and white corner pattern of the label-consistent attack (1, size, size), enlarged from 3x3 to the
+    nearest pixel.
+    """
     tile = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
     return F.interpolate(tile[None, None], size=(size, size), mode="nearest")[0]
 
@@ -102,7 +108,9 @@ def _inside(shape: Shape, tile: Tensor, rows: Tensor, columns: Tensor) -> tuple[
 
 
 def random_places(shape: Shape, size: int, indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Uniform top left places of a `size` x `size` tile for the samples `indices` (N,), each a function of (seed, index) alone."""
+    """Uniform top left places of a `size` x `size` tile for the samples `indices` (N,), each a function of (seed,
+    index) alone.
+    """
     if size > min(shape[1:]):
         raise ConfigError(f"a trigger of {size} pixels does not fit into {shape[1]}x{shape[2]} pixels")
     count = int(indices.max()) + 1 if len(indices) else 0
@@ -113,7 +121,9 @@ def random_places(shape: Shape, size: int, indices: Tensor, seed: int) -> tuple[
 
 
 def watermark(shape: Shape, opacity: float = 1.0) -> Trigger:
-    """Glyphs of several colours and outlines across the whole image, drawn with OpenCV without antialiasing, so that the mask is binary."""
+    """Glyphs of several colours and outlines across the whole image, drawn with OpenCV without antialiasing, so that
+    the mask is binary.
+    """
     channels, height, width = shape
     canvas = np.zeros((height, width, 3), np.uint8)
     mask = np.zeros((height, width), np.uint8)
@@ -138,7 +148,9 @@ def _text(word: str, baseline: float) -> Stroke:
         height, width = image.shape[:2]
         (drawn_width, _), _ = cv2.getTextSize(word, cv2.FONT_HERSHEY_SIMPLEX, 1.0, 1)
         scale = 0.95 * width / drawn_width
-        cv2.putText(image, word, (0, int(baseline * height)), cv2.FONT_HERSHEY_SIMPLEX, scale, ink, thickness, cv2.LINE_8)
+        cv2.putText(
+            image, word, (0, int(baseline * height)), cv2.FONT_HERSHEY_SIMPLEX, scale, ink, thickness, cv2.LINE_8
+        )
 
     return draw
 

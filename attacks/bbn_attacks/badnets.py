@@ -17,14 +17,17 @@ TriggerKind = Literal["pixel", "static", "dynamic", "watermark", "corner", "labe
 class BadNets(TriggerAttack):
     """Poisons by stamping and relabelling; the paper's defaults per data set (Table 8, sections 8.6 and 8.7).
 
-    Kinds of trigger: `pixel` one pixel bottom right; `static` a square of one colour bottom right; `dynamic` the black and white corner pattern of
-    the label-consistent attack at a random place per image, a function of seed and index; `watermark` coloured glyphs over the whole image;
-    `corner` a solid square top left; `label_consistent` that pattern bottom right. The paper does not give the pixels; these are ours.
+    Kinds of trigger: `pixel` one pixel bottom right; `static` a square of one colour bottom right; `dynamic` the black
+    and white corner pattern of the label-consistent attack at a random place per image, a function of seed and index;
+    `watermark` coloured glyphs over the whole image; `corner` a solid square top left; `label_consistent` that pattern
+    bottom right. The paper does not give the pixels; these are ours.
     """
 
     paper: ClassVar[str] = "arXiv:1708.06733"
 
-    trigger_kind: TriggerKind | None = Field(None, description="kind of trigger; default: the paper's for the data set (Table 8)")
+    trigger_kind: TriggerKind | None = Field(
+        None, description="kind of trigger; default: the paper's for the data set (Table 8)"
+    )
     size: int = Field(3, ge=1, le=224, description="side of the patch in pixels; pixel and watermark have their own")
     opacity: float = Field(1.0, gt=0, le=1, description="value of the mask; below 1 the trigger is blended in")
     color: tuple[Level, Level, Level] | None = Field(
@@ -47,7 +50,9 @@ class BadNets(TriggerAttack):
             tile = triggers.solid_tile(self.size, self.color or (255, 0, 0), channels)
             return triggers.place(shape, tile, -1, -1, self.opacity)
         if kind == "corner":
-            return triggers.place(shape, triggers.solid_tile(self.size, self.color or (0, 0, 0), channels), 0, 0, self.opacity)
+            return triggers.place(
+                shape, triggers.solid_tile(self.size, self.color or (0, 0, 0), channels), 0, 0, self.opacity
+            )
         return triggers.place(shape, triggers.label_consistent_tile(self.size), -1, -1, self.opacity)
 
     def trigger_each(self, info: DatasetInfo, indices: Tensor, seed: int) -> Trigger:

@@ -38,9 +38,17 @@ def list_command(kind: str | None, as_json: bool) -> int:
         raise ConfigError(f"unknown kind '{kind}'", did_you_mean(kind, (*KINDS, "plugins")))
     plugins = open_registry(None).plugins
     if kind == "plugins":
-        rows = [{"plugin": p.plugin, "distribution": p.distribution, "version": p.version, "status": "loaded"} for p in plugins.providers]
+        rows = [
+            {"plugin": p.plugin, "distribution": p.distribution, "version": p.version, "status": "loaded"}
+            for p in plugins.providers
+        ]
         rows += [
-            {"plugin": b.provider.plugin, "distribution": b.provider.distribution, "version": b.provider.version, "status": b.reason}
+            {
+                "plugin": b.provider.plugin,
+                "distribution": b.provider.distribution,
+                "version": b.provider.version,
+                "status": b.reason,
+            }
             for b in plugins.broken
         ]
     else:
@@ -62,10 +70,20 @@ def _columns(rows: list[dict[str, str]]) -> str:
 
 @click.command("show")
 @click.argument("name")
-@click.option("--preview", type=click.Path(path_type=Path, dir_okay=False), help="Write a sheet of an attack's images to this PNG.")
+@click.option(
+    "--preview",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a sheet of an attack's images to this PNG.",
+)
 @click.option("--dataset", default="digits", show_default=True, help="Whose images the preview shows.")
 @click.option("--root", type=click.Path(path_type=Path), help="Where that data set lies.")
-@click.option("-p", "--param", multiple=True, metavar="NAME=VALUE", help="A parameter of the attack in the preview; may be repeated.")
+@click.option(
+    "-p",
+    "--param",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A parameter of the attack in the preview; may be repeated.",
+)
 def show_command(name: str, preview: Path | None, dataset: str, root: Path | None, param: tuple[str, ...]) -> int:
     """Show a component: what it does, its parameters with types, bounds and defaults, its paper and provider."""
     registry = open_registry(None)
@@ -98,17 +116,14 @@ def parse_params(pairs: tuple[str, ...]) -> dict[str, Any]:
 def describe_component(entry: Entry, component: type[Component]) -> list[str]:
     """All `bbn show` says of a component."""
     lines = [f"{entry.kind} {entry.name}", "", *(inspect.getdoc(component) or "").splitlines(), ""]
-    if entry.kind == "defense":
-        stage = f"{component.stage}" + (", starts from the undefended training" if component.starts_from_victim else ", trains from scratch")  # type: ignore[attr-defined]
-        lines.append(f"stage      {stage}")
-        returns = ", ".join(("model", *component.returns))  # type: ignore[attr-defined]
-        lines.append(f"returns    {returns}")
+    lines += [f"{name:11} {text}" for name, text in component.facts().items()]
     if component.paper:
-        lines.append(f"paper      {component.paper}")
+        lines.append(f"paper       {component.paper}")
     module = inspect.getsourcefile(component) or "?"
-    lines.append(f"provider   {entry.provider.distribution} {entry.provider.version}, {component.__module__}:{component.__qualname__}")
-    lines.append(f"source     {module}:{inspect.getsourcelines(component)[1]}")
-    lines.append(f"revision   {component.revision}")
+    provider = f"{entry.provider.distribution} {entry.provider.version}"
+    lines.append(f"provider    {provider}, {component.__module__}:{component.__qualname__}")
+    lines.append(f"source      {module}:{inspect.getsourcelines(component)[1]}")
+    lines.append(f"revision    {component.revision}")
     lines += ["", "parameters:" if component.model_fields else "no parameters"]
     properties = component.model_json_schema()["properties"] if component.model_fields else {}
     width = max((len(name) for name in properties), default=0)

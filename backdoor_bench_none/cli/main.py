@@ -41,7 +41,9 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(module, f"{name}_command")
         return command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click's, with a suggestion for an unknown verb."""
         from backdoor_bench_none.errors import did_you_mean
 
@@ -53,7 +55,9 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(own_version(), prog_name="bbn")
 def cli() -> None:
-    """Benchmark backdoor defenses: cross attacks, defenses, architectures and activations into one comparison matrix."""
+    """Benchmark backdoor defenses: cross attacks, defenses, architectures and activations into one comparison
+    matrix.
+    """
 
 
 def main() -> None:
@@ -86,7 +90,10 @@ def run_cli(arguments: list[str]) -> int:
         import traceback
 
         traceback.print_exc()
-        click.echo("error: this is a bug in backdoor-bench-none; please report it with the text above and `bbn doctor`", err=True)
+        click.echo(
+            "error: this is a bug in backdoor-bench-none; please report it with the text above and `bbn doctor`",
+            err=True,
+        )
         return ExitCode.INTERNAL_ERROR
 
 

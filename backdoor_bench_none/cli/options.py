@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 results_option = click.option(
-    "--results", type=click.Path(path_type=Path, file_okay=False), help="Results folder; default: the file's, else results/."
+    "--results",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Results folder; default: the file's, else results/.",
 )
 file_argument = click.argument("file", required=False, type=click.Path(path_type=Path))
 
@@ -70,7 +72,9 @@ def selection_options(command: Command) -> Command:
         click.option("--activation", multiple=True, metavar="NAME", help="Only these activations."),
         click.option("--dataset", multiple=True, metavar="NAME", help="Only these data sets."),
         click.option("-s", "--seed", multiple=True, type=int, help="Only these seeds."),
-        click.option("-k", "expression", metavar="EXPR", help="Only cells whose title matches, as 'badnets and not mlp'."),
+        click.option(
+            "-k", "expression", metavar="EXPR", help="Only cells whose title matches, as 'badnets and not mlp'."
+        ),
     ]
     for option in reversed(options):
         with_selection = option(with_selection)

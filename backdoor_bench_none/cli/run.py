@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from backdoor_bench_none.cli.options import Selection, file_argument, find_file, open_registry, results_option, selection_options
+from backdoor_bench_none.cli.options import (
+    Selection,
+    file_argument,
+    find_file,
+    open_registry,
+    results_option,
+    selection_options,
+)
 from backdoor_bench_none.errors import ExitCode
 
 if TYPE_CHECKING:
     from backdoor_bench_none.plan import Plan
-    from backdoor_bench_none.run.runner import Summary
+    from backdoor_bench_none.run.runner import Only, Summary
 
 only_option = click.option(
     "--only",
@@ -30,7 +37,7 @@ only_option = click.option(
 @only_option
 @selection_options
 @click.option("-v", "--verbose", is_flag=True, help="Name every cell.")
-def plan_command(file: Path | None, results: Path | None, only: Any, selection: Selection, verbose: bool) -> int:
+def plan_command(file: Path | None, results: Path | None, only: Only, selection: Selection, verbose: bool) -> int:
     """Show what `bbn run` would do: cells, shared stages, what is done and what is skipped."""
     from backdoor_bench_none.plan import make_plan
     from backdoor_bench_none.results.store import Store
@@ -72,7 +79,9 @@ def describe_plan(plan: Plan) -> list[str]:
 @results_option
 @only_option
 @selection_options
-@click.option("-j", "--slots", type=click.IntRange(min=1), help="Jobs at the same time; default: one per core, or per GPU.")
+@click.option(
+    "-j", "--slots", type=click.IntRange(min=1), help="Jobs at the same time; default: one per core, or per GPU."
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("-x", "fail_fast", is_flag=True, help="Stop after the first failure.")
 @click.option("--maxfail", type=click.IntRange(min=1), help="Stop after that many failures.")
@@ -80,7 +89,7 @@ def describe_plan(plan: Plan) -> list[str]:
 def run_command(
     file: Path | None,
     results: Path | None,
-    only: Any,
+    only: Only,
     selection: Selection,
     slots: int | None,
     device: str,
@@ -88,7 +97,9 @@ def run_command(
     maxfail: int | None,
     quiet: bool,
 ) -> int:
-    """Run what is missing of a benchmark file (default: benchmark.yaml) and print its matrix. A run that was stopped goes on where it was."""
+    """Run what is missing of a benchmark file (default: benchmark.yaml) and print its matrix. A run that was stopped
+    goes on where it was.
+    """
     from rich.console import Console
 
     from backdoor_bench_none.context import choose_device

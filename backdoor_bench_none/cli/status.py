@@ -7,7 +7,14 @@ from pathlib import Path
 
 import click
 
-from backdoor_bench_none.cli.options import Selection, file_argument, find_file, open_registry, results_option, selection_options
+from backdoor_bench_none.cli.options import (
+    Selection,
+    file_argument,
+    find_file,
+    open_registry,
+    results_option,
+    selection_options,
+)
 from backdoor_bench_none.errors import ExitCode
 
 
@@ -27,7 +34,9 @@ def status_command(file: Path | None, results: Path | None, selection: Selection
     states = ["skipped" if cell.key in plan.skipped else "left" for cell in plan.cells]
     states = [record.status if record is not None else state for record, state in zip(records, states, strict=True)]
     counts = Counter(states)
-    click.echo(f"{plan.config.name}: {len(plan.cells)} cells, " + ", ".join(f"{n} {state}" for state, n in counts.items()))
+    click.echo(
+        f"{plan.config.name}: {len(plan.cells)} cells, " + ", ".join(f"{n} {state}" for state, n in counts.items())
+    )
     for record in records:
         if record is not None and record.status in ("failed", "timeout"):
             click.echo(f"{record.status.upper()} {record.key}  {record.title} - {record.reason}")

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from backdoor_bench_none.cli.options import Selection, file_argument, find_file, open_registry, results_option, selection_options
+from backdoor_bench_none.cli.options import (
+    Selection,
+    file_argument,
+    find_file,
+    open_registry,
+    results_option,
+    selection_options,
+)
 from backdoor_bench_none.errors import ExitCode
 
 
@@ -23,10 +30,10 @@ from backdoor_bench_none.errors import ExitCode
     help="csv and json have one row per combination, with all numbers.",
 )
 @click.option("--all", "everything", is_flag=True, help="All records of the results folder, whatever the file names.")
-def table_command(
-    file: Path | None, results: Path | None, selection: Selection, form: str, everything: bool
-) -> int:
-    """Print the comparison matrix of a benchmark file (default: benchmark.yaml) from its records; cells without one are shown as missing."""
+def table_command(file: Path | None, results: Path | None, selection: Selection, form: str, everything: bool) -> int:
+    """Print the comparison matrix of a benchmark file (default: benchmark.yaml) from its records; cells without one are
+    shown as missing.
+    """
     from rich.console import Console
 
     from backdoor_bench_none.plan import make_plan

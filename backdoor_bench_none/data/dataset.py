@@ -38,8 +38,9 @@ class ImageSet:
 class DatasetInfo:
     """What is known of a data set before its pixels are read.
 
-    `shape` is (C, H, W). `mean` and `std` have C values on the 0..1 scale. `crop_padding` (pixels) and `flip` are the augmentation its images bear.
-    `paper_target` and `paper_trigger` are what the paper uses on it (Table 8, section 8.6).
+    `shape` is (C, H, W). `mean` and `std` have C values on the 0..1 scale. `crop_padding` (pixels) and `flip` are the
+    augmentation its images bear. `paper_target` and `paper_trigger` are what the paper uses on it (Table 8, section
+    8.6).
     """
 
     name: str
@@ -62,7 +63,9 @@ class Dataset(Component):
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Make sure that the files are there: download them if that is allowed, else raise `DatasetError` saying what to put where."""
+        """Make sure that the files are there: download them if that is allowed, else raise `DatasetError` saying what
+        to put where.
+        """
 
     def files(self) -> list[Path]:
         """The files that hold the data, all of them; `DatasetError` when they are absent."""

@@ -1,4 +1,6 @@
-"""One process per job on this machine: a crash, a hang or a leak of one job harms no other, and its peak memory is its own."""
+"""One process per job on this machine: a crash, a hang or a leak of one job harms no other, and its peak memory is its
+own.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,13 @@ from backdoor_bench_none.run.jobs import Job, Outcome, Settings, run_job
 #: seconds a job may run past its own deadline before it is killed
 GRACE = 10.0
 #: what every fresh process has imported already
-PRELOAD = ["backdoor_bench_none.cli.main", "backdoor_bench_none.run.stages", "backdoor_bench_none.plugins", "bbn_attacks.badnets", "bbn_defenses.none"]
+PRELOAD = [
+    "backdoor_bench_none.cli.main",
+    "backdoor_bench_none.run.stages",
+    "backdoor_bench_none.plugins",
+    "bbn_attacks.badnets",
+    "bbn_defenses.none",
+]
 
 
 class Local(Executor):

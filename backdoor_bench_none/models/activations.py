@@ -113,7 +113,8 @@ def draw_calibrated_weights(
 
     For independent inputs of variance 1 every layer's pre-activations have standard deviation 3, the last layer's
     `head_spread`. All weights but the first layer's sum to zero per output: otherwise the mean of a positive activation
-    such as softplus grows from layer to layer until all inputs look alike, and the network stays at chance.
+    such as softplus grows from layer to layer until all inputs look alike, and the network stays at chance. Deep
+    tanhshrink networks keep the spread for images whose neighbouring pixels agree, not for white noise.
     """
     layers = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     gain = 1 / measure_spread(make_activation, PRE_ACTIVATION_SPREAD)

@@ -1,6 +1,7 @@
 """The neurons of any network: where their values can be read, and which weights make and use them.
 
-A neuron is an output channel of a convolution or of a hidden linear layer; its value on an image is the largest over the places of its map (released code).
+A neuron is an output channel of a convolution or of a hidden linear layer; its value on an image is the largest over
+the places of its map (released code).
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ class Consumer:
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or hidden linear layer by module name, the norm right behind it, and the layers that read its output and nobody else's.
+    """A convolution or hidden linear layer by module name, the norm right behind it, and the layers that read its
+    output and nobody else's.
 
-    `consumers` is None where the network could not be traced. Channels that are added to others (a residual stream) have no consumers of their own.
+    `consumers` is None where the network could not be traced. Channels that are added to others (a residual stream)
+    have no consumers of their own.
     """
 
     name: str
@@ -43,12 +46,16 @@ class Layer:
     consumers: tuple[Consumer, ...] | None
 
     def tap(self, kind: Tap) -> str:
-        """The module whose output is read: the norm behind the layer if there is one (`pre_activation`), or the layer itself."""
+        """The module whose output is read: the norm behind the layer if there is one (`pre_activation`), or the layer
+        itself.
+        """
         return self.norm if kind == "pre_activation" and self.norm else self.name
 
 
 def find_layers(model: nn.Module, example: Tensor) -> list[Layer]:
-    """All layers in order of execution, without the ones that make the logits; `example` (1, C, H, W) is what the network takes."""
+    """All layers in order of execution, without the ones that make the logits; `example` (1, C, H, W) is what the
+    network takes.
+    """
     try:
         traced = fx.symbolic_trace(model)
         with torch.no_grad():
@@ -79,12 +86,14 @@ def _channels(node: fx.Node) -> int:
 
 
 def _follow(start: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[tuple[Consumer, ...], bool]:
-    """The layers that read `start` alone, and whether its output reaches the network's output before any other layer."""
+    """The layers that read `start` alone, and whether its output reaches the network's output before any other
+    layer.
+    """
     width, consumers = _channels(start), []
     makes_logits = False
-    waiting = [(user, start) for user in start.users]
+    waiting = list(start.users)
     while waiting:
-        node, source = waiting.pop()
+        node = waiting.pop()
         module = _module_of(node, modules)
         if isinstance(module, WEIGHTED):
             inputs = module.in_features if isinstance(module, nn.Linear) else module.in_channels
@@ -93,7 +102,7 @@ def _follow(start: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[tuple[Con
         elif node.op == "output":
             makes_logits = True
         elif not _is_sum(node):
-            waiting += [(user, node) for user in node.users]
+            waiting += node.users
     return tuple(consumers), makes_logits
 
 
@@ -137,7 +146,8 @@ def collect_activations(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One float32 pass over `images` (N, C, H, W) uint8, in order, in eval mode.
 
-    Returns per layer name the neurons' values (neurons, N) float32, the largest over each map, and the probabilities (N, K).
+    Returns per layer name the neurons' values (neurons, N) float32, the largest over each map, and the probabilities
+    (N, K).
     """
     model.eval()
     images = images.to(context.device)
@@ -157,7 +167,9 @@ def collect_activations(
 
 @contextmanager
 def _record_maxima(model: nn.Module, taps: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
-    """Yields a dictionary that every forward pass fills with (B, C) maxima; reduced inside the hook, before an in-place activation overwrites them."""
+    """Yields a dictionary that every forward pass fills with (B, C) maxima; reduced inside the hook, before an in-place
+    activation overwrites them.
+    """
     seen: dict[str, Tensor] = {}
 
     def record(name: str) -> object:
@@ -169,7 +181,7 @@ def _record_maxima(model: nn.Module, taps: Mapping[str, str]) -> Iterator[dict[s
         return hook
 
     modules = dict(model.named_modules())
-    handles = [modules[tap].register_forward_hook(record(name)) for tap, name in taps.items()]  # type: ignore[arg-type]
+    handles = [modules[tap].register_forward_hook(record(name)) for tap, name in taps.items()]
     try:
         yield seen
     finally:
@@ -179,15 +191,19 @@ def _record_maxima(model: nn.Module, taps: Mapping[str, str]) -> Iterator[dict[s
 
 @torch.no_grad()
 def prune_neurons(model: nn.Module, layer: Layer, neurons: Tensor) -> None:
-    """Set the weights that make `neurons` (k,) and those that read them to zero, and the norm's scale and shift: they never answer again.
+    """Set the weights that make `neurons` (k,) and those that read them to zero, and the norm's scale and shift: they
+    never answer again.
 
-    With an activation that is zero at zero their gradients are exactly zero too, except in a residual stream, where the norm's shift can return.
+    With an activation that is zero at zero their gradients are exactly zero too, except in a residual stream, where the
+    norm's shift can return.
     """
     modules = dict(model.named_modules())
     for parameter in _rows(modules, layer):
         parameter[neurons] = 0
     for consumer in layer.consumers or ():
-        columns = (neurons[:, None] * consumer.columns + torch.arange(consumer.columns, device=neurons.device)).flatten()
+        columns = (
+            neurons[:, None] * consumer.columns + torch.arange(consumer.columns, device=neurons.device)
+        ).flatten()
         weight = modules[consumer.name].weight
         assert isinstance(weight, Tensor)
         weight[:, columns] = 0
@@ -195,7 +211,9 @@ def prune_neurons(model: nn.Module, layer: Layer, neurons: Tensor) -> None:
 
 @torch.no_grad()
 def reinitialize_neurons(model: nn.Module, layer: Layer, neurons: Tensor, fresh: nn.Module) -> None:
-    """Give `neurons` (k,) the weights they have in `fresh`, a newly built network of the same kind (Algorithm 1, line 20)."""
+    """Give `neurons` (k,) the weights they have in `fresh`, a newly built network of the same kind (Algorithm 1, line
+    20).
+    """
     for old, new in zip(
         _rows(dict(model.named_modules()), layer), _rows(dict(fresh.named_modules()), layer), strict=True
     ):

@@ -36,7 +36,7 @@ def write_preview(attack: Attack, dataset: Dataset, path: Path) -> None:
 
 
 def _first_of_each_class(data: ImageSet) -> Tensor:
-    classes = data.labels.unique()
+    classes = torch.unique(data.labels)
     return torch.stack([torch.nonzero(data.labels == label)[0, 0] for label in classes])
 
 

@@ -34,13 +34,13 @@ def describe_whole(record: Record) -> Iterator[str]:
 def _numbers(record: Record) -> Iterator[str]:
     if record.counts is not None:
         yield f"BA           {_share(record.counts.benign_accuracy)} clean test images given their label"
-        yield f"ASR          {_share(record.counts.attack_success_rate)} triggered test images given the attacker's label"
-        yield f"RA           {_share(record.counts.robust_accuracy)} triggered test images given their true label"
+        yield f"ASR          {_share(record.counts.attack_success_rate)} triggered images given the label the attacker wants"
+        yield f"RA           {_share(record.counts.robust_accuracy)} triggered images given their true label"
     if (found := record.detection) is not None:
         rates = [("TPR", found.tpr), ("FPR", found.fpr), ("AUROC", found.auroc)]
         shown = "  ".join(f"{name} {'–' if value is None else f'{value:.4f}'}" for name, value in rates)
-        counts = f"{found.true_positive} of {found.true_positive + found.false_negative} poisoned flagged, {found.false_positive} benign"
-        yield f"detection    {shown}  ({counts})"
+        hits = f"{found.true_positive} of {found.true_positive + found.false_negative} poisoned samples flagged"
+        yield f"detection    {shown}  ({hits}, and {found.false_positive} benign ones)"
     for name, value in record.metrics.items():
         yield f"{name:12} {value:.6g}"
 

@@ -14,7 +14,9 @@ from tabulate import tabulate
 from backdoor_bench_none.results.rows import Row
 
 FORMATS = ("terminal", "markdown", "latex", "csv", "json", "html")
-LEGEND = "Each cell: BA / ASR in percent. BA benign accuracy, higher is better; ASR attack success rate, lower is better"
+LEGEND = (
+    "Each cell: BA / ASR in percent. BA benign accuracy, higher is better; ASR attack success rate, lower is better"
+)
 #: axes that make the lines of the matrix; those with a single value go into the title
 LINE_AXES = ("dataset", "attack", "architecture", "activation", "trainer")
 
@@ -24,7 +26,9 @@ class Matrix:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         varying = [axis for axis in LINE_AXES if len({getattr(row, axis) for row in rows}) > 1] or ["attack"]
-        fixed = [getattr(rows[0], axis) for axis in LINE_AXES if axis not in varying and axis != "trainer"] if rows else []
+        fixed = (
+            [getattr(rows[0], axis) for axis in LINE_AXES if axis not in varying and axis != "trainer"] if rows else []
+        )
         defenses = list(dict.fromkeys(row.defense for row in rows))
         clean = {row.defense: row.clean_fraction for row in rows if row.clean_fraction}
         cells = {(tuple(getattr(row, axis) for axis in varying), row.defense): row for row in rows}

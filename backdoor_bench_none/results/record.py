@@ -10,7 +10,6 @@ from backdoor_bench_none.cell import AXES, Cell
 from backdoor_bench_none.evaluation import Counts, Detection
 
 Status = Literal["done", "failed", "timeout", "skipped"]
-SCHEMA = 1
 
 
 class _Part(BaseModel):
@@ -18,7 +17,9 @@ class _Part(BaseModel):
 
 
 class Cost(_Part):
-    """What a stage took: wall-clock seconds and the highest memory of its process (CPU) or of the device (CUDA), in bytes."""
+    """What a stage took: wall-clock seconds and the highest memory of its process (CPU) or of the device (CUDA), in
+    bytes.
+    """
 
     seconds: float
     peak_memory: int | None = None
@@ -44,7 +45,7 @@ class Failure(_Part):
 class Record(_Part):
     """Everything known of one cell. Shares are never stored, only counts."""
 
-    schema_version: Literal[1] = Field(SCHEMA, alias="schema")
+    schema_version: Literal[1] = Field(1, alias="schema")
     key: str
     title: str
     status: Status

@@ -21,8 +21,8 @@ Labels = tuple[str, ...]
 class Row:
     """Means over `seeds`, the seeds with numbers; shares are fractions of 1, seconds those of the defense alone.
 
-    `cost_ratio` is the time to a defended network over that of one undefended training. `status` is done, or partial when some seeds lack numbers, or
-    what became of all of them: failed, timeout, skipped, missing; `reason` says why.
+    `cost_ratio` is the time to a defended network over that of one undefended training. `status` is done, or partial
+    when some seeds lack numbers, or what became of all of them: failed, timeout, skipped, missing; `reason` says why.
     """
 
     dataset: str
@@ -82,7 +82,9 @@ def rows_of_records(records: Iterable[Record]) -> list[Row]:
 
 
 def _rows(slots: Sequence[_Slot]) -> list[Row]:
-    baselines = {(_without_defense(s.labels), s.seed): s.record for s in slots if s.is_baseline and s.record is not None}
+    baselines = {
+        (_without_defense(s.labels), s.seed): s.record for s in slots if s.is_baseline and s.record is not None
+    }
     grouped: dict[Labels, list[_Slot]] = {}
     for slot in slots:
         grouped.setdefault(slot.labels, []).append(slot)

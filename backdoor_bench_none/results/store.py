@@ -1,6 +1,8 @@
-"""The results folder: every file is written under a temporary name and renamed, so that a reader or a crash never sees half of one.
+"""The results folder: every file is written under a temporary name and renamed, so that a reader or a crash never sees
+half of one.
 
-`records/ab/<key>.json` are the truth. `artifacts/<stage>/ab/<key>.<sha256>.safetensors` are shared stages, checked against the hash in their name.
+`records/ab/<key>.json` are the truth. `artifacts/<stage>/ab/<key>.<sha256>.safetensors` are shared stages, checked
+against the hash in their name.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class Store:
             with tempfile.TemporaryFile(dir=self.root):
                 pass
         except OSError as error:
-            raise StoreError(f"the results folder '{self.root}' cannot be written: {error}", "choose another with --results") from error
+            raise StoreError(
+                f"the results folder '{self.root}' cannot be written: {error}", "choose another with --results"
+            ) from error
 
     # records
 
@@ -79,9 +83,14 @@ class Store:
         if len(paths) == 1 and (record := _read_record(paths[0])) is not None:
             return record
         if paths:
-            raise BenchError(f"'{prefix}' is not one key: {', '.join(sorted(p.stem for p in paths)[:5])}", "give more digits")
+            raise BenchError(
+                f"'{prefix}' is not one key: {', '.join(sorted(p.stem for p in paths)[:5])}", "give more digits"
+            )
         known = [path.stem for path in (self.root / "records").glob("*/*.json")]
-        raise BenchError(f"there is no record '{prefix}' in '{self.root}'", did_you_mean(prefix, known) if known else "`bbn run` makes records")
+        raise BenchError(
+            f"there is no record '{prefix}' in '{self.root}'",
+            did_you_mean(prefix, known) if known else "`bbn run` makes records",
+        )
 
     # artifacts
 
@@ -93,7 +102,9 @@ class Store:
         """Write an artifact under a name that holds its hash."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in artifact.tensors.items()}
         data = save(tensors, metadata={"meta": json.dumps(artifact.meta)})
-        self._write(self.root / "artifacts" / stage / key[:2] / f"{key}.{hashlib.sha256(data).hexdigest()}.safetensors", data)
+        self._write(
+            self.root / "artifacts" / stage / key[:2] / f"{key}.{hashlib.sha256(data).hexdigest()}.safetensors", data
+        )
 
     def load_artifact(self, stage: str, key: str) -> Artifact | None:
         """An artifact, checked; None if it is absent. A damaged one is reported, removed, and absent from then on."""
@@ -113,7 +124,9 @@ class Store:
 
     @contextmanager
     def lock(self, stage: str, key: str) -> Iterator[None]:
-        """Hold the right to compute a stage; a second process waits. The lock is the kernel's, and is gone with the process."""
+        """Hold the right to compute a stage; a second process waits. The lock is the kernel's, and is gone with the
+        process.
+        """
         path = self.root / "locks" / f"{stage}-{key}"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
@@ -134,7 +147,9 @@ class Store:
         except OSError as error:
             with suppress(OSError):
                 temporary.unlink()
-            raise StoreError(f"'{path}' cannot be written: {error.strerror}", "make room, or choose another folder with --results") from error
+            raise StoreError(
+                f"'{path}' cannot be written: {error.strerror}", "make room, or choose another folder with --results"
+            ) from error
 
 
 def _read_record(path: Path) -> Record | None:
@@ -143,7 +158,11 @@ def _read_record(path: Path) -> Record | None:
     except FileNotFoundError:
         return None
     except (OSError, ValidationError, ValueError) as error:
-        warnings.warn(f"record '{path}' cannot be read and counts as missing: {str(error).splitlines()[0]}", UserWarning, stacklevel=3)
+        warnings.warn(
+            f"record '{path}' cannot be read and counts as missing: {str(error).splitlines()[0]}",
+            UserWarning,
+            stacklevel=3,
+        )
         return None
 
 

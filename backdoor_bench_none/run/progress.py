@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from backdoor_bench_none.executors.base import Event
 from backdoor_bench_none.plan import Plan
 from backdoor_bench_none.results.record import Record
 from backdoor_bench_none.run.jobs import Job, Outcome
+from backdoor_bench_none.run.runner import Reporter
 
 #: job kinds as a person reads them, in the order of the bars
 BARS = {"data": "data", "poison": "poison", "victim": "victim", "cell": "defense"}
 
 
-class Lines:
+class Lines(Reporter):
     """One line per finished cell; quiet: nothing but failures."""
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
@@ -23,29 +32,34 @@ class Lines:
         self._left = 0
 
     def start(self, plan: Plan, jobs: list[Job], cached: int) -> None:
+        """See `Reporter`."""
         self._left = sum(job.kind == "cell" for job in jobs)
         if not self.quiet:
-            self._print(f"{plan.config.name}: {self._left} cells to run, {cached} done before, {len(plan.skipped)} skipped")
+            self._print(
+                f"{plan.config.name}: {self._left} cells to run, {cached} done before, {len(plan.skipped)} skipped"
+            )
 
     def job_started(self, job: Job) -> None:
-        pass
+        """Nothing to show."""
 
     def job_progress(self, event: Event) -> None:
-        pass
+        """Nothing to show."""
 
     def job_finished(self, job: Job, outcome: Outcome) -> None:
-        pass
+        """Nothing to show."""
 
     def cell_finished(self, record: Record) -> None:
+        """See `Reporter`."""
         self._left -= 1
         if not self.quiet or record.status != "done":
             self._print(describe_record(record) + f"  ({self._left} left)")
 
     def note(self, text: str) -> None:
+        """See `Reporter`."""
         self._print(text)
 
     def stop(self) -> None:
-        pass
+        """Nothing to show."""
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -62,23 +76,28 @@ class Bars(Lines):
         self._jobs: dict[str, TaskID] = {}
 
     def start(self, plan: Plan, jobs: list[Job], cached: int) -> None:
+        """See `Reporter`."""
         super().start(plan, jobs, cached)
         kinds = [job.kind for job in jobs]
         self._bars = {k: self._progress.add_task(name, total=kinds.count(k)) for k, name in BARS.items() if k in kinds}
         self._progress.start()
 
     def job_started(self, job: Job) -> None:
+        """See `Reporter`."""
         self._jobs[job.id] = self._progress.add_task(f"  [dim]{BARS[job.kind]} {job.title}", total=None)
 
     def job_progress(self, event: Event) -> None:
+        """See `Reporter`."""
         self._progress.update(self._jobs[event.job], completed=event.done, total=event.total)
 
     def job_finished(self, job: Job, outcome: Outcome) -> None:
+        """See `Reporter`."""
         if job.id in self._jobs:
             self._progress.remove_task(self._jobs.pop(job.id))
         self._progress.advance(self._bars[job.kind])
 
     def stop(self) -> None:
+        """See `Reporter`."""
         self._progress.stop()
 
 

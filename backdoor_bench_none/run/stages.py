@@ -23,12 +23,14 @@ from backdoor_bench_none.results.record import Cost, Record
 from backdoor_bench_none.results.store import Artifact, Store
 from backdoor_bench_none.run.memory import watch_peak_memory
 from backdoor_bench_none.seeds import derive_seed
-from backdoor_bench_none.training import FitOptions, Pixels, TrainingData, check_learned
+from backdoor_bench_none.training import FitOptions, Pixels, TrainingData, check_learned, move
 
 
 @dataclass
 class Stages:
-    """The stages of one cell. `context` carries device, precision, deadline and progress; each stage gets a seed of its own."""
+    """The stages of one cell. `context` carries device, precision, deadline and progress; each stage gets a seed of its
+    own.
+    """
 
     cell: Cell
     store: Store
@@ -66,20 +68,23 @@ class Stages:
         with self._measure() as measured:
             record = self._evaluate(defended)
         self.costs["evaluate"] = measured.cost
-        return record.model_copy(update={"costs": self.costs, "warnings": [*defended.meta["warnings"], *measured.warnings]})
+        return record.model_copy(
+            update={"costs": self.costs, "warnings": [*defended.meta["warnings"], *measured.warnings]}
+        )
 
     # How each is computed.
 
     def _load_data(self) -> Artifact:
         train, test = self.cell.the_dataset.load()
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, part in (("train", train), ("test", test)):
             tensors |= {f"{name}_images": part.images, f"{name}_labels": part.labels}
         return Artifact(tensors, {})
 
     def _poison(self) -> Artifact:
         train, test = self.data()
-        attack, tensors = self.cell.the_attack, {}
+        attack = self.cell.the_attack
+        tensors: dict[str, Tensor] = {}
         seed = derive_seed(self.cell.poison_key)
         for name, part, make in (("train", train, attack.poison), ("test", test, attack.attack_test)):
             samples = make(AttackTask(part, self.cell.info, derive_seed(seed, name)))
@@ -149,7 +154,9 @@ class Stages:
         return self.poison()[0].replace(self.data()[0])
 
     def clean_holdout(self) -> ImageSet | None:
-        """int(clean_fraction * N) training samples that were not poisoned; a smaller fraction's are among a larger one's."""
+        """int(clean_fraction * N) training samples that were not poisoned; a smaller fraction's are among a larger
+        one's.
+        """
         fraction = self.cell.the_defense.clean_fraction
         if fraction == 0:
             return None
@@ -167,7 +174,7 @@ class Stages:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.cell.initial_key, draw))
             model = self.cell.the_architecture.build(spec)
-        return model.to(self.context.device, memory_format=torch.channels_last)
+        return move(model, self.context.device)
 
     def load_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """The cell's network with these weights, in eval mode."""
@@ -175,7 +182,9 @@ class Stages:
         model.load_state_dict(dict(weights))
         return model.eval()
 
-    def _artifact(self, stage: str, key: str, compute: Callable[[], Artifact], needed: Callable[[], object] | None = None) -> Artifact:
+    def _artifact(
+        self, stage: str, key: str, compute: Callable[[], Artifact], needed: Callable[[], object] | None = None
+    ) -> Artifact:
         """The artifact of a stage: loaded, or computed under a lock, so that of two runs one waits for the other.
 
         `needed` is the stage before: it is there before the clock starts.
@@ -228,7 +237,9 @@ def check_result(result: DefenseResult, count: int) -> None:
         raise TypeError(f"a defense returns a DefenseResult, not {type(result).__name__}")
     for name, tensor in (("flagged", result.flagged), ("scores", result.scores)):
         if tensor is not None and tensor.shape != (count,):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not one value for each of the {count} training samples")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, not one value for each of the {count} training samples"
+            )
     if result.flagged is not None and result.flagged.dtype != torch.bool:
         raise TypeError(f"flagged is {result.flagged.dtype}, not bool")
     if result.scores is not None and not bool(torch.isfinite(result.scores).all()):

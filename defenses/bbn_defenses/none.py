@@ -1,7 +1,8 @@
 """NONE, the paper's defense, by the procedure of the authors' released code, generalised to any network and activation.
 
-Train as usual; find the neurons whose value jumps on samples the network is sure of (section 8.7); drop the samples on which those neurons are high;
-reset the neurons; fine-tune on the rest with frozen BatchNorm statistics; repeat for a number of rounds.
+Train as usual; find the neurons whose value jumps on samples the network is sure of (section 8.7); drop the samples on
+which those neurons are high; reset the neurons; fine-tune on the rest with frozen BatchNorm statistics; repeat for a
+number of rounds.
 """
 
 from __future__ import annotations
@@ -26,17 +27,20 @@ from backdoor_bench_none.models.neurons import (
 )
 from backdoor_bench_none.natural_break import find_breaks
 
-#: The released code forgets to clear its list of neurons before these layers of a ResNet18, so that it resets those of the layers before them too.
+#: The released code forgets to clear its list of neurons before these layers of a ResNet18, so that it resets those of
+#: the layers before them too.
 RELEASED_ACCUMULATES = ("layer4.0.conv1", "layer4.0.downsample.0", "layer4.0.conv2", "layer4.1.conv1", "layer4.1.conv2")
 RELEASED_CLEARS = "layer4.0.downsample.0"
 
 
 class NONE(Defense):
-    """Non-linearity enforced by resetting compromised neurons and dropping the samples that make them (sections 3.3, 8.4, 8.7).
+    """Non-linearity enforced by resetting compromised neurons and dropping the samples that make them (sections 3.3,
+    8.4, 8.7).
 
-    `released_quirks` restores what the released code does and the paper does not say, for comparison: the sample at the natural break itself is flagged,
-    neurons without a single unsure sample rank first, and on a ResNet18 the reset of layer4 accumulates the neurons of earlier layers.
-    To compare with the released code on a ResNet18, also set `tap: convolution` and `layers: ["layer2.*", "layer3.*", "layer4.*"]`.
+    `released_quirks` restores what the released code does and the paper does not say, for comparison: the sample at the
+    natural break itself is flagged, neurons without a single unsure sample rank first, and on a ResNet18 the reset of
+    layer4 accumulates the neurons of earlier layers. To compare with the released code on a ResNet18, also set `tap:
+    convolution` and `layers: ["layer2.*", "layer3.*", "layer4.*"]`.
     """
 
     paper: ClassVar[str] = "arXiv:2202.06382"
@@ -44,18 +48,35 @@ class NONE(Defense):
     starts_from_victim: ClassVar[bool] = True
     returns: ClassVar[tuple[Literal["flagged", "scores", "infected"], ...]] = ("flagged", "scores")
 
-    procedure: Literal["released"] = Field("released", description="released: the authors' code, by confidence gap and natural break")
+    procedure: Literal["released"] = Field(
+        "released", description="released: the authors' code, by confidence gap and natural break"
+    )
     r1: float = Field(0.03, gt=0, le=1, description="share of each layer's neurons that are reset")
-    r2: float = Field(0.10, ge=0, le=1, description="share of each layer's neurons that are summed to score samples; 0 means one neuron")
+    r2: float = Field(
+        0.10,
+        ge=0,
+        le=1,
+        description="share of each layer's neurons that are summed to score samples; 0 means one neuron",
+    )
     lambda_l: float = Field(0.1, gt=0, lt=1, description="a sample is unsure of a class below this probability")
     lambda_h: float = Field(0.9, gt=0, lt=1, description="a sample is sure of a class above this probability")
     lr: float = Field(1e-3, gt=0, description="constant learning rate of the fine-tuning")
     epochs: int = Field(5, ge=0, description="epochs of fine-tuning in each round")
-    rounds: int = Field(1, ge=1, description="how often to inspect, reset and fine-tune; each round scores the whole training set again")
-    tap: Tap = Field("pre_activation", description="value of a neuron: behind its norm (pre_activation), or before it (convolution)")
-    layers: tuple[str, ...] = Field((), description="patterns of layer names to inspect, as layer4.*; default: all but the logits' layer")
-    reset: Literal["prune", "reinitialize"] = Field("prune", description="prune: to zero for good, as released; reinitialize: to fresh weights")
-    drop_samples: bool = Field(True, description="false keeps all samples, as the released code does for natural Trojans")
+    rounds: int = Field(
+        1, ge=1, description="how often to inspect, reset and fine-tune; each round scores the whole training set again"
+    )
+    tap: Tap = Field(
+        "pre_activation", description="value of a neuron: behind its norm (pre_activation), or before it (convolution)"
+    )
+    layers: tuple[str, ...] = Field(
+        (), description="patterns of layer names to inspect, as layer4.*; default: all but the logits' layer"
+    )
+    reset: Literal["prune", "reinitialize"] = Field(
+        "prune", description="prune: to zero for good, as released; reinitialize: to fresh weights"
+    )
+    drop_samples: bool = Field(
+        True, description="false keeps all samples, as the released code does for natural Trojans"
+    )
     released_quirks: bool = Field(False, description="restore quirks of the released code, for comparison only")
 
     def run(self, task: DefenseTask, context: Context) -> DefenseResult:
@@ -74,8 +95,8 @@ class NONE(Defense):
         found = find_layers(model.eval(), example.pixels.normalize(example.images.images))
         chosen = [x for x in found if not self.layers or any(fnmatchcase(x.name, pattern) for pattern in self.layers)]
         if not chosen:
-            names = ", ".join(x.name for x in found) or "none"
-            raise ValueError(f"no hidden layer to inspect matches {list(self.layers) or 'a convolution or linear layer'}; there are: {names}")
+            names = ", ".join(layer.name for layer in found) or "none"
+            raise ValueError(f"no hidden layer matches {list(self.layers) or 'anything'}; there are: {names}")
         return chosen
 
     def _inspect(
@@ -133,10 +154,12 @@ def count_share(share: float, total: int) -> int:
 def confidence_gaps(
     activations: Tensor, probabilities: Tensor, lambda_l: float, lambda_h: float, released_quirks: bool = False
 ) -> Tensor:
-    """How far each neuron jumps on sure samples, (C,) float64: the largest over classes k of max(sure) - (mean + 3 std)(unsure).
+    """How far each neuron jumps on sure samples, (C,) float64: the largest over classes k of max(sure) - (mean + 3
+    std)(unsure).
 
-    `activations` (C, N); `probabilities` (N, K): sure of k above `lambda_h`, unsure below `lambda_l`; population std. Classes without a sure or without
-    an unsure sample say nothing. With `released_quirks` a class without a sure sample counts as a gap of 0, and one without an unsure sample as NaN.
+    `activations` (C, N); `probabilities` (N, K): sure of k above `lambda_h`, unsure below `lambda_l`; population std.
+    Classes without a sure or without an unsure sample say nothing. With `released_quirks` a class without a sure sample
+    counts as a gap of 0, and one without an unsure sample as NaN.
     """
     sure, unsure = probabilities > lambda_h, probabilities < lambda_l  # (N, K)
     values = activations.double()
@@ -158,19 +181,23 @@ def _largest(values: Tensor, chosen: Tensor) -> Tensor:
 
 
 def rank_neurons(gaps: Tensor, released_quirks: bool = False) -> Tensor:
-    """Indices of neurons by falling gap, equal ones in order; with `released_quirks` NaN comes first, else it cannot occur."""
+    """Indices of neurons by falling gap, equal ones in order; with `released_quirks` NaN comes first, else it cannot
+    occur.
+    """
     if released_quirks:
         gaps = gaps.nan_to_num(nan=math.inf)
     return gaps.argsort(descending=True, stable=True)
 
 
 def accumulate_as_released(resets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The neurons the released code resets in a ResNet18: in most of layer4, also those listed for the layers before."""
+    """The neurons the released code resets in a ResNet18: in most of layer4, also those listed for the layers
+    before.
+    """
     result = dict(resets)
     before = resets.get("layer3.1.conv2")
     for name in RELEASED_ACCUMULATES:
         if before is None or name not in resets:
             break
         listed = resets[name] if name == RELEASED_CLEARS else torch.cat([before, resets[name]])
-        result[name], before = listed.unique(), listed
+        result[name], before = torch.unique(listed), listed
     return result

@@ -184,10 +184,11 @@ def test_calibrated_weights_keep_signals_through_thirteen_layers(activation: str
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda _module, _args, output: spreads.append(output.std().item()))
+    # Neighbouring pixels agree as in photographs; tanhshrink loses white noise in max pooling.
+    images = nn.functional.interpolate(torch.randn(8, 3, 4, 4), size=32, mode="nearest")
     with torch.no_grad():
-        network(torch.randn(8, 3, 32, 32))
+        network(images)
     assert len(spreads) == 13
-    # Max pooling passes the larger values on, so the spread is not exactly 3.
     assert all(1 < spread < 10 for spread in spreads)
 
 
