@@ -46,8 +46,8 @@ def bbn_datasets() -> Mapping[str, str]:
         "mnist": "backdoor_bench_none.data.torchvision_sets:MNIST",
         "fashion_mnist": "backdoor_bench_none.data.torchvision_sets:FashionMNIST",
         "cifar10": "backdoor_bench_none.data.torchvision_sets:CIFAR10",
-        "gtsrb": "backdoor_bench_none.data.torchvision_sets:GTSRB",
-        "imagenette": "backdoor_bench_none.data.torchvision_sets:Imagenette",
+        "gtsrb": "backdoor_bench_none.data.image_files:GTSRB",
+        "imagenette": "backdoor_bench_none.data.image_files:Imagenette",
         "image_folder": "backdoor_bench_none.data.user:ImageFolder",
         "npz": "backdoor_bench_none.data.user:Npz",
     }

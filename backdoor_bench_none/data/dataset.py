@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,13 +73,14 @@ class Dataset(Component):
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """The sha256 of names and contents of all files: what the content keys rest on."""
+        """The sha256 of the contents of all files and of their places below their common folder; keys rest on it."""
+        files = sorted(self.files())
+        folder = os.path.commonpath(files)
         digest = hashlib.sha256()
-        for path in sorted(self.files()):
-            digest.update(f"{path.parent.name}/{path.name}\0{path.stat().st_size}\0".encode())
+        for path in files:
             with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
         return digest.hexdigest()
 
     def recipe(self) -> Mapping[str, Any]:

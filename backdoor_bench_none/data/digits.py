@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,6 +59,10 @@ class Digits(Dataset):
             digest.update(part.images.numpy().tobytes())
             digest.update(part.labels.numpy().tobytes())
         return digest.hexdigest()
+
+    def recipe(self) -> Mapping[str, Any]:
+        """Small batches: 20 steps an epoch."""
+        return {"epochs": 20, "batch_size": 64}
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """1,297 training and 500 test images (N, 1, S, S), in scikit-learn's order within each part."""

@@ -6,38 +6,27 @@ Where there is no network, the files are put there by hand: every `DatasetError`
 
 from __future__ import annotations
 
-import csv
 import gzip
-import hashlib
 import os
 import shutil
 import struct
 import tarfile
-import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-import numpy as np
 import torch
 import torchvision.datasets as tv
-from numpy.typing import NDArray
-from PIL import Image
 from pydantic import Field
-from torchvision.datasets.folder import make_dataset
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
 
 from backdoor_bench_none.component import Incidental
 from backdoor_bench_none.data.dataset import Dataset, DatasetInfo, ImageSet
 from backdoor_bench_none.errors import DatasetError
-
-#: The path of an image file, and its label.
-Sample = tuple[str, int]
 
 _FETCH_FAULTS = (
     OSError,
@@ -52,40 +41,6 @@ _FETCH_FAULTS = (
 _READ_FAULTS = (OSError, RuntimeError, ValueError, TypeError, LookupError, AssertionError, EOFError)
 
 
-class SmallerThanPublishedWarning(UserWarning):
-    """Fewer training images are there than the paper trained on."""
-
-
-def read_square(path: str, size: int, mode: str = "RGB") -> NDArray[np.uint8]:
-    """One image file as uint8 (size, size, 3) for "RGB" or (size, size) for "L", resized bilinearly as a whole."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert(mode).resize((size, size), Image.Resampling.BILINEAR))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DatasetError(f"the image {path} cannot be read: {error}", "replace it or take it away") from error
-
-
-def read_images(samples: Sequence[Sample], size: int, channels: int = 3) -> ImageSet:
-    """The images (N, C, size, size) of `samples`, in their order; C is 1 or 3."""
-    images = torch.empty(len(samples), channels, size, size, dtype=torch.uint8)
-    pixels = images.numpy().transpose(0, 2, 3, 1)
-    mode = "RGB" if channels == 3 else "L"
-
-    def place(index: int) -> None:
-        pixels[index] = read_square(samples[index][0], size, mode).reshape(size, size, channels)
-
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(place, range(len(samples))):
-            pass
-    return ImageSet(images, torch.tensor([label for _, label in samples], dtype=torch.int64))
-
-
-def layout_digest(content: str, files: Iterable[Path], folder: Path) -> str:
-    """The sha256 of `content`, a digest, and of the places of `files` below `folder`."""
-    names = sorted(path.relative_to(folder).as_posix() for path in files)
-    return hashlib.sha256("\n".join([content, *names]).encode()).hexdigest()
-
-
 class TorchvisionSet(Dataset):
     """Base of the published data sets: finds, downloads and checks the files below one folder."""
 
@@ -98,6 +53,12 @@ class TorchvisionSet(Dataset):
     )
 
     title: ClassVar[str]
+    #: passes of the default recipe
+    epochs: ClassVar[int] = 30
+
+    def recipe(self) -> Mapping[str, Any]:
+        """A short schedule that trains the networks here to their plateau."""
+        return {"epochs": self.epochs}
 
     def folder(self) -> Path:
         """The folder that holds the data sets, below which each has its own."""
@@ -203,6 +164,7 @@ class MNIST(TorchvisionSet):
     """LeCun's handwritten digits: 60,000 training and 10,000 test images (1, 28, 28); neither cropped nor flipped."""
 
     title: ClassVar[str] = "MNIST"
+    epochs: ClassVar[int] = 3
     source: ClassVar[Any] = tv.MNIST
 
     def info(self) -> DatasetInfo:
@@ -272,6 +234,7 @@ class FashionMNIST(MNIST):
     """Zalando's pieces of clothing: 60,000 training and 10,000 test images (1, 28, 28). Not in the paper."""
 
     title: ClassVar[str] = "FashionMNIST"
+    epochs: ClassVar[int] = 8
     source: ClassVar[Any] = tv.FashionMNIST
 
     def info(self) -> DatasetInfo:
@@ -342,188 +305,3 @@ class CIFAR10(TorchvisionSet):
         source = tv.CIFAR10(str(self.folder()), train=train, download=False)
         images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
         return ImageSet(images, torch.tensor(source.targets, dtype=torch.int64))
-
-
-class _ImageFiles(TorchvisionSet):
-    """Base of the sets that come as one file for each image."""
-
-    image_size: int = Field(default=32, ge=16, le=224, description="side in pixels that the images are resized to")
-
-    published: ClassVar[int]
-
-    def prepare(self) -> None:
-        """As for every set; warn when fewer training images are there than the paper trained on."""
-        super().prepare()
-        found = self._train_size()
-        if found < self.published:
-            message = (
-                f"{self.title}: {found:,} training images found, {self.published:,} in the paper{self._shortage()}"
-            )
-            warnings.warn(message, SmallerThanPublishedWarning, stacklevel=2)
-
-    def files(self) -> list[Path]:
-        """The image files of both parts."""
-        return [Path(path) for part in self._samples() for path, _ in part]
-
-    def fingerprint(self) -> str:
-        """The sha256 of the contents and of the places below the folder: the same image may be in either part."""
-        return layout_digest(super().fingerprint(), self.files(), self.folder())
-
-    def _shortage(self) -> str:
-        return ""
-
-    def _list(self) -> tuple[list[Sample], list[Sample]]:
-        raise NotImplementedError
-
-    def _samples(self) -> tuple[list[Sample], list[Sample]]:
-        """The training and the test files with their labels, in torchvision's order."""
-        self._require()
-        try:
-            return self._list()
-        except (OSError, ValueError, LookupError) as error:
-            raise DatasetError(f"{self.title} in {self.folder()} is incomplete: {error}", self._hint()) from error
-
-    def _train_size(self) -> int:
-        return self.published if self._missing() else len(self._samples()[0])
-
-    def _read(self) -> tuple[ImageSet, ImageSet]:
-        train, test = self._samples()
-        return read_images(train, self.image_size), read_images(test, self.image_size)
-
-
-class GTSRB(_ImageFiles):
-    """German traffic signs, 43 classes: 39,209 training and 12,630 test images, resized to squares.
-
-    torchvision's training archive holds 26,640 images, not the paper's 39,209: `prepare` warns of it.
-    """
-
-    title: ClassVar[str] = "GTSRB"
-    published: ClassVar[int] = 39_209
-
-    def info(self) -> DatasetInfo:
-        """The facts; mean and std are NONE's. Its augmentation is unpublished: crop 4, no flip as in BackdoorBench."""
-        return DatasetInfo(
-            name="gtsrb",
-            shape=(3, self.image_size, self.image_size),
-            num_classes=43,
-            train_size=self._train_size(),
-            mean=(0.3403, 0.3121, 0.3214),
-            std=(0.2724, 0.2608, 0.2669),
-            crop_padding=4,
-            paper_target=1,
-            paper_trigger="static",
-        )
-
-    def files(self) -> list[Path]:
-        """The .ppm files of both parts, and the table of the test labels."""
-        return [*super().files(), self._table()]
-
-    def _base(self) -> Path:
-        return self.folder() / "gtsrb"
-
-    def _table(self) -> Path:
-        return self._base() / "GT-final_test.csv"
-
-    def _training(self) -> Path:
-        return self._base() / "GTSRB" / "Training"
-
-    def _tests(self) -> Path:
-        return self._base() / "GTSRB" / "Final_Test" / "Images"
-
-    def _needed(self) -> list[Path]:
-        return [*(self._training() / f"{label:05d}" for label in range(43)), self._tests(), self._table()]
-
-    def _advice(self) -> str:
-        return (
-            f"put the folders 00000 to 00042 of GTSRB_Final_Training_Images.zip (39,209 images) or of "
-            f"GTSRB-Training_fixed.zip (26,640) into {self._training()}, the .ppm files of GTSRB_Final_Test_Images.zip "
-            f"into {self._tests()} and GT-final_test.csv of GTSRB_Final_Test_GT.zip into {self._base()}"
-        )
-
-    def _shortage(self) -> str:
-        return (
-            " (26,640 are what torchvision downloads); for all of them put the folders 00000 to 00042 of "
-            f"GTSRB_Final_Training_Images.zip into {self._training()}"
-        )
-
-    def _fetch(self, folder: str) -> None:
-        tv.GTSRB(folder, split="train", download=True)
-        tv.GTSRB(folder, split="test", download=True)
-
-    def _list(self) -> tuple[list[Sample], list[Sample]]:
-        # The labels are the folders' numbers: torchvision's class would count through whatever folders there are.
-        labels = {f"{label:05d}": label for label in range(43)}
-        train = list(make_dataset(str(self._training()), class_to_idx=labels, extensions=(".ppm",)))
-        with self._table().open(newline="") as table:
-            rows = csv.DictReader(table, delimiter=";", skipinitialspace=True)
-            test = [(str(self._tests() / row["Filename"]), int(row["ClassId"])) for row in rows]
-        lost = next((path for path, _ in test if not os.path.exists(path)), None)
-        if lost is not None:
-            raise FileNotFoundError(f"{lost}, listed in {self._table().name}, is missing")
-        return train, test
-
-
-class Imagenette(_ImageFiles):
-    """Ten ImageNet classes, full size pictures: 9,469 training and 3,925 test images, resized whole to squares.
-
-    The paper's "ImageNet-10". Classes are in the order of their WordNet ids: 0 tench to 9 parachute.
-    """
-
-    image_size: int = Field(default=224, ge=16, le=224, description="side in pixels that the images are resized to")
-
-    title: ClassVar[str] = "Imagenette"
-    published: ClassVar[int] = 9_469
-    wnids: ClassVar[tuple[str, ...]] = (
-        "n01440764",
-        "n02102040",
-        "n02979186",
-        "n03000684",
-        "n03028079",
-        "n03394916",
-        "n03417042",
-        "n03425413",
-        "n03445777",
-        "n03888257",
-    )
-
-    def info(self) -> DatasetInfo:
-        """The facts; mean and std are NONE's. Its augmentation is unpublished: here crop by 4, and flip."""
-        return DatasetInfo(
-            name="imagenette",
-            shape=(3, self.image_size, self.image_size),
-            num_classes=10,
-            train_size=self._train_size(),
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
-            crop_padding=4,
-            flip=True,
-            paper_target=1,
-            paper_trigger="watermark",
-        )
-
-    def _part(self, name: str) -> Path:
-        return self.folder() / "imagenette2" / name
-
-    def _needed(self) -> list[Path]:
-        return [self._part(part) / wnid for part in ("train", "val") for wnid in self.wnids]
-
-    def _advice(self) -> str:
-        return (
-            f"unpack imagenette2.tgz in {self.folder()}, so that {self._part('train')} and {self._part('val')} "
-            f"each hold the ten folders {self.wnids[0]} to {self.wnids[-1]} of .JPEG files"
-        )
-
-    def _shortage(self) -> str:
-        return "; the rest of an interrupted download looks like this"
-
-    def _fetch(self, folder: str) -> None:
-        # Some versions of torchvision refuse a folder that exists, some take it as it is: both end in a `DatasetError`.
-        tv.Imagenette(folder, split="train", size="full", download=True)
-
-    def _list(self) -> tuple[list[Sample], list[Sample]]:
-        labels = {wnid: label for label, wnid in enumerate(self.wnids)}
-        train, test = (
-            list(make_dataset(str(self._part(part)), class_to_idx=labels, extensions=(".jpeg",)))
-            for part in ("train", "val")
-        )
-        return train, test

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import zipfile
 import zlib
@@ -19,7 +18,7 @@ from pydantic import Field
 from backdoor_bench_none.component import Incidental
 from backdoor_bench_none.data.dataset import Dataset, DatasetInfo, ImageSet
 from backdoor_bench_none.data.digits import stratified_split
-from backdoor_bench_none.data.torchvision_sets import Sample, layout_digest, read_images
+from backdoor_bench_none.data.image_files import Sample, read_images
 from backdoor_bench_none.errors import DatasetError
 
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -66,10 +65,6 @@ class ImageFolder(Dataset):
         """The image files of both parts."""
         _, train, test = self._samples()
         return [Path(path) for path, _ in (*train, *test)]
-
-    def fingerprint(self) -> str:
-        """The sha256 of the contents and of the places below `root`: the same image may be in either part."""
-        return layout_digest(super().fingerprint(), self.files(), self.root.expanduser())
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """Images (N, C, S, S) of the training and the test part, in the order of their paths."""
@@ -161,11 +156,6 @@ class Npz(Dataset):
         if not os.path.isfile(path):
             raise DatasetError(f"npz: there is no file {path}", "`path` must name a file written by numpy.savez")
         return [path]
-
-    def fingerprint(self) -> str:
-        """The sha256 of the file's content; its name does not count."""
-        with self.files()[0].open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """Images (N, C, H, W) and labels of both parts, in the order of the file."""

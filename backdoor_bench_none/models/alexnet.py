@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from backdoor_bench_none.models.activations import draw_calibrated_weights
 from backdoor_bench_none.models.architecture import Architecture, ModelSpec
+from backdoor_bench_none.models.initial_weights import draw_calibrated_weights
 
 LARGEST_SMALL_IMAGE = 64
 POOLED_SIZE = 6

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import Field
 from torch import nn
 
-from backdoor_bench_none.models.activations import draw_calibrated_weights
 from backdoor_bench_none.models.architecture import Architecture, ModelSpec
+from backdoor_bench_none.models.initial_weights import draw_calibrated_weights
 
 
 class MLP(Architecture):

@@ -34,7 +34,7 @@ def describe_whole(record: Record) -> Iterator[str]:
 def _numbers(record: Record) -> Iterator[str]:
     if record.counts is not None:
         yield f"BA           {_share(record.counts.benign_accuracy)} clean test images given their label"
-        yield f"ASR          {_share(record.counts.attack_success_rate)} triggered images given the label the attacker wants"
+        yield f"ASR          {_share(record.counts.attack_success_rate)} triggered images given the label wanted"
         yield f"RA           {_share(record.counts.robust_accuracy)} triggered images given their true label"
     if (found := record.detection) is not None:
         rates = [("TPR", found.tpr), ("FPR", found.fpr), ("AUROC", found.auroc)]

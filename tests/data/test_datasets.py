@@ -27,14 +27,8 @@ from sklearn.datasets import load_digits
 from backdoor_bench_none.component import Incidental
 from backdoor_bench_none.data.dataset import ImageSet
 from backdoor_bench_none.data.digits import Digits
-from backdoor_bench_none.data.torchvision_sets import (
-    CIFAR10,
-    GTSRB,
-    MNIST,
-    FashionMNIST,
-    Imagenette,
-    SmallerThanPublishedWarning,
-)
+from backdoor_bench_none.data.image_files import GTSRB, Imagenette, SmallerThanPublishedWarning
+from backdoor_bench_none.data.torchvision_sets import CIFAR10, MNIST, FashionMNIST
 from backdoor_bench_none.data.user import ImageFolder, Npz
 from backdoor_bench_none.errors import DatasetError
 
@@ -766,7 +760,7 @@ def test_real_gtsrb() -> None:
 
 
 @real("imagenette2")
-@pytest.mark.filterwarnings("ignore::backdoor_bench_none.data.torchvision_sets.SmallerThanPublishedWarning")
+@pytest.mark.filterwarnings("ignore::backdoor_bench_none.data.image_files.SmallerThanPublishedWarning")
 def test_real_imagenette() -> None:
     data = Imagenette(root=REAL, download=False, image_size=32)
     data.prepare()

