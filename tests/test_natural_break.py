@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from fractions import Fraction
 
 import jenkspy
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -57,10 +56,10 @@ def best_between(values: Floats | list[float]) -> Fraction:
 def test_equals_jenkspy(kind: str, seed: int) -> None:
     generator = np.random.default_rng([seed, *kind.encode()])
     values = KINDS[kind](generator, int(generator.integers(10, 150)))
-    spread = float(values.std(dtype=np.float64))
-    assert 0 < abs(float(values.mean(dtype=np.float64))) / spread + 1e-9 < 1e5, "jenkspy loses its digits there"
+    as_double = values.astype(np.float64)
+    assert abs(as_double.mean()) < 1e5 * as_double.std(), "jenkspy loses its digits there"
     threshold, _ = find_one(values)
-    assert threshold == jenkspy.jenks_breaks(values.astype(np.float64), n_classes=2)[1]
+    assert threshold == jenkspy.jenks_breaks(as_double, n_classes=2)[1]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -112,6 +111,7 @@ def test_goodness_of_fit_has_its_closed_forms() -> None:
     assert find_one(np.repeat([-7.0, 3.0], [1, 99])) == (-7.0, pytest.approx(1.0, abs=1e-12))
 
 
+@settings(deadline=None)
 @given(
     values=st.lists(st.integers(-40, 40), min_size=2, max_size=25),
     factor=st.sampled_from([0.25, 1.0, 3.0, 64.0]),
@@ -126,6 +126,7 @@ def test_partition_is_invariant_under_affine_maps(values: list[int], factor: flo
     assert gvf_mapped == pytest.approx(gvf, rel=1e-9)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-5, 5), min_size=2, max_size=12), st.randoms())
 def test_order_of_samples_does_not_matter(values: list[int], random: object) -> None:
     shuffled = list(values)
@@ -165,7 +166,8 @@ def test_one_row_may_come_without_its_axis() -> None:
     assert find_breaks([0.0, 1.0, 2.0]).thresholds.tolist() == [0.0]
 
 
-@pytest.mark.parametrize(("bad", "place"), itertools.product([np.nan, np.inf, -np.inf], [0, 2]))
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_refused(bad: float, place: int) -> None:
     values = np.array([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
     values[1, place] = bad

@@ -22,6 +22,12 @@ Tap = Literal["pre_activation", "convolution"]
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 ADDITIONS = ("add", "iadd", "add_")
+#: Functions and methods after which channel c still is channel c, or the block of columns a flattening makes of it.
+CHANNELWISE = (
+    "relu", "relu_", "relu6", "leaky_relu", "elu", "gelu", "silu", "softplus", "tanh", "sigmoid", "hardtanh", "dropout",
+    "max_pool2d", "boolean_dispatch", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "amax", "flatten",
+    "contiguous", "squeeze", "log_softmax", "softmax",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,30 +91,30 @@ def _channels(node: fx.Node) -> int:
     return int(node.meta["tensor_meta"].shape[1])
 
 
-def _follow(start: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[tuple[Consumer, ...], bool]:
-    """The layers that read `start` alone, and whether its output reaches the network's output before any other
-    layer.
-    """
+def _follow(start: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[tuple[Consumer, ...] | None, bool]:
+    """The layers that read `start` alone, and whether its output reaches the network's output before any other layer."""
     width, consumers = _channels(start), []
-    makes_logits = False
+    makes_logits, resolved = False, True
     waiting = list(start.users)
     while waiting:
         node = waiting.pop()
         module = _module_of(node, modules)
         if isinstance(module, WEIGHTED):
             inputs = module.in_features if isinstance(module, nn.Linear) else module.in_channels
-            if getattr(module, "groups", 1) == 1 and inputs % width == 0:
-                consumers.append(Consumer(str(node.target), inputs // width))
+            consumers.append(Consumer(str(node.target), inputs // width))
+            resolved &= getattr(module, "groups", 1) == 1 and inputs % width == 0
         elif node.op == "output":
             makes_logits = True
-        elif not _is_sum(node):
+        elif module is not None or _function(node) in CHANNELWISE:
             waiting += node.users
-    return tuple(consumers), makes_logits
+        elif _function(node) not in ADDITIONS:
+            resolved = False
+            waiting += node.users
+    return (tuple(consumers) if resolved else None), makes_logits
 
 
-def _is_sum(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_function", "call_method") and (name in ADDITIONS or len(node.all_input_nodes) > 1)
+def _function(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def _find_by_execution(model: nn.Module, example: Tensor) -> list[Layer]:
