@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from backdoor_bench_none.component import Component
 from backdoor_bench_none.context import Context
 from backdoor_bench_none.data.dataset import DatasetInfo, ImageSet
+from backdoor_bench_none.errors import PluginError
+from backdoor_bench_none.models.builder import ModelBuilder
 from backdoor_bench_none.recipe import Recipe
 from backdoor_bench_none.training import FitOptions, History, Loss, Trainer, TrainingData, cross_entropy, predict_logits
 
@@ -43,20 +45,25 @@ class DefenseTask:
     info: DatasetInfo
     recipe: Recipe
     trainer: Trainer
-    build: Callable[[int], nn.Module] = field(repr=False)
-    load_victim: Callable[[], nn.Module] = field(repr=False)
+    build: ModelBuilder
+    #: None unless the defense declares `starts_from_victim`
+    victim_weights: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     def new_model(self, draw: int = 0) -> nn.Module:
-        """An initialised network of the cell's architecture and activation, on the device: draw 0 has the initial
-        weights every defense and the victim share.
+        """An initialised network of the cell's architecture and activation, on the device.
+
+        Draw 0 has the initial weights that every defense and the victim share; other draws have others.
         """
         return self.build(draw)
 
     def victim(self) -> nn.Module:
-        """The network trained on `train` by the cell's recipe, without any defense, on the device: trained once, shared
-        by all defenses of a seed.
+        """The network trained on `train` by the cell's recipe without a defense, in eval mode, on the device.
+
+        It is trained once for all defenses of a seed; only a defense that declares `starts_from_victim` gets it.
         """
-        return self.load_victim()
+        if self.victim_weights is None:
+            raise PluginError("this defense asks for the victim without saying so", "set starts_from_victim = True")
+        return self.build.load(self.victim_weights)
 
     def fit(
         self,

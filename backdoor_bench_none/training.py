@@ -64,19 +64,22 @@ class Pixels:
         """(N, C, H, W) uint8 -> float32, zero mean and unit deviation, channels last."""
         return torch.addcmul(self.shift, images, self.scale).contiguous(memory_format=torch.channels_last)
 
-    def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Crop out of a zero-padded image and flip, each image on its own; images (N, C, H, W) uint8."""
-        count, _, height, width = images.shape
+    def draw_shifts(self, count: int, generator: torch.Generator) -> Tensor:
+        """(N, 3) int64: the top and left of each image's crop in the padded image, and whether it is flipped."""
+        corners = torch.randint(2 * self.crop_padding + 1, (count, 2), generator=generator)
+        flipped = torch.rand(count, 1, generator=generator) < 0.5 * self.flip
+        return torch.cat([corners, flipped.long()], dim=1)
+
+    def augment(self, images: Tensor, shifts: Tensor) -> Tensor:
+        """Crop each of `images` (N, C, H, W) uint8 out of its zero-padded self and flip it, as `shifts` (N, 3) says."""
         if not self.crop_padding and not self.flip:
             return images
-        padding = self.crop_padding
-        top, left = (torch.randint(2 * padding + 1, (count, 1), generator=generator) for _ in range(2))
-        flipped = torch.rand(count, 1, generator=generator) < 0.5 * self.flip
-        rows = top + torch.arange(height)  # (N, H)
-        columns = left + torch.where(flipped, torch.arange(width - 1, -1, -1), torch.arange(width))
-        rows, columns = (positions.to(images.device, non_blocking=True) for positions in (rows, columns))
-        padded = F.pad(images, (padding,) * 4)
-        samples = torch.arange(count, device=images.device)
+        height, width = (torch.arange(extent, device=images.device) for extent in images.shape[2:])
+        top, left, flipped = shifts[:, :, None].unbind(1)  # (N, 1) each
+        rows = top + height  # (N, H)
+        columns = left + torch.where(flipped.bool(), width.flip(0), width)  # (N, W)
+        padded = F.pad(images, (self.crop_padding,) * 4)
+        samples = torch.arange(len(images), device=images.device)
         # advanced indices around a slice: (N, H, W, C), which is channels last already
         return padded[samples[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
@@ -160,13 +163,16 @@ class Centralized(Trainer):
 
 
 def _batches(data: TrainingData, indices: Tensor, recipe: Recipe, generator: torch.Generator) -> Iterator[Batch]:
+    """One epoch; all its random numbers go to the device at once, so that no step waits for the host."""
     device = data.images.labels.device
     order = indices[torch.randperm(len(indices), generator=generator)].to(device)
+    shifts = data.pixels.draw_shifts(len(order), generator).to(device)
     whole = len(order) // recipe.batch_size * recipe.batch_size or len(order)
-    for chosen in torch.split(order[:whole], recipe.batch_size):
+    steps = (torch.split(x[:whole], recipe.batch_size) for x in (order, shifts))
+    for chosen, shift in zip(*steps, strict=True):
         images = data.images.images[chosen]
         if recipe.augment:
-            images = data.pixels.augment(images, generator)
+            images = data.pixels.augment(images, shift)
         yield Batch(data.pixels.normalize(images), data.images.labels[chosen], chosen)
 
 

@@ -124,13 +124,19 @@ def describe_component(entry: Entry, component: type[Component]) -> list[str]:
     lines.append(f"provider    {provider}, {component.__module__}:{component.__qualname__}")
     lines.append(f"source      {module}:{inspect.getsourcelines(component)[1]}")
     lines.append(f"revision    {component.revision}")
-    lines += ["", "parameters:" if component.model_fields else "no parameters"]
     properties = component.model_json_schema()["properties"] if component.model_fields else {}
+    properties = {name: schema for name, schema in properties.items() if not _is_fixed(schema)}
+    lines += ["", "parameters:" if properties else "no parameters"]
     width = max((len(name) for name in properties), default=0)
     for name, schema in properties.items():
         default = "required" if "default" not in schema else f"default {json.dumps(schema['default'])}"
         lines.append(f"  {name:{width}}  {_type_of(schema)}, {default}: {schema.get('description', '')}")
     return lines
+
+
+def _is_fixed(schema: dict[str, Any]) -> bool:
+    """Whether bounds leave a single value, as `clean_fraction` of a defense that takes no clean data."""
+    return "minimum" in schema and schema["minimum"] == schema.get("maximum")
 
 
 def _type_of(schema: dict[str, Any]) -> str:

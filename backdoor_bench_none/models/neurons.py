@@ -25,8 +25,8 @@ ADDITIONS = ("add", "iadd", "add_")
 #: Functions and methods after which channel c still is channel c, or the block of columns a flattening makes of it.
 CHANNELWISE = (
     "relu", "relu_", "relu6", "leaky_relu", "elu", "gelu", "silu", "softplus", "tanh", "sigmoid", "hardtanh", "dropout",
-    "max_pool2d", "boolean_dispatch", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "amax", "flatten",
-    "contiguous", "squeeze", "log_softmax", "softmax",
+    "max_pool2d", "boolean_dispatch", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "amax",
+    "flatten", "contiguous", "squeeze", "log_softmax", "softmax",
 )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def _channels(node: fx.Node) -> int:
 
 
 def _follow(start: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[tuple[Consumer, ...] | None, bool]:
-    """The layers that read `start` alone, and whether its output reaches the network's output before any other layer."""
+    """The layers that read `start` alone, and whether it makes the network's output, with no other layer between."""
     width, consumers = _channels(start), []
     makes_logits, resolved = False, True
     waiting = list(start.users)

@@ -77,6 +77,7 @@ def _do(job: Job, settings: Settings, device: str, threads: int | None, progress
     registry = Registry(Plugins(bbnfile=settings.bbnfile))
     cell = Cell.from_spec(job.spec, registry)
     chosen = choose_device(device)
+    torch.backends.cudnn.benchmark = chosen.type == "cuda"  # batches have one size, so the search pays
     deadline = None if settings.timeout is None else time.monotonic() + settings.timeout
     context = Context(chosen, 0, choose_amp(chosen), deadline, progress=progress)
     stages = Stages(cell, Store(settings.results), context, describe(cell, context, registry))

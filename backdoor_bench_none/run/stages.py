@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from backdoor_bench_none.attack import AttackTask, PoisonedSamples
 from backdoor_bench_none.cell import Cell
@@ -19,11 +19,12 @@ from backdoor_bench_none.data.dataset import ImageSet
 from backdoor_bench_none.defense import DefenseResult, DefenseTask
 from backdoor_bench_none.evaluation import evaluate, score_detection
 from backdoor_bench_none.models.architecture import ModelSpec
+from backdoor_bench_none.models.builder import ModelBuilder
 from backdoor_bench_none.results.record import Cost, Record
 from backdoor_bench_none.results.store import Artifact, Store
 from backdoor_bench_none.run.memory import watch_peak_memory
 from backdoor_bench_none.seeds import derive_seed
-from backdoor_bench_none.training import FitOptions, Pixels, TrainingData, check_learned, move
+from backdoor_bench_none.training import FitOptions, Pixels, TrainingData, check_learned
 
 
 @dataclass
@@ -94,7 +95,7 @@ class Stages:
     def _train_victim(self) -> Artifact:
         cell, context = self.cell, replace(self.context, seed=derive_seed(self.cell.victim_key))
         data = TrainingData.of(self.poisoned_train(), cell.info, context.device)
-        model = self.build(0)
+        model = self.builder(0)
         history = cell.the_trainer.fit(model, data, cell.recipe, context, FitOptions())
         check_learned(history, cell.info.num_classes)
         return Artifact(model.state_dict(), {"losses": history.losses})
@@ -117,15 +118,15 @@ class Stages:
             info=cell.info,
             recipe=cell.recipe,
             trainer=cell.the_trainer,
-            build=self.build,
-            load_victim=lambda: self.load_model(self.victim().tensors),
+            build=self.builder,
+            victim_weights=self.victim().tensors if cell.the_defense.starts_from_victim else None,
         )
 
     def _evaluate(self, defended: Artifact) -> Record:
         cell, (train, test), (poisoned, triggered) = self.cell, self.data(), self.poison()
         weights = {name[6:]: x for name, x in defended.tensors.items() if name.startswith("model.")}
         pixels = Pixels.of(cell.info, self.context.device)
-        counts, evaluation = evaluate(self.load_model(weights), test, triggered, pixels, self.context)
+        counts, evaluation = evaluate(self.builder.load(weights), test, triggered, pixels, self.context)
         detection = None
         if (flagged := defended.tensors.get("flagged")) is not None:
             truth = torch.zeros(len(train), dtype=torch.bool)
@@ -167,20 +168,12 @@ class Stages:
         order = torch.randperm(len(train), generator=generator)
         return train.take(order[benign[order]][: int(fraction * len(train))]).to(self.context.device)
 
-    def build(self, draw: int) -> nn.Module:
-        """An initialised network; draw 0 is the same for all attacks and defenses of a seed."""
-        info = self.cell.info
-        spec = ModelSpec(info.num_classes, info.shape[0], info.shape[1], self.cell.the_activation.build)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(self.cell.initial_key, draw))
-            model = self.cell.the_architecture.build(spec)
-        return move(model, self.context.device)
-
-    def load_model(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """The cell's network with these weights, in eval mode."""
-        model = self.build(0)
-        model.load_state_dict(dict(weights))
-        return model.eval()
+    @property
+    def builder(self) -> ModelBuilder:
+        """Makes the cell's networks; draw 0 is the same for all attacks and defenses of a seed."""
+        info, cell = self.cell.info, self.cell
+        spec = ModelSpec(info.num_classes, info.shape[0], info.shape[1], cell.the_activation.build)
+        return ModelBuilder(cell.the_architecture, spec, cell.initial_key, self.context.device)
 
     def _artifact(
         self, stage: str, key: str, compute: Callable[[], Artifact], needed: Callable[[], object] | None = None

@@ -63,7 +63,9 @@ def make_attack(**params: object) -> BadNets:
 
 
 def same(first: PoisonedSamples, second: PoisonedSamples) -> bool:
-    pairs = zip((first.indices, first.images, first.labels), (second.indices, second.images, second.labels), strict=True)
+    pairs = zip(
+        (first.indices, first.images, first.labels), (second.indices, second.images, second.labels), strict=True
+    )
     return all(torch.equal(one, other) for one, other in pairs)
 
 

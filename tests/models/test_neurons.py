@@ -110,6 +110,28 @@ class ChannelsLastFlattened(Chain):
         return self.head(self.features(x).permute(0, 2, 3, 1).flatten(1))
 
 
+class Rearranged(Chain):
+    """Something that moves channels between the first convolution and the second."""
+
+    def __init__(self, move: nn.Module) -> None:
+        super().__init__()
+        self.move = move
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(F.relu(self.b(self.move(F.relu(self.a(x))))), 2)
+
+
+class ChannelMean(nn.Module):
+    """Averages over channels, so that the linear layer has columns for places, not for channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(36, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.a(x)).mean(1).flatten(1))
+
+
 class OwnConv(nn.Conv2d):
     """A convolution of the user's, as one with standardised weights."""
 
@@ -239,9 +261,13 @@ OWN: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[Consumer, ...] | N
     "added logits": (Added, {"hidden": (Consumer("deep", 1),)}),
     "viewed logits": (ViewedLogits, {"a": (Consumer("b", 1),)}),
 }
+#: where it is right, if not the best, to say that the consumers are not known
+MAY_STAY_UNRESOLVED = ("viewed", "reshaped", "concatenated", "grouped")
 #: networks whose consumers are only checked by what pruning does
 ALL_OWN: dict[str, Callable[[], nn.Module]] = {name: make for name, (make, _) in OWN.items()} | {
     "channels last": ChannelsLastFlattened,
+    "shuffled": lambda: Rearranged(nn.ChannelShuffle(2)),
+    "channel mean": ChannelMean,
     "shared layer": SharedLayer,
     "tokens": Tokens,
     "data dependent norm": lambda: DataDependentNormed(nn.BatchNorm2d),
@@ -317,7 +343,10 @@ def test_consumers_of_an_mlp(size: int) -> None:
 @pytest.mark.parametrize("name", OWN)
 def test_layers_and_consumers_of_own_networks(name: str) -> None:
     make, expected = OWN[name]
-    assert {layer.name: layer.consumers for layer in find_own(make)[1]} == expected
+    found = {layer.name: layer.consumers for layer in find_own(make)[1]}
+    assert list(found) == list(expected)
+    for layer, consumers in found.items():
+        assert consumers == expected[layer] or (consumers is None and name in MAY_STAY_UNRESOLVED)
 
 
 @pytest.mark.parametrize("name", ALL_OWN)
@@ -542,7 +571,7 @@ def test_logits_no_longer_depend_on_a_pruned_neuron(kind: type[Architecture]) ->
             assert torch.equal(model(images), before)
 
 
-ZERO_AT_ZERO = [name for name in ("ReLU", "LeakyReLU", "ELU", "PReLU", "Tanhshrink", "GELU", "SiLU")]
+ZERO_AT_ZERO = ["ReLU", "LeakyReLU", "ELU", "PReLU", "Tanhshrink", "GELU", "SiLU"]
 
 
 @pytest.mark.parametrize("name", [*ZERO_AT_ZERO, "Softplus"])
@@ -555,7 +584,7 @@ def test_only_an_activation_that_is_not_zero_at_zero_revives_a_pruned_neuron(nam
     prune_neurons(model, first, torch.tensor([2]))
     prune_neurons(model, second, torch.tensor([3]))
     F.cross_entropy(model(torch.randn(8, 1, SIDE, SIDE)), torch.arange(8) % CLASSES).backward()
-    grads = dict((name, p.grad) for name, p in model.named_parameters())
+    grads = {name: p.grad for name, p in model.named_parameters()}
     made = [grads[name][2] for name in ("0.weight", "0.bias", "1.weight", "1.bias")]
     made += [grads[name][3] for name in ("3.weight", "3.bias")]
     read = [grads["3.weight"][:, 2], grads["6.weight"][:, 3 * 4 : 4 * 4]]
@@ -564,14 +593,14 @@ def test_only_an_activation_that_is_not_zero_at_zero_revives_a_pruned_neuron(nam
     assert grads["0.weight"][1].any()  # the others do learn
 
 
-def test_a_pruned_residual_channel_can_return_through_its_norms_shift() -> None:
-    model = build(ResNet18, 16)
+def test_pruned_residual_channels_can_return_through_their_norms_shift() -> None:
+    model = ResNet18(width=0.1).build(ModelSpec(5, 1, 16, nn.ReLU)).eval()
     layers = {layer.name: layer for layer in find_layers(model, torch.rand(1, 1, 16, 16))}
-    prune_neurons(model, layers["layer2.0.conv2"], torch.tensor([1]))
-    F.cross_entropy(model(torch.randn(8, 1, 16, 16)), torch.arange(8) % 5).backward()
     block = model.layer2[0]
-    assert not block.conv2.weight.grad[1].any()
-    assert block.bn2.bias.grad[1] != 0
+    prune_neurons(model, layers["layer2.0.conv2"], torch.arange(len(block.bn2.bias)))
+    F.cross_entropy(model(torch.randn(8, 1, 16, 16)), torch.arange(8) % 5).backward()
+    assert not block.conv2.weight.grad.any()
+    assert block.bn2.bias.grad.any()
 
 
 @pytest.mark.parametrize("kind", [VGG11, ResNet18, AlexNet])
