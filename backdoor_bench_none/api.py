@@ -8,7 +8,7 @@ from backdoor_bench_none.attack import Attack, AttackTask, LabelMode, PoisonedSa
 from backdoor_bench_none.component import Component, Incidental
 from backdoor_bench_none.context import Context
 from backdoor_bench_none.data.dataset import Dataset, DatasetInfo, ImageSet
-from backdoor_bench_none.defense import Defense, DefenseResult, DefenseTask, Stage
+from backdoor_bench_none.defense import Defense, DefenseResult, DefenseTask, OracleTask, Stage
 from backdoor_bench_none.evaluation import Evaluation, Metric
 from backdoor_bench_none.executors.base import Executor
 from backdoor_bench_none.hookspecs import hookimpl
@@ -18,10 +18,10 @@ from backdoor_bench_none.training import Batch, FitOptions, History, Trainer, Tr
 from backdoor_bench_none.trigger import Trigger
 
 __all__ = [
-    "BASES", "Activation", "Architecture", "Attack", "AttackTask", "Batch", "Component", "Context", "Dataset",
+    "Activation", "Architecture", "Attack", "AttackTask", "BASES", "Batch", "Component", "Context", "Dataset",
     "DatasetInfo", "Defense", "DefenseResult", "DefenseTask", "Evaluation", "Executor", "FitOptions", "History",
-    "ImageSet", "Incidental", "LabelMode", "Metric", "ModelSpec", "PoisonedSamples", "Recipe", "Stage", "Trainer",
-    "TrainingData", "Trigger", "TriggerAttack", "cross_entropy", "hookimpl",
+    "ImageSet", "Incidental", "LabelMode", "Metric", "ModelSpec", "OracleTask", "PoisonedSamples", "Recipe",
+    "Stage", "Trainer", "TrainingData", "Trigger", "TriggerAttack", "cross_entropy", "hookimpl",
 ]  # fmt: skip
 
 #: The base class of each kind of component.

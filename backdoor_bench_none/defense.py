@@ -16,7 +16,16 @@ from backdoor_bench_none.data.dataset import DatasetInfo, ImageSet
 from backdoor_bench_none.errors import PluginError
 from backdoor_bench_none.models.builder import ModelBuilder
 from backdoor_bench_none.recipe import Recipe
-from backdoor_bench_none.training import FitOptions, History, Loss, Trainer, TrainingData, cross_entropy, predict_logits
+from backdoor_bench_none.training import (
+    FitOptions,
+    Gradients,
+    History,
+    Loss,
+    Trainer,
+    TrainingData,
+    cross_entropy,
+    predict_logits,
+)
 
 
 class Stage(StrEnum):
@@ -74,14 +83,16 @@ class DefenseTask:
         keep: Tensor | None = None,
         freeze_batchnorm: bool = False,
         loss: Loss = cross_entropy,
+        gradients: Gradients | None = None,
         **recipe: Any,
     ) -> History:
         """Train `model` in place by the cell's trainer and recipe; keyword arguments change the recipe, as in
         `epochs=5`.
 
-        `data` (default `train`) is what to train on; `keep` (k,) int64 the indices of its samples to use.
+        `data` (default `train`) is what to train on; `keep` (k,) int64 the indices of its samples to use. `loss` is
+        differentiated; `gradients` computes gradients itself.
         """
-        options = FitOptions(keep=keep, freeze_batchnorm=freeze_batchnorm, loss=loss)
+        options = FitOptions(keep, freeze_batchnorm, loss, gradients)
         changed = Recipe(**{**self.recipe.model_dump(), **recipe})
         return self.trainer.fit(model, self.training_data(data, context), changed, context, options)
 
@@ -112,6 +123,14 @@ class DefenseResult:
     extras: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class OracleTask(DefenseTask):
+    """What a defense that declares `sees_ground_truth` is given: an upper bound, never a competitor."""
+
+    #: which training samples are poisoned (N,) bool
+    poisoned: Tensor
+
+
 class Defense(Component):
     """Base of all defenses: write `run`.
 
@@ -122,6 +141,8 @@ class Defense(Component):
 
     stage: ClassVar[Stage]
     starts_from_victim: ClassVar[bool] = False
+    #: whether it is an upper bound that is told which samples are poisoned; every table says so
+    sees_ground_truth: ClassVar[bool] = False
     #: what `run` returns besides the model
     returns: ClassVar[tuple[Literal["flagged", "scores", "infected"], ...]] = ()
 
@@ -133,7 +154,18 @@ class Defense(Component):
     def facts(cls) -> Mapping[str, str]:
         """Its stage, what it starts from, and what it returns."""
         start = "the undefended training" if cls.starts_from_victim else "initial weights"
-        return {"stage": cls.stage, "starts from": start, "returns": ", ".join(("model", *cls.returns))}
+        clean = cls.model_fields["clean_fraction"].default
+        return {
+            "stage": cls.stage,
+            "starts from": start,
+            "clean data": f"{clean:.0%} of the training set, by default" if clean else "none",
+            "returns": ", ".join(("model", *cls.returns)),
+            **({"beware": "it is told which samples are poisoned"} if cls.sees_ground_truth else {}),
+        }
+
+    def adapt(self, model: nn.Module) -> nn.Module:
+        """The structure of the networks this defense returns, made of one of the cell's; the same by default."""
+        return model
 
     def run(self, task: DefenseTask, context: Context) -> DefenseResult:
         """Return a model, in eval mode or not, and what was found out on the way."""

@@ -21,8 +21,9 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     epochs: int = Field(15, ge=1, description="passes over the training set")
-    batch_size: int = Field(
-        128, ge=1, description="images per step; an incomplete last batch is left out unless it is the only one"
+    batch_size: int = Field(128, ge=1, description="images per step")
+    drop_last: bool = Field(
+        True, description="leave out an incomplete last batch of an epoch, unless it is the only one"
     )
     lr: float = Field(0.1, gt=0, description="highest learning rate")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum")
@@ -41,6 +42,11 @@ class Recipe(BaseModel):
         1.0, gt=0, description="learning rate of the last convolution or linear layer, relative to lr"
     )
     compile: bool = Field(False, description="torch.compile the network; pays on a GPU in long runs only")
+
+    def steps(self, samples: int) -> int:
+        """The steps of an epoch over that many samples."""
+        whole, rest = divmod(samples, self.batch_size)
+        return max(1, whole) if self.drop_last else whole + (rest > 0)
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of step `step`, counted from 0."""

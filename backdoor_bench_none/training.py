@@ -36,6 +36,8 @@ class Batch:
 
 #: computes the loss of a batch, a scalar that the loop differentiates
 Loss = Callable[[nn.Module, Batch], Tensor]
+#: computes the loss of a batch, and leaves the gradients to step along in the parameters by itself
+Gradients = Callable[[nn.Module, Batch, Context], Tensor]
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
@@ -114,6 +116,8 @@ class FitOptions:
     #: leave BatchNorm's running statistics as they are (its affine parameters still train)
     freeze_batchnorm: bool = False
     loss: Loss = cross_entropy
+    #: in place of differentiating `loss`
+    gradients: Gradients | None = None
 
 
 class Trainer(Component):
@@ -142,7 +146,7 @@ class Centralized(Trainer):
     ) -> History:
         generator = context.generator("fit")
         indices = torch.arange(len(data.images)) if options.keep is None else options.keep.cpu()
-        steps_per_epoch = max(1, len(indices) // recipe.batch_size)
+        steps_per_epoch = recipe.steps(len(indices))
         move(model, context.device)
         optimizer = _make_optimizer(model, recipe)
         if recipe.compile:
@@ -153,7 +157,7 @@ class Centralized(Trainer):
             total = torch.zeros((), device=context.device)
             for step, batch in enumerate(_batches(data, indices, recipe, generator)):
                 _set_lr(optimizer, recipe.lr_at(epoch * steps_per_epoch + step, steps_per_epoch))
-                total += _step(model, batch, optimizer, recipe, context, options.loss)
+                total += _step(model, batch, optimizer, recipe, context, options)
             history.losses.append(_finite(total.item() / steps_per_epoch, epoch))
             context.log("loss", history.losses[-1], epoch)
             context.progress(epoch + 1, recipe.epochs)
@@ -167,8 +171,8 @@ def _batches(data: TrainingData, indices: Tensor, recipe: Recipe, generator: tor
     device = data.images.labels.device
     order = indices[torch.randperm(len(indices), generator=generator)].to(device)
     shifts = data.pixels.draw_shifts(len(order), generator).to(device)
-    whole = len(order) // recipe.batch_size * recipe.batch_size or len(order)
-    steps = (torch.split(x[:whole], recipe.batch_size) for x in (order, shifts))
+    used = recipe.steps(len(order)) * recipe.batch_size
+    steps = (torch.split(x[:used], recipe.batch_size) for x in (order, shifts))
     for chosen, shift in zip(*steps, strict=True):
         images = data.images.images[chosen]
         if recipe.augment:
@@ -177,16 +181,24 @@ def _batches(data: TrainingData, indices: Tensor, recipe: Recipe, generator: tor
 
 
 def _step(
-    model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, recipe: Recipe, context: Context, loss: Loss
+    model: nn.Module,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    context: Context,
+    options: FitOptions,
 ) -> Tensor:
-    with context.autocast():
-        value = loss(model, batch)
     optimizer.zero_grad(set_to_none=True)
-    value.backward()  # type: ignore[no-untyped-call]
+    if options.gradients is not None:
+        loss = options.gradients(model, batch, context)
+    else:
+        with context.autocast():
+            loss = options.loss(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
     if recipe.clip_norm is not None:
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
     optimizer.step()
-    return value.detach()
+    return loss.detach()
 
 
 def _make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:

@@ -178,13 +178,16 @@ def test_a_batch_has_the_labels_and_images_of_its_indices() -> None:
         assert torch.equal(batch.images, data.pixels.normalize(data.images.images[batch.indices]))
 
 
-@pytest.mark.parametrize(("count", "batch_size", "sizes"), [(7, 10, [7]), (10, 10, [10]), (25, 10, [10, 10])])
+@pytest.mark.parametrize(
+    ("count", "drop_last", "sizes"),
+    [(7, True, [7]), (10, True, [10]), (25, True, [10, 10]), (25, False, [10, 10, 5]), (20, False, [10, 10])],
+)
 def test_an_incomplete_batch_is_left_out_unless_it_is_the_only_one(
-    count: int, batch_size: int, sizes: list[int]
+    count: int, drop_last: bool, sizes: list[int]
 ) -> None:
     spy, model = Spy(), build()
     before = weights(model)
-    history = fit(model, CONSTANT.model_copy(update={"batch_size": batch_size}), data=draw_data(count), loss=spy)
+    history = fit(model, CONSTANT.model_copy(update={"drop_last": drop_last}), data=draw_data(count), loss=spy)
     assert [len(batch) for batch in spy.indices] == sizes
     assert not torch.equal(weights(model), before)
     assert len(history.losses) == 1

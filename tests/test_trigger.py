@@ -280,7 +280,8 @@ def test_augmentation_leaves_a_corner_patch_whole_as_often_as_it_should() -> Non
     images = place(info.shape, solid_tile(3, (255, 255, 255), 1), -1, -1).apply(
         torch.zeros(8100, 1, 32, 32, dtype=torch.uint8)
     )
-    augmented = Pixels.of(info, torch.device("cpu")).augment(images, torch.Generator().manual_seed(0))
+    pixels = Pixels.of(info, torch.device("cpu"))
+    augmented = pixels.augment(images, pixels.draw_shifts(len(images), torch.Generator().manual_seed(0)))
     whole = augmented.count_nonzero((1, 2, 3)) == 9
     assert float(whole.double().mean()) == pytest.approx(25 / 81, abs=0.02)
     left, right = (augmented[whole][..., half].any(-1).any(-1).double().mean() for half in (slice(16), slice(16, 32)))

@@ -6,8 +6,7 @@ the places of its map (released code).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,11 +15,16 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from backdoor_bench_none.context import Context
+from backdoor_bench_none.models.hooks import Hook, record_outputs
 from backdoor_bench_none.training import Pixels, iterate_normalized
 
 Tap = Literal["pre_activation", "convolution"]
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+ACTIVATIONS = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.Softplus, nn.Tanhshrink, nn.GELU, nn.SiLU,
+    nn.Mish, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Softshrink, nn.Hardshrink, nn.LogSigmoid, nn.Softsign,
+)  # fmt: skip
 ADDITIONS = ("add", "iadd", "add_")
 #: Functions and methods after which channel c still is channel c, or the block of columns a flattening makes of it.
 CHANNELWISE = (
@@ -50,6 +54,7 @@ class Layer:
     name: str
     norm: str | None
     consumers: tuple[Consumer, ...] | None
+    activation: str | None = None
 
     def tap(self, kind: Tap) -> str:
         """The module whose output is read: the norm behind the layer if there is one (`pre_activation`), or the layer
@@ -74,7 +79,8 @@ def find_layers(model: nn.Module, example: Tensor) -> list[Layer]:
         if isinstance(_module_of(node, modules), WEIGHTED):
             consumers, makes_logits = _follow(node, modules)
             if not makes_logits:
-                layers.append(Layer(str(node.target), _norm_behind(node, modules), consumers))
+                activation = _activation_behind(node, modules)
+                layers.append(Layer(str(node.target), _norm_behind(node, modules), consumers, activation))
     return layers
 
 
@@ -85,6 +91,18 @@ def _module_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module | N
 def _norm_behind(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
     users = list(node.users)
     return str(users[0].target) if len(users) == 1 and isinstance(_module_of(users[0], modules), NORMS) else None
+
+
+def _activation_behind(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
+    """The first activation module that the output of `node` passes, through norms and sums."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        module = _module_of(node, modules)
+        if isinstance(module, ACTIVATIONS):
+            return str(node.target)
+        if isinstance(module, WEIGHTED):
+            return None
+    return None
 
 
 def _channels(node: fx.Node) -> int:
@@ -124,7 +142,7 @@ def _find_by_execution(model: nn.Module, example: Tensor) -> list[Layer]:
     made_by: dict[int, str] = {}
     kept: list[Tensor] = []  # keeps ids from being reused
 
-    def watch(name: str) -> object:
+    def watch(name: str) -> Hook:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if isinstance(module, WEIGHTED):
                 order.append(name)
@@ -136,7 +154,7 @@ def _find_by_execution(model: nn.Module, example: Tensor) -> list[Layer]:
         return hook
 
     watched = {name: module for name, module in model.named_modules() if isinstance(module, (*WEIGHTED, *NORMS))}
-    handles = [module.register_forward_hook(watch(name)) for name, module in watched.items()]  # type: ignore[arg-type]
+    handles = [module.register_forward_hook(watch(name)) for name, module in watched.items()]
     try:
         with torch.no_grad():
             model(example)
@@ -159,7 +177,7 @@ def collect_activations(
     images = images.to(context.device)
     values: dict[str, Tensor] = {}
     probabilities = []
-    with _record_maxima(model, {layer.tap(tap): layer.name for layer in layers}) as seen:
+    with record_outputs(model, {layer.name: layer.tap(tap) for layer in layers}, _largest_over_map) as seen:
         start = 0
         for batch in iterate_normalized(images, pixels):
             probabilities.append(model(batch).softmax(1))
@@ -171,28 +189,9 @@ def collect_activations(
     return {layer.name: values[layer.name] for layer in layers}, torch.cat(probabilities)
 
 
-@contextmanager
-def _record_maxima(model: nn.Module, taps: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
-    """Yields a dictionary that every forward pass fills with (B, C) maxima; reduced inside the hook, before an in-place
-    activation overwrites them.
-    """
-    seen: dict[str, Tensor] = {}
-
-    def record(name: str) -> object:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[name] = output if output.ndim == 2 else output.amax(dim=tuple(range(2, output.ndim)))
-            if output.ndim == 2:
-                seen[name] = output.clone()
-
-        return hook
-
-    modules = dict(model.named_modules())
-    handles = [modules[tap].register_forward_hook(record(name)) for tap, name in taps.items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+def _largest_over_map(output: Tensor) -> Tensor:
+    """(B, C, ...) -> (B, C), a tensor of its own."""
+    return output.clone() if output.ndim == 2 else output.amax(dim=tuple(range(2, output.ndim)))
 
 
 @torch.no_grad()
@@ -224,6 +223,34 @@ def reinitialize_neurons(model: nn.Module, layer: Layer, neurons: Tensor, fresh:
         _rows(dict(model.named_modules()), layer), _rows(dict(fresh.named_modules()), layer), strict=True
     ):
         old[neurons] = new[neurons]
+
+
+def reestimate_norms(
+    model: nn.Module, resets: Mapping[str, Tensor], images: Tensor, pixels: Pixels, context: Context
+) -> None:
+    """Measure BatchNorm's running statistics of re-initialised channels on `images`; those of all others stay.
+
+    `resets` has the channels (k,) by the name of the norm.
+    """
+    modules = dict(model.named_modules())
+    norms = {name: module for name in resets if isinstance(module := modules[name], nn.modules.batchnorm._BatchNorm)}
+    before = {name: {key: value.clone() for key, value in norm.named_buffers()} for name, norm in norms.items()}
+    momenta = {name: norm.momentum for name, norm in norms.items()}
+    model.eval()
+    for norm in norms.values():
+        norm.train()
+        norm.momentum = None  # a plain average over the batches
+        norm.reset_running_stats()
+    with torch.inference_mode():
+        for batch in iterate_normalized(images.to(context.device), pixels):
+            model(batch)
+    for name, norm in norms.items():
+        for key, value in norm.named_buffers():
+            if value.ndim:
+                before[name][key][resets[name]] = value[resets[name]]
+            value.copy_(before[name][key])
+        norm.momentum = momenta[name]
+        norm.eval()
 
 
 def _rows(modules: Mapping[str, nn.Module], layer: Layer) -> list[Tensor]:

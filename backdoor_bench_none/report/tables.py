@@ -30,12 +30,12 @@ class Matrix:
             [getattr(rows[0], axis) for axis in LINE_AXES if axis not in varying and axis != "trainer"] if rows else []
         )
         defenses = list(dict.fromkeys(row.defense for row in rows))
-        clean = {row.defense: row.clean_fraction for row in rows if row.clean_fraction}
+        given = {row.defense: _given(row) for row in rows if _given(row)}
         cells = {(tuple(getattr(row, axis) for axis in varying), row.defense): row for row in rows}
         lines = dict.fromkeys(line for line, _ in cells)
         self.notes: list[str] = []
         self.title = " · ".join([*fixed, _seeds(rows)])
-        self.header = [*varying, *(d + (f" ({clean[d]:.0%} clean data)" if d in clean else "") for d in defenses)]
+        self.header = [*varying, *(d + given.get(d, "") for d in defenses)]
         self.lines = [[*line, *(self._cell(cells.get((line, defense))) for defense in defenses)] for line in lines]
 
     def _cell(self, row: Row | None) -> str:
@@ -54,6 +54,12 @@ class Matrix:
     def footnotes(self) -> list[str]:
         """The legend, and why cells have no numbers."""
         return [LEGEND, *(f"[{number}] {note}" for number, note in enumerate(self.notes, 1))]
+
+
+def _given(row: Row) -> str:
+    """What a defense was granted beyond the untrusted training set."""
+    clean = f" ({row.clean_fraction:.0%} clean data)" if row.clean_fraction else ""
+    return clean + (" (told what is poisoned)" if row.sees_ground_truth else "")
 
 
 def _seeds(rows: Sequence[Row]) -> str:

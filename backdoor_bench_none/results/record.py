@@ -63,6 +63,7 @@ class Record(_Part):
     victim_losses: list[float] = []
     costs: dict[str, Cost] = {}
     defense_stage: str | None = None
+    sees_ground_truth: bool = False
     #: keys of the stages behind this record, and the number of poisoned training samples
     upstream: dict[str, str | int | None] = {}
     provenance: dict[str, Any] = {}

@@ -45,6 +45,7 @@ class Row:
     cost_ratio: float | None = None
     peak_memory: int | None = None
     clean_fraction: float | None = None
+    sees_ground_truth: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, as JSON values."""
@@ -115,6 +116,7 @@ def _row(labels: Labels, slots: list[_Slot], baselines: Mapping[tuple[Labels, in
         cost_ratio=_mean(pairs, lambda pair: cost_ratio(*pair)),
         peak_memory=max((m for r in done if (m := r.costs["defense"].peak_memory) is not None), default=None),
         clean_fraction=done[0].clean_fraction if done else None,
+        sees_ground_truth=any(record.sees_ground_truth for record in done),
     )
 
 

@@ -16,7 +16,7 @@ from backdoor_bench_none.attack import AttackTask, PoisonedSamples
 from backdoor_bench_none.cell import Cell
 from backdoor_bench_none.context import Context
 from backdoor_bench_none.data.dataset import ImageSet
-from backdoor_bench_none.defense import DefenseResult, DefenseTask
+from backdoor_bench_none.defense import DefenseResult, DefenseTask, OracleTask
 from backdoor_bench_none.evaluation import evaluate, score_detection
 from backdoor_bench_none.models.architecture import ModelSpec
 from backdoor_bench_none.models.builder import ModelBuilder
@@ -112,7 +112,9 @@ class Stages:
 
     def _task(self) -> DefenseTask:
         cell = self.cell
-        return DefenseTask(
+        truth = {"poisoned": self.poisoned()} if cell.the_defense.sees_ground_truth else {}
+        return (OracleTask if truth else DefenseTask)(
+            **truth,
             train=self.poisoned_train().to(self.context.device),
             clean=self.clean_holdout(),
             info=cell.info,
@@ -123,15 +125,15 @@ class Stages:
         )
 
     def _evaluate(self, defended: Artifact) -> Record:
-        cell, (train, test), (poisoned, triggered) = self.cell, self.data(), self.poison()
+        cell, (_, test), (poisoned, triggered) = self.cell, self.data(), self.poison()
         weights = {name[6:]: x for name, x in defended.tensors.items() if name.startswith("model.")}
         pixels = Pixels.of(cell.info, self.context.device)
-        counts, evaluation = evaluate(self.builder.load(weights), test, triggered, pixels, self.context)
+        model = cell.the_defense.adapt(self.builder(0))
+        model.load_state_dict(weights)
+        counts, evaluation = evaluate(model, test, triggered, pixels, self.context)
         detection = None
         if (flagged := defended.tensors.get("flagged")) is not None:
-            truth = torch.zeros(len(train), dtype=torch.bool)
-            truth[poisoned.indices] = True
-            detection = score_detection(flagged, defended.tensors.get("scores"), truth)
+            detection = score_detection(flagged, defended.tensors.get("scores"), self.poisoned())
         metrics = {
             f"{choice.label}.{name}": float(value)
             for choice in cell.metrics
@@ -146,6 +148,7 @@ class Stages:
             cell, "done", counts=counts, detection=detection, metrics=metrics, infected=defended.meta["infected"],
             extras=defended.meta["extras"], victim_losses=losses, upstream=upstream,
             provenance=dict(self.provenance), defense_stage=cell.the_defense.stage,
+            sees_ground_truth=cell.the_defense.sees_ground_truth,
         )  # fmt: skip
 
     # What they share.
@@ -154,6 +157,12 @@ class Stages:
         """The training set as the defender gets it."""
         return self.poison()[0].replace(self.data()[0])
 
+    def poisoned(self) -> Tensor:
+        """The ground truth (N,) bool."""
+        truth = torch.zeros(len(self.data()[0]), dtype=torch.bool)
+        truth[self.poison()[0].indices] = True
+        return truth
+
     def clean_holdout(self) -> ImageSet | None:
         """int(clean_fraction * N) training samples that were not poisoned; a smaller fraction's are among a larger
         one's.
@@ -161,9 +170,8 @@ class Stages:
         fraction = self.cell.the_defense.clean_fraction
         if fraction == 0:
             return None
-        train, poisoned = self.data()[0], self.poison()[0]
-        benign = torch.ones(len(train), dtype=torch.bool)
-        benign[poisoned.indices] = False
+        train = self.data()[0]
+        benign = ~self.poisoned()
         generator = torch.Generator().manual_seed(derive_seed(self.cell.poison_key, "clean hold-out"))
         order = torch.randperm(len(train), generator=generator)
         return train.take(order[benign[order]][: int(fraction * len(train))]).to(self.context.device)

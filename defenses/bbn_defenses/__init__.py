@@ -9,5 +9,17 @@ from backdoor_bench_none.hookspecs import hookimpl
 
 @hookimpl
 def bbn_defenses() -> Mapping[str, str]:
-    """The baseline without a defense, and the paper's NONE."""
-    return {"no_defense": "bbn_defenses.no_defense:NoDefense", "none": "bbn_defenses.none:NONE"}
+    """The paper's NONE, the defenses it is compared with, and the controls to read them beside."""
+    return {
+        "no_defense": "bbn_defenses.no_defense:NoDefense",
+        "none": "bbn_defenses.none:NONE",
+        "dp_sgd": "bbn_defenses.dp_sgd:DPSGD",
+        "nad": "bbn_defenses.nad:NAD",
+        "ac": "bbn_defenses.ac:AC",
+        "abl": "bbn_defenses.abl:ABL",
+        "group_norm": "bbn_defenses.dp_sgd:GroupNorm",
+        "fine_tune": "bbn_defenses.fine_tune:FineTune",
+        "fine_pruning": "bbn_defenses.fine_pruning:FinePruning",
+        "spectral_signatures": "bbn_defenses.spectral_signatures:SpectralSignatures",
+        "oracle_filter": "bbn_defenses.oracle_filter:OracleFilter",
+    }

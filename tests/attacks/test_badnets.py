@@ -16,9 +16,20 @@ from torch import Tensor, nn
 
 from backdoor_bench_none import attack as attack_module
 from backdoor_bench_none.api import (
-    Attack, AttackTask, Context, Dataset, DatasetInfo, FitOptions, ImageSet, LabelMode, PoisonedSamples, Recipe,
-    TrainingData, Trigger, TriggerAttack,
-)  # fmt: skip
+    Attack,
+    AttackTask,
+    Context,
+    Dataset,
+    DatasetInfo,
+    FitOptions,
+    ImageSet,
+    LabelMode,
+    PoisonedSamples,
+    Recipe,
+    TrainingData,
+    Trigger,
+    TriggerAttack,
+)
 from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.evaluation import Counts, evaluate
 from backdoor_bench_none.plugins import Plugins

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from backdoor_bench_none.api import (
+    Architecture,
     Context,
     DatasetInfo,
     DefenseTask,
@@ -23,6 +24,7 @@ from backdoor_bench_none.api import (
     Trainer,
     TrainingData,
 )
+from backdoor_bench_none.models.builder import ModelBuilder
 from backdoor_bench_none.models.resnet import ResNet18
 from backdoor_bench_none.training import Centralized
 
@@ -60,25 +62,13 @@ class RecordingTrainer(Trainer):
         return Centralized().fit(model, data, recipe, context, options) if self.really else History([0.0])
 
 
-@dataclass
+@dataclass(frozen=True)
 class TinyTask:
     """A task, the truth that it hides, and its trainer's record."""
 
     task: DefenseTask
     poisoned: Tensor  # (N,) bool
-    victim: nn.Module
-    trainer: RecordingTrainer
-    context: Context = CPU
-    new_models: list[int] = field(default_factory=list)
-
-    @property
-    def calls(self) -> list[FitCall]:
-        """Every call of the trainer."""
-        return self.trainer.calls
-
-    def state(self) -> Mapping[str, Tensor]:
-        """A copy of the victim's weights."""
-        return {name: tensor.clone() for name, tensor in self.victim.state_dict().items()}
+    calls: list[FitCall]
 
 
 def draw_stripes(count: int, poisoned: int, seed: int = 0) -> tuple[ImageSet, Tensor]:
@@ -94,27 +84,22 @@ def draw_stripes(count: int, poisoned: int, seed: int = 0) -> tuple[ImageSet, Te
     return ImageSet(images, torch.where(truth, TARGET, labels)), truth
 
 
-def build_small(draw: int = 0) -> nn.Module:
-    """A small residual network with batch norm."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(draw)
-        return ResNet18(width=0.1).build(ModelSpec(CLASSES, 1, SIDE, nn.ReLU))
-
-
 MakeTask = Callable[..., TinyTask]
 
 
 @pytest.fixture
 def make_task() -> MakeTask:
-    """Builds a task; keywords: `train` and `poisoned` (N,) bool, `victim`, `build`, `clean`, `trains` (False: the
+    """Builds a task; by default the victim is a small residual network with batch norm, trained on poisoned stripes.
+
+    Keywords: `train` and `poisoned` (N,) bool, `architecture`, `weights` of the victim, `clean`, `trains` (False: the
     trainer only records), and fields of the recipe.
     """
 
     def make(
         train: ImageSet | None = None,
         poisoned: Tensor | None = None,
-        victim: nn.Module | None = None,
-        build: Callable[[int], nn.Module] = build_small,
+        architecture: Architecture | None = None,
+        weights: Mapping[str, Tensor] | None = None,
         clean: ImageSet | None = None,
         trains: bool = True,
         **recipe: Any,
@@ -124,18 +109,17 @@ def make_task() -> MakeTask:
         assert poisoned is not None
         trainer = RecordingTrainer(really=trains)
         changed = Recipe(**{**RECIPE.model_dump(), **recipe})
-        data = TrainingData.of(train, INFO, CPU.device)
-        if victim is None:
-            victim = build(0)
+        spec = ModelSpec(CLASSES, 1, SIDE, nn.ReLU)
+        builder = ModelBuilder(architecture or ResNet18(width=0.1), spec, "tiny", CPU.device)
+        if weights is None:
+            victim = builder(0)
+            data = TrainingData.of(train, INFO, CPU.device)
             Centralized().fit(victim, data, changed, CPU, FitOptions())
-        drawn: list[int] = []
-
-        def build_and_note(draw: int) -> nn.Module:
-            drawn.append(draw)
-            return build(draw)
-
-        task = DefenseTask(train, clean, INFO, changed, trainer, build_and_note, lambda: victim)
-        return TinyTask(task, poisoned, victim, trainer, new_models=drawn)
+            weights = victim.state_dict()
+        task = DefenseTask(
+            train=train, clean=clean, info=INFO, recipe=changed, trainer=trainer, build=builder, victim_weights=weights
+        )
+        return TinyTask(task, poisoned, trainer.calls)
 
     return make
 

@@ -241,6 +241,15 @@ class ViewedLogits(nn.Module):
         return x.view(x.size(0), -1)
 
 
+class SizedEarly(ViewedLogits):
+    """The number of images is read off the hidden layer: that path makes no logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        count = x.size(0)
+        return F.adaptive_avg_pool2d(self.b(x), 1).view(count, -1)
+
+
 def linear_only() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, CLASSES))
 
@@ -260,9 +269,10 @@ OWN: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[Consumer, ...] | N
     "linear only": (linear_only, {"1": (Consumer("3", 1),), "3": (Consumer("5", 1),)}),
     "added logits": (Added, {"hidden": (Consumer("deep", 1),)}),
     "viewed logits": (ViewedLogits, {"a": (Consumer("b", 1),)}),
+    "sized early": (SizedEarly, {"a": (Consumer("b", 1),)}),
 }
 #: where it is right, if not the best, to say that the consumers are not known
-MAY_STAY_UNRESOLVED = ("viewed", "reshaped", "concatenated", "grouped")
+MAY_STAY_UNRESOLVED = ("viewed", "reshaped", "concatenated", "grouped", "sized early")
 #: networks whose consumers are only checked by what pruning does
 ALL_OWN: dict[str, Callable[[], nn.Module]] = {name: make for name, (make, _) in OWN.items()} | {
     "channels last": ChannelsLastFlattened,

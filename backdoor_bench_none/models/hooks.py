@@ -1,0 +1,37 @@
+"""Reading the outputs of a network's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
+
+
+@contextmanager
+def record_outputs(
+    model: nn.Module, modules: Mapping[str, str], reduce: Callable[[Tensor], Tensor] = lambda output: output
+) -> Iterator[dict[str, Tensor]]:
+    """Yields a dictionary that every forward pass fills: under each key of `modules`, `reduce` of that module's output.
+
+    It is reduced inside the hook, before an activation in place overwrites the output.
+    """
+    outputs: dict[str, Tensor] = {}
+    known = dict(model.named_modules())
+    if unknown := [name for name in modules.values() if name not in known]:
+        raise ValueError(f"the network has no module {unknown}; it has: {', '.join(filter(None, known))}")
+
+    def keep(key: str) -> Hook:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            outputs[key] = reduce(output)
+
+        return hook
+
+    handles = [known[name].register_forward_hook(keep(key)) for key, name in modules.items()]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,90 @@
+"""Fine-pruning (Liu et al., 2018): channels that sleep on clean images are removed, then the network is fine-tuned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from backdoor_bench_none.api import Batch, Context, Defense, DefenseResult, DefenseTask, Stage, cross_entropy
+from backdoor_bench_none.models.features import collect_features
+from backdoor_bench_none.training import last_layer
+
+
+class FinePruning(Defense):
+    """Removes the last layer's inputs, the least active on clean images first, while accuracy on these falls by at most
+    `tolerance`; then fine-tunes.
+
+    A removed channel stays removed: its outgoing weights are held at zero.
+    """
+
+    paper: ClassVar[str] = "arXiv:1805.12185"
+    stage: ClassVar[Stage] = Stage.POST_TRAINING
+    starts_from_victim: ClassVar[bool] = True
+
+    clean_fraction: float = Field(
+        0.05, gt=0, lt=1, description="share of the training set granted as trusted clean images"
+    )
+    tolerance: float = Field(0.04, ge=0, lt=1, description="loss of accuracy on the clean images that pruning may cost")
+    steps: int = Field(32, ge=1, description="pruning stops at one of this many equal steps")
+    epochs: int = Field(20, ge=0, description="passes of the fine-tuning over the clean images")
+    batch_size: int = Field(64, ge=1, description="images per step")
+    lr: float | None = Field(None, gt=0, description="constant learning rate; default: a tenth of the recipe's highest")
+
+    def run(self, task: DefenseTask, context: Context) -> DefenseResult:
+        """The pruned and fine-tuned network; `pruned` channels of `channels` in extras."""
+        assert task.clean is not None
+        model, data = task.victim(), task.training_data(task.clean, context)
+        features = collect_features(model, data.images.images, data.pixels, replace(context, amp=None))
+        channels = features.shape[1]
+        pruned = self._choose(model, features.mean(0).argsort(stable=True), task, context)
+        prune_inputs(model, pruned, channels)
+
+        def loss(model: nn.Module, batch: Batch) -> Tensor:
+            prune_inputs(model, pruned, channels)
+            return cross_entropy(model, batch)
+
+        if self.epochs:
+            options: dict[str, Any] = {
+                "epochs": self.epochs,
+                "batch_size": self.batch_size,
+                "lr": self.lr or task.recipe.lr / 10,
+            }
+            task.fit(model, context, data=task.clean, loss=loss, schedule="constant", **options)
+        prune_inputs(model, pruned, channels)
+        return DefenseResult(model, extras={"pruned": len(pruned), "channels": channels})
+
+    def _choose(self, model: nn.Module, order: Tensor, task: DefenseTask, context: Context) -> Tensor:
+        """As many channels of `order` as the tolerance allows; the weights are put back."""
+        weight = last_layer(model).weight
+        assert isinstance(weight, Tensor)
+        before = weight.detach().clone()
+        least = self._accuracy(model, task, context) - self.tolerance
+        chosen = order[:0]
+        for step in range(1, self.steps):
+            tried = order[: round(step * len(order) / self.steps)]
+            prune_inputs(model, tried, len(order))
+            if self._accuracy(model, task, context) < least:
+                break
+            chosen = tried
+        with torch.no_grad():
+            weight.copy_(before)
+        return chosen
+
+    def _accuracy(self, model: nn.Module, task: DefenseTask, context: Context) -> float:
+        assert task.clean is not None
+        logits = task.predict(model, context, task.clean)
+        return float((logits.argmax(1) == task.clean.labels).float().mean())
+
+
+@torch.no_grad()
+def prune_inputs(model: nn.Module, channels: Tensor, total: int) -> None:
+    """Set the last layer's weights from `channels` (k,) of `total` to zero; a flattened map has a block of columns for
+    each channel.
+    """
+    weight = last_layer(model).weight
+    assert isinstance(weight, Tensor)
+    weight.view(len(weight), total, -1)[:, channels] = 0

@@ -1,0 +1,65 @@
+"""Spectral signatures (Tran et al., 2018): poisoned samples stand out along the first singular vector of their
+class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from backdoor_bench_none.api import Context, Defense, DefenseResult, DefenseTask, Stage
+from backdoor_bench_none.models.features import collect_features
+
+
+class SpectralSignatures(Defense):
+    """Drops in each given class the samples with the largest squared projection on the first singular vector, and
+    retrains from scratch.
+
+    1.5 times `expected_fraction` of every class is dropped, of clean ones too, as published: it costs benign accuracy
+    even without an attack.
+    """
+
+    paper: ClassVar[str] = "arXiv:1811.00636"
+    stage: ClassVar[Stage] = Stage.PRE_TRAINING
+    starts_from_victim: ClassVar[bool] = True
+    returns: ClassVar[tuple[Literal["flagged", "scores", "infected"], ...]] = ("flagged", "scores")
+
+    expected_fraction: float = Field(
+        0.1, gt=0, lt=2 / 3, description="assumed upper bound of the poisoned share of a class"
+    )
+
+    def run(self, task: DefenseTask, context: Context) -> DefenseResult:
+        """The network retrained on what is left; `scores` are divided by their class's median, to compare classes."""
+        data = task.training_data(None, context)
+        features = collect_features(task.victim(), data.images.images, data.pixels, replace(context, amp=None))
+        labels = data.images.labels
+        flagged = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+        scores = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
+        for k in range(task.info.num_classes):
+            members = torch.nonzero(labels == k).flatten()
+            if len(members) < 2:
+                continue
+            outlying = outlier_scores(features[members])
+            scores[members] = outlying / outlying.median().clamp(min=1e-12)
+            flagged[members[outlying.argsort(descending=True, stable=True)[: self.count(len(members))]]] = True
+        model = task.new_model()
+        task.fit(model, context, keep=torch.nonzero(~flagged).flatten())
+        return DefenseResult(model, flagged, scores)
+
+    def count(self, size: int) -> int:
+        """How many samples of a class of that size are dropped."""
+        return int(1.5 * self.expected_fraction * size)
+
+
+def outlier_scores(features: Tensor) -> Tensor:
+    """Features (n, D) -> (n,) float64: the squared projection of each centred row on the first right singular
+    vector.
+    """
+    centred = features.double() - features.double().mean(0)
+    direction = torch.linalg.svd(centred, full_matrices=False).Vh[0]
+    projections: Tensor = centred @ direction
+    return projections.square()
