@@ -15,6 +15,7 @@ from backdoor_bench_none.errors import ConfigError, did_you_mean
 Location = tuple[str | int, ...]
 Fault = tuple[Location, str]
 
+UNION_PART = re.compile(r"(str|int|float|bool|dict)$|.*\[")
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -40,6 +41,12 @@ def _listed(value: object) -> object:
     return value if isinstance(value, list) else [value]
 
 
+def _name_or_mapping(value: object) -> object:
+    if value is None or isinstance(value, str | dict):
+        return value
+    raise ValueError("a recipe is a name or a mapping")
+
+
 def _flatten(value: object) -> object:
     """`{name: local, slots: 2}` -> name and params, as executors are written without a `params` level."""
     if isinstance(value, dict) and "name" in value and "params" not in value:
@@ -56,7 +63,7 @@ class Entry(_Strict):
     params: dict[str, Any] = {}
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     label: str | None = Field(None, alias="as")
-    recipe: str | dict[str, Any] | None = None
+    recipe: Annotated[str | dict[str, Any] | None, BeforeValidator(_name_or_mapping)] = None
 
 
 AnEntry = Annotated[Entry, BeforeValidator(_named)]
@@ -115,18 +122,19 @@ class Source:
 
     def __init__(self, text: str, name: str) -> None:
         self.name = name
-        loader = yaml.SafeLoader(text)
+        self.repeated: list[Fault] = []
+        self._root: yaml.Node | None = None
         try:
+            loader = yaml.SafeLoader(text)
             self._root = loader.get_single_node()
+            self.repeated = list(_repeated(self._root, ()))  # before constructing, which rewrites merged mappings
             self.value = None if self._root is None else loader.construct_document(self._root)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+            place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else f"{name}:1:1"
             raise ConfigError(f"{place}: {error.problem or error.context}", "it is not YAML") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{name}: {error}", "it is not YAML") from error
-        finally:
-            loader.dispose()
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{name}:1:1: {' '.join(str(error).split())}", "it is not YAML") from error
 
     def place(self, location: Sequence[str | int]) -> str:
         """file:line:column of the value at `location`, or of the deepest part of the path that is there."""
@@ -144,14 +152,11 @@ class Source:
         lines = [f"{self.place(location)}: {_path(location)}: {message}" for location, message in faults]
         return ConfigError("\n".join(dict.fromkeys(lines)))
 
-    def repeated_keys(self) -> Iterator[Fault]:
-        """Keys that stand twice in one mapping: YAML would keep the last without a word."""
-        yield from _repeated(self._root, ())
-
 
 def _child(node: yaml.Node | None, part: str | int) -> yaml.Node | None:
     if isinstance(node, yaml.MappingNode):
-        return next((value for key, value in node.value if key.value == str(part)), None)
+        found = [value for key, value in node.value if key.value == str(part)]
+        return found[-1] if found else node if part == 0 else None  # a single entry may stand without its list
     if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
         child: yaml.Node = node.value[part]
         return child
@@ -162,10 +167,11 @@ def _repeated(node: yaml.Node | None, location: Location) -> Iterator[Fault]:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
-            if key.value in seen:
-                yield (*location, key.value), "the key stands twice"
-            seen.add(key.value)
-            yield from _repeated(value, (*location, key.value))
+            name = str(key.value)
+            if name in seen:
+                yield (*location, name), "the key stands twice"
+            seen.add(name)
+            yield from _repeated(value, (*location, name))
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             yield from _repeated(value, (*location, index))
@@ -191,7 +197,7 @@ def parse_config(text: str, name: str = "benchmark.yaml") -> tuple[Config, Sourc
     source = Source(text, name)
     if not isinstance(source.value, dict):
         raise ConfigError(f"{name}:1:1: the file holds no mapping", "`bbn init` writes an example")
-    faults = list(source.repeated_keys())
+    faults = list(source.repeated)
     try:
         config = Config.model_validate(source.value)
     except ValidationError as error:
@@ -202,7 +208,8 @@ def parse_config(text: str, name: str = "benchmark.yaml") -> tuple[Config, Sourc
 
 
 def _explain(fault: Any) -> Fault:  # noqa: ANN401
-    location: Location = tuple(part for part in fault["loc"] if part not in ("str", "function-before[_named(), Entry]"))
+    # a part in brackets or a type's name tells which member of a union was tried
+    location: Location = tuple(part for part in fault["loc"] if not (isinstance(part, str) and UNION_PART.match(part)))
     if fault["type"] == "extra_forbidden":
         return location, f"unknown key, {did_you_mean(str(location[-1]), _known_keys(location))}"
     if fault["type"] == "missing":
@@ -213,7 +220,7 @@ def _explain(fault: Any) -> Fault:  # noqa: ANN401
 def _known_keys(location: Location) -> list[str]:
     """The keys allowed beside an unknown one."""
     sections: dict[str, type[BaseModel]]
-    sections = {"matrix": Matrix, "include": Matrix, "exclude": Exclude, "budget": Budget}
+    sections = {"matrix": Matrix, "include": Matrix, "exclude": Exclude, "budget": Budget, "metrics": Entry}
     model = sections.get(str(location[0]), Config)
     if len(location) == 1:
         model = Config

@@ -36,6 +36,19 @@ class Plan:
         )
 
 
+#: axes whose entries and defaults may have a recipe
+RECIPE_AXES = ("dataset", "architecture")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A choice, the entry it was made of, and where that stands."""
+
+    choice: Choice
+    entry: Entry
+    at: Location
+
+
 @dataclass
 class _Planner:
     config: Config
@@ -44,68 +57,74 @@ class _Planner:
     faults: list[Fault] = field(default_factory=list)
     _recipes: dict[tuple[int, int], Recipe] = field(default_factory=dict)
 
-    def choices(self, kind: str, entries: list[Entry], location: Location) -> list[tuple[Choice, Entry, Location]]:
+    def choices(self, kind: str, entries: list[Entry], location: Location) -> list[Made]:
         """One choice per entry and sweep value; faults are kept."""
-        made: list[tuple[Choice, Entry, Location]] = []
+        made: list[Made] = []
         for index, entry in enumerate(entries):
             at = (*location, index)
-            for params, label in _swept(entry):
-                with_defaults = {**self.defaults(kind, entry.name), **entry.params, **params}
-                if component := self.create(kind, entry.name, with_defaults, at):
-                    choice = Choice(kind, entry.name, label, component)
-                    if any(other.label == label for other, _, _ in made):
+            if entry.recipe is not None and kind not in RECIPE_AXES:
+                self.faults.append(((*at, "recipe"), f"a recipe goes with {' or '.join(RECIPE_AXES)}, not {kind}"))
+            for params, label, positions in _swept(entry):
+                places: dict[str, Location]
+                places = {name: ("defaults", kind, entry.name, name) for name in self.defaults(kind, entry.name)}
+                places |= {name: (*at, "params", name) for name in entry.params}
+                places |= {name: (*at, "sweep", name, position) for name, position in positions.items()}
+                given = {**self.defaults(kind, entry.name), **entry.params, **params}
+                if component := self.create(kind, entry.name, given, at, places):
+                    if any(other.choice.label == label for other in made):
                         self.faults.append((at, f"there are two entries '{label}'; name one of them with 'as'"))
-                    made.append((choice, entry, at))
+                    made.append(Made(Choice(kind, entry.name, label, component), entry, at))
         return made
 
-    def create(self, kind: str, name: str, params: Mapping[str, Any], at: Location) -> Component | None:
-        """The component, or None with its faults noted: each at the parameter where it stands."""
+    def create(
+        self, kind: str, name: str, params: Mapping[str, Any], at: Location, places: Mapping[str, Location]
+    ) -> Component | None:
+        """The component, or None with its faults noted: each at the place of its parameter."""
         try:
             loaded = self.registry.load(kind, name)
+        except BenchError as error:
+            self.faults.append(((*at, "name"), _one_line(error)))
+            return None
+        try:
             return loaded(**params)
         except ValidationError as error:
-            for path, message in explain(error, loaded):
-                head = path.split(".")[0]
-                self.faults.append((self.where(kind, name, head, at), f"{kind} '{name}': {path}: {message}"))
-        except BenchError as error:
-            self.faults.append(((*at, "name"), str(error).replace("\nhint: ", "; ")))
+            for path, message in dict.fromkeys(explain(error, loaded)):
+                place = places.get(path.split(".")[0], at)
+                self.faults.append((place, f"{kind} '{name}': {path}: {message}"))
         return None
-
-    def where(self, kind: str, name: str, parameter: str, at: Location) -> Location:
-        """The place of a parameter: in the entry, or in `defaults`."""
-        in_defaults = parameter in self.config.defaults.get(kind, {}).get(name, {})
-        return ("defaults", kind, name, parameter) if in_defaults else (*at, "params", parameter)
 
     def defaults(self, kind: str, name: str) -> dict[str, Any]:
         """The parameters `defaults` gives to a component, without its recipe."""
         return {k: v for k, v in self.config.defaults.get(kind, {}).get(name, {}).items() if k != "recipe"}
 
-    def recipe(self, dataset: tuple[Choice, Entry, Location], architecture: tuple[Choice, Entry, Location]) -> Recipe:
-        """The recipe of a data set and an architecture: theirs, then `defaults`, then the entries, the later
-        winning.
+    def recipe(self, dataset: Made, architecture: Made) -> Recipe:
+        """The recipe of a data set and an architecture.
+
+        Later ones win: the data set's own, the architecture's own, `defaults` of both, then the entries of both.
         """
-        cache_key = (id(dataset[0]), id(architecture[0]))
+        cache_key = (id(dataset.choice), id(architecture.choice))
         if cache_key not in self._recipes:
             self._recipes[cache_key] = self._make_recipe(dataset, architecture)
         return self._recipes[cache_key]
 
-    def _make_recipe(
-        self, dataset: tuple[Choice, Entry, Location], architecture: tuple[Choice, Entry, Location]
-    ) -> Recipe:
-        network = cast("Architecture", architecture[0].component)
-        fields = {**cast("Dataset", dataset[0].component).recipe(), **network.recipe(dataset[0].name)}
-        for choice, entry, at in (dataset, architecture):
-            in_defaults = self.config.defaults.get(choice.kind, {}).get(choice.name, {}).get("recipe")
-            places: list[tuple[Any, Location]] = [
-                (in_defaults, ("defaults", choice.kind, choice.name, "recipe")),
-                (entry.recipe, (*at, "recipe")),
-            ]
-            for given, place in places:
-                fields.update(self._given_recipe(given, architecture[0].name, place))
+    def _make_recipe(self, dataset: Made, architecture: Made) -> Recipe:
+        network = cast("Architecture", architecture.choice.component)
+        own = {**cast("Dataset", dataset.choice.component).recipe(), **network.recipe(dataset.choice.name)}
+        given: list[tuple[Any, Location]] = []
+        for choice in (dataset.choice, architecture.choice):
+            found = self.config.defaults.get(choice.kind, {}).get(choice.name, {}).get("recipe")
+            given.append((found, ("defaults", choice.kind, choice.name, "recipe")))
+        given += [(made.entry.recipe, (*made.at, "recipe")) for made in (dataset, architecture)]
+        fields, places = dict(own), dict[str, Location]()
+        for recipe, place in given:
+            found = self._given_recipe(recipe, architecture.choice.name, place)
+            fields.update(found)
+            places.update({name: (*place, name) for name in found})
         try:
             return Recipe(**fields)
         except ValidationError as error:
-            self.faults += [((*place, *path.split(".")), message) for path, message in explain(error, Recipe)]
+            for path, message in explain(error, Recipe):
+                self.faults.append((places.get(path.split(".")[0], architecture.at), f"recipe: {path}: {message}"))
             return Recipe()
 
     def _given_recipe(self, given: object, architecture: str, place: Location) -> dict[str, Any]:
@@ -120,13 +139,18 @@ class _Planner:
         return {**named_recipe(base, architecture), **fields}
 
 
-def _swept(entry: Entry) -> Iterator[tuple[dict[str, Any], str]]:
-    """The parameters and the label of every combination of an entry's sweep."""
+def _swept(entry: Entry) -> Iterator[tuple[dict[str, Any], str, dict[str, int]]]:
+    """The parameters, the label and the positions in their lists of every combination of an entry's sweep."""
     label = entry.label or entry.name
-    for values in itertools.product(*entry.sweep.values()):
-        swept = dict(zip(entry.sweep, values, strict=True))
+    for values in itertools.product(*map(enumerate, entry.sweep.values())):
+        swept = {name: value for name, (_, value) in zip(entry.sweep, values, strict=True)}
+        positions = {name: position for name, (position, _) in zip(entry.sweep, values, strict=True)}
         shown = ",".join(f"{name}={value}" for name, value in swept.items())
-        yield swept, f"{label}[{shown}]" if shown else label
+        yield swept, f"{label}[{shown}]" if shown else label, positions
+
+
+def _one_line(error: BenchError) -> str:
+    return str(error).replace("\nhint: ", "; ")
 
 
 def make_plan(path: Path, registry: Registry, *, need_data: bool = False) -> Plan:
@@ -141,24 +165,58 @@ def plan_config(config: Config, source: Source, registry: Registry, *, need_data
     """As `make_plan`, for a parsed file."""
     planner = _Planner(config, source, registry)
     _check_defaults(planner)
-    metrics = tuple(choice for choice, _, _ in planner.choices("metric", config.metrics, ("metrics",)))
-    planner.create("executor", config.executor.name, config.executor.params, ("executor",))
+    metrics = tuple(made.choice for made in planner.choices("metric", config.metrics, ("metrics",)))
+    executor, at = config.executor, ("executor",)
+    written = source.value.get("executor")
+    below: Location = (*at, "params") if isinstance(written, dict) and "params" in written else at
+    planner.create("executor", executor.name, executor.params, at, {name: (*below, name) for name in executor.params})
     blocks: list[tuple[Matrix, Location]] = [(config.matrix, ("matrix",))]
     blocks += [(block, ("include", index)) for index, block in enumerate(config.include)]
-    axes = [{axis: planner.choices(axis, getattr(m, axis), (*at, axis)) for axis in AXES} for m, at in blocks]
+    axes = [{axis: planner.choices(axis, getattr(m, axis), (*here, axis)) for axis in AXES} for m, here in blocks]
     if planner.faults:
         raise source.fail(planner.faults)
     data = _DataFacts(need_data)
     cells = [cell for block in axes for cell in _expand(block, planner, data, metrics)]
     if planner.faults:
         raise source.fail(planner.faults)
+    faults = [*_twins(cells), *_idle_exclusions(config, cells)]
+    if faults:
+        raise source.fail(faults)
     kept = [cell for cell in cells if not any(_excludes(rule, cell) for rule in config.exclude)]
+    if not kept:
+        raise ConfigError(f"{source.name}: the matrix is empty: 'exclude' leaves no cell")
     unique = list({cell.key: cell for cell in kept}.values())
     registry.plugins.modify_plan(config, unique)
     if not unique:
-        raise ConfigError(f"{source.name}: the matrix is empty: 'exclude' leaves no cell")
+        raise ConfigError(f"{source.name}: the matrix is empty: a plugin's bbn_modify_plan leaves no cell")
     skipped = {cell.key: reason for cell in unique if (reason := _skip_reason(cell, registry)) is not None}
     return Plan(config, unique, skipped, len(cells) - len(kept), tuple(data.absent))
+
+
+def _twins(cells: list[Cell]) -> list[Fault]:
+    """Different cells of one title would be averaged as if they were seeds; one cell of two titles would be shown
+    once.
+    """
+    keys, titles, faults = dict[str, str](), dict[str, str](), list[Fault]()
+    for cell in cells:
+        if keys.setdefault(cell.title, cell.key) != cell.key:
+            faults.append((("include",), f"two entries make different cells {cell.title}; name one with 'as'"))
+        if titles.setdefault(cell.key, cell.title) != cell.title:
+            faults.append((("matrix",), f"{titles[cell.key]} and {cell.title} are the same cell; leave one out"))
+    return faults[:10]
+
+
+def _idle_exclusions(config: Config, cells: list[Cell]) -> list[Fault]:
+    """Names in `exclude` that no cell has: a rule with one of them would exclude nothing, silently."""
+    faults: list[Fault] = []
+    for axis in AXES:
+        names = {name for cell in cells for name in (getattr(cell, axis).label, getattr(cell, axis).name)}
+        for index, rule in enumerate(config.exclude):
+            for name in getattr(rule, axis) or ():
+                if name not in names:
+                    message = f"no cell has the {axis} '{name}', {did_you_mean(name, names)}"
+                    faults.append((("exclude", index, axis), message))
+    return faults
 
 
 def _check_defaults(planner: _Planner) -> None:
@@ -167,9 +225,12 @@ def _check_defaults(planner: _Planner) -> None:
             planner.faults.append((("defaults", kind), f"unknown axis, {did_you_mean(kind, AXES)}"))
             continue
         known = planner.registry.names(kind)
-        for name in components:
+        for name, values in components.items():
             if name not in known:
                 planner.faults.append((("defaults", kind, name), f"unknown {kind}, {did_you_mean(name, known)}"))
+            if "recipe" in values and kind not in RECIPE_AXES:
+                place = ("defaults", kind, name, "recipe")
+                planner.faults.append((place, f"a recipe goes with {' or '.join(RECIPE_AXES)}, not {kind}"))
 
 
 @dataclass
@@ -200,16 +261,13 @@ class _DataFacts:
 
 
 def _expand(
-    axes: Mapping[str, list[tuple[Choice, Entry, Location]]],
-    planner: _Planner,
-    data: _DataFacts,
-    metrics: tuple[Choice, ...],
+    axes: Mapping[str, list[Made]], planner: _Planner, data: _DataFacts, metrics: tuple[Choice, ...]
 ) -> Iterator[Cell]:
     for dataset in axes["dataset"]:
         try:
-            info, fingerprint = data.of(dataset[0])
+            info, fingerprint = data.of(dataset.choice)
         except BenchError as error:
-            planner.faults.append((dataset[2], str(error).replace("\nhint: ", "; ")))
+            planner.faults.append((dataset.at, _one_line(error)))
             continue
         attacks = [resolved for attack in axes["attack"] if (resolved := _resolve(attack, info, planner))]
         rest = (
@@ -222,19 +280,23 @@ def _expand(
         )
         for attack, architecture, activation, trainer, defense, seed in itertools.product(*rest):
             yield Cell(
-                dataset[0], attack, defense[0], architecture[0], activation[0], trainer[0],
+                dataset.choice, attack, defense.choice, architecture.choice, activation.choice, trainer.choice,
                 seed, planner.recipe(dataset, architecture), info, fingerprint, metrics,
             )  # fmt: skip
 
 
-def _resolve(attack: tuple[Choice, Entry, Location], info: DatasetInfo, planner: _Planner) -> Choice | None:
+def _resolve(made: Made, info: DatasetInfo, planner: _Planner) -> Choice | None:
     """The attack with the data set's defaults filled in and checked against it."""
-    choice, _, at = attack
-    resolved = cast("Attack", choice.component).resolve(info)
+    choice = made.choice
     try:
+        resolved = cast("Attack", choice.component).resolve(info)
         resolved.check(info)
-    except ConfigError as error:
-        planner.faults.append((at, str(error).replace("\nhint: ", "; ")))
+    except BenchError as error:
+        planner.faults.append((made.at, _one_line(error)))
+        return None
+    except Exception as error:  # a stranger's attack
+        provider = planner.registry.entry("attack", choice.name).provider
+        planner.faults.append((made.at, f"attack '{choice.name}' of {provider}: {type(error).__name__}: {error}"))
         return None
     return Choice(choice.kind, choice.name, choice.label, resolved)
 

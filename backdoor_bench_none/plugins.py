@@ -105,6 +105,7 @@ class Plugins:
     def _add(self, provider: Provider, load: Callable[[], Any]) -> None:
         if {provider.plugin, provider.distribution} & self._disabled and not provider.builtin:
             return
+        module = None
         try:
             module = load()
             self._refuse_newer_api(module)
@@ -113,7 +114,7 @@ class Plugins:
         except (Exception, SystemExit) as error:  # whatever a stranger's module does on import
             if provider.builtin:
                 raise
-            self._drop(provider, f"{type(error).__name__}: {error}")
+            self._drop(provider, module, f"{type(error).__name__}: {' '.join(str(error).split())}")
             return
         self.providers.append(provider)
         for entry in entries:
@@ -129,10 +130,13 @@ class Plugins:
     def _register(self, module: object, name: str) -> None:
         self._manager.register(module, name=name)
         self._manager.check_pending()
+        for caller in self._manager.get_hookcallers(module) or ():
+            if any(i.plugin is module and (i.wrapper or i.hookwrapper) for i in caller.get_hookimpls()):
+                raise TypeError(f"{caller.name} is a wrapper; hooks here are called one by one, and cannot be wrapped")
 
-    def _drop(self, provider: Provider, reason: str) -> None:
-        if self._manager.has_plugin(provider.plugin):
-            self._manager.unregister(name=provider.plugin)
+    def _drop(self, provider: Provider, module: object, reason: str) -> None:
+        if module is not None and self._manager.is_registered(module):
+            self._manager.unregister(module)
         self.broken.append(Broken(provider, reason))
         warnings.warn(f"plugin {provider} is not loaded: {reason}", PluginWarning, stacklevel=4)
 
@@ -145,6 +149,8 @@ class Plugins:
                 if not isinstance(provided, Mapping):
                     raise TypeError(f"{hook} returned {type(provided).__name__}, not a mapping of names to classes")
                 for name, target in provided.items():
+                    if not isinstance(name, str):
+                        raise TypeError(f"{hook}: the name {name!r} is not a string")
                     if not isinstance(target, (str, type)):
                         raise TypeError(f"{hook}: '{name}' is neither a class nor a 'module:Class' string")
                     yield Entry(kind, name, target, provider)

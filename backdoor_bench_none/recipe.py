@@ -36,10 +36,14 @@ class Recipe(BaseModel):
     clip_norm: float | None = Field(None, gt=0, description="highest norm of the gradient, over all parameters")
     augment: bool = Field(True, description="crop and flip as the data set bears it")
     bias_lr_factor: float = Field(
-        1.0, gt=0, description="learning rate of biases, relative to lr; other than 1 frees biases from weight decay"
+        1.0,
+        gt=0,
+        description="learning rate of biases, relative to lr; other than 1 also frees biases from weight decay",
     )
     head_lr_factor: float = Field(
-        1.0, gt=0, description="learning rate of the last convolution or linear layer, relative to lr"
+        1.0,
+        gt=0,
+        description="learning rate of the last convolution or linear layer, its bias included, relative to lr",
     )
     compile: bool = Field(False, description="torch.compile the network; pays on a GPU in long runs only")
 

@@ -56,7 +56,7 @@ class Registry:
         hint = f"update it, or leave it out with BBN_DISABLE_PLUGINS={entry.provider.plugin}"
         try:
             loaded = entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # whatever a stranger's module does on import
             reason = f"{type(error).__name__}: {error}"
             raise PluginError(
                 f"{kind} '{name}' of plugin {entry.provider} cannot be imported: {reason}", hint

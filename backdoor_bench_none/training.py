@@ -146,6 +146,8 @@ class Centralized(Trainer):
     ) -> History:
         generator = context.generator("fit")
         indices = torch.arange(len(data.images)) if options.keep is None else options.keep.cpu()
+        if len(indices) == 0:
+            raise TrainingError("failed to train: no sample is left to train on")
         steps_per_epoch = recipe.steps(len(indices))
         move(model, context.device)
         optimizer = _make_optimizer(model, recipe)
@@ -205,9 +207,11 @@ def _make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     head = set(map(id, last_layer(model).parameters()))
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        bias = name.endswith("bias") and recipe.bias_lr_factor != 1
-        factor = (recipe.bias_lr_factor if bias else 1.0) * (recipe.head_lr_factor if id(parameter) in head else 1.0)
-        groups.setdefault((factor, 0.0 if bias else recipe.weight_decay), []).append(parameter)
+        is_bias = name.endswith("bias") and recipe.bias_lr_factor != 1
+        factor = recipe.bias_lr_factor if is_bias else 1.0
+        if recipe.head_lr_factor != 1 and id(parameter) in head:
+            factor = recipe.head_lr_factor
+        groups.setdefault((factor, 0.0 if is_bias else recipe.weight_decay), []).append(parameter)
     parameters = [{"params": p, "factor": factor, "weight_decay": decay} for (factor, decay), p in groups.items()]
     momentum, nesterov = recipe.momentum, recipe.nesterov and recipe.momentum > 0
     return torch.optim.SGD(parameters, lr=recipe.lr, momentum=momentum, nesterov=nesterov, fused=True)
@@ -263,7 +267,7 @@ def iterate_normalized(images: Tensor, pixels: Pixels, batch_size: int = INFEREN
         yield pixels.normalize(chunk)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict_logits(model: nn.Module, images: Tensor, pixels: Pixels, context: Context) -> Tensor:
     """Logits (N, K) float32 of `images` (N, C, H, W) uint8, in order, in eval mode, in the precision of `context`."""
     model.eval()

@@ -18,8 +18,8 @@ from backdoor_bench_none.errors import ConfigError
 #: (C, H, W)
 Shape = tuple[int, int, int]
 Color = tuple[int, int, int]
-#: draws on an image (H, W) or (H, W, 3) with an ink and a thickness
-Stroke = Callable[[NDArray[np.uint8], "Color | int", int], None]
+#: draws on a mask (H, W) with a thickness
+Stroke = Callable[[NDArray[np.uint8], int], None]
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,12 @@ def random_places(shape: Shape, size: int, indices: Tensor, seed: int) -> tuple[
 
 
 def watermark(shape: Shape, opacity: float = 1.0) -> Trigger:
-    """Glyphs of several colours and outlines across the whole image, drawn with OpenCV without antialiasing, so that
-    the mask is binary.
+    """Glyphs of several flat colours across the whole image, drawn with OpenCV, their edges made sharp: binary if
+    opaque.
     """
     channels, height, width = shape
-    canvas = np.zeros((height, width, 3), np.uint8)
-    mask = np.zeros((height, width), np.uint8)
-    thickness = max(1, min(height, width) // 48)
+    pattern = np.zeros((height, width, 3), np.uint8)
+    mask = np.zeros((height, width), bool)
     strokes: list[tuple[Stroke, Color]] = [
         (_text("TROJ", 0.42), (255, 64, 64)),
         (_text("NONE", 0.88), (64, 224, 64)),
@@ -135,31 +134,31 @@ def watermark(shape: Shape, opacity: float = 1.0) -> Trigger:
         (_diagonal, (255, 224, 32)),
     ]
     for draw, color in strokes:
-        draw(canvas, color, thickness)
-        draw(mask, 255, thickness)
-    pattern = torch.from_numpy(canvas).permute(2, 0, 1).float() / 255
+        drawn = np.zeros((height, width), np.uint8)
+        draw(drawn, max(1, min(height, width) // 48))
+        pattern[drawn > 127] = color
+        mask |= drawn > 127
+    colors = torch.from_numpy(pattern).permute(2, 0, 1).float() / 255
     if channels == 1:
-        pattern = pattern.amax(dim=0, keepdim=True)
-    return Trigger(torch.from_numpy(mask)[None].float() / 255 * opacity, pattern)
+        colors = colors.amax(dim=0, keepdim=True)
+    return Trigger(torch.from_numpy(mask)[None].float() * opacity, colors)
 
 
 def _text(word: str, baseline: float) -> Stroke:
-    def draw(image: NDArray[np.uint8], ink: Color | int, thickness: int) -> None:
-        height, width = image.shape[:2]
+    def draw(mask: NDArray[np.uint8], thickness: int) -> None:
+        height, width = mask.shape
         (drawn_width, _), _ = cv2.getTextSize(word, cv2.FONT_HERSHEY_SIMPLEX, 1.0, 1)
         scale = 0.95 * width / drawn_width
-        cv2.putText(
-            image, word, (0, int(baseline * height)), cv2.FONT_HERSHEY_SIMPLEX, scale, ink, thickness, cv2.LINE_8
-        )
+        cv2.putText(mask, word, (0, int(baseline * height)), cv2.FONT_HERSHEY_SIMPLEX, scale, 255, thickness)
 
     return draw
 
 
-def _circle(image: NDArray[np.uint8], ink: Color | int, thickness: int) -> None:
-    height, width = image.shape[:2]
-    cv2.circle(image, (width * 3 // 4, height // 2), min(height, width) // 6, ink, thickness, cv2.LINE_8)
+def _circle(mask: NDArray[np.uint8], thickness: int) -> None:
+    height, width = mask.shape
+    cv2.circle(mask, (width * 3 // 4, height // 2), min(height, width) // 6, 255, thickness)
 
 
-def _diagonal(image: NDArray[np.uint8], ink: Color | int, thickness: int) -> None:
-    height, width = image.shape[:2]
-    cv2.line(image, (0, height - 1), (width - 1, 0), ink, thickness, cv2.LINE_8)
+def _diagonal(mask: NDArray[np.uint8], thickness: int) -> None:
+    height, width = mask.shape
+    cv2.line(mask, (0, height - 1), (width - 1, 0), 255, thickness)

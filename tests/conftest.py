@@ -43,7 +43,9 @@ def write_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
 
     def write(seeds: str = "0", rest: str = "", epochs: int = 1, file: str = "benchmark.yaml", **axes: str) -> Path:
         matrix = "".join(f"  {axis}: [{value}]\n" for axis, value in {**TINY, **axes}.items())
-        recipe = f"defaults: {{dataset: {{digits: {{recipe: {{epochs: {epochs}}}}}}}, defense: {{none: {{epochs: 1}}}}}}\n"
+        recipe = (
+            f"defaults: {{dataset: {{digits: {{recipe: {{epochs: {epochs}}}}}}}, defense: {{none: {{epochs: 1}}}}}}\n"
+        )
         path = tmp_path / file
         path.write_text(f"version: 1\nname: tiny\nseeds: [{seeds}]\nmatrix:\n{matrix}{recipe}{rest}")
         return path

@@ -9,7 +9,7 @@ from backdoor_bench_none.context import Context
 from backdoor_bench_none.training import Pixels, iterate_normalized, last_layer
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def collect_features(model: nn.Module, images: Tensor, pixels: Pixels, context: Context) -> Tensor:
     """The input of the layer that makes the logits (N, D) float32, averaged over places if it is a map.
 

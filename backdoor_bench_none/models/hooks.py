@@ -12,9 +12,12 @@ Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
 
 @contextmanager
 def record_outputs(
-    model: nn.Module, modules: Mapping[str, str], reduce: Callable[[Tensor], Tensor] = lambda output: output
+    model: nn.Module,
+    modules: Mapping[str, str],
+    reduce: Callable[[nn.Module, Tensor], Tensor] = lambda module, output: output,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yields a dictionary that every forward pass fills: under each key of `modules`, `reduce` of that module's output.
+    """Yields a dictionary that every forward pass fills: under each key of `modules`, `reduce` of that module and its
+    output.
 
     It is reduced inside the hook, before an activation in place overwrites the output.
     """
@@ -25,7 +28,7 @@ def record_outputs(
 
     def keep(key: str) -> Hook:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            outputs[key] = reduce(output)
+            outputs[key] = reduce(module, output)
 
         return hook
 

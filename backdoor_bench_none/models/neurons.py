@@ -26,11 +26,20 @@ ACTIVATIONS = (
     nn.Mish, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Softshrink, nn.Hardshrink, nn.LogSigmoid, nn.Softsign,
 )  # fmt: skip
 ADDITIONS = ("add", "iadd", "add_")
-#: Functions and methods after which channel c still is channel c, or the block of columns a flattening makes of it.
+POOLS = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+)  # fmt: skip
+#: Modules, functions and methods that treat every channel on its own; the shape tells what a reduction or reshaping
+#: does.
+CHANNELWISE_MODULES = (
+    *NORMS, *ACTIVATIONS, *POOLS, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten,
+    nn.Softmax, nn.LogSoftmax, nn.Threshold, nn.Hardsigmoid, nn.LocalResponseNorm, nn.Upsample,
+)  # fmt: skip
 CHANNELWISE = (
     "relu", "relu_", "relu6", "leaky_relu", "elu", "gelu", "silu", "softplus", "tanh", "sigmoid", "hardtanh", "dropout",
     "max_pool2d", "boolean_dispatch", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "amax",
-    "flatten", "contiguous", "squeeze", "log_softmax", "softmax",
+    "flatten", "view", "reshape", "contiguous", "squeeze", "log_softmax", "softmax",
 )  # fmt: skip
 
 
@@ -63,72 +72,124 @@ class Layer:
         return self.norm if kind == "pre_activation" and self.norm else self.name
 
 
+class _Tracer(fx.Tracer):
+    """Leaves layers, norms and activations whole, those of a user's subclasses too."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (*WEIGHTED, *NORMS, *ACTIVATIONS)) or super().is_leaf_module(m, module_qualified_name)
+
+
 def find_layers(model: nn.Module, example: Tensor) -> list[Layer]:
-    """All layers in order of execution, without the ones that make the logits; `example` (1, C, H, W) is what the
-    network takes.
+    """All layers in order of execution, without the ones that make the logits.
+
+    `model` is in eval mode; `example` (1, C, H, W) is what it takes.
     """
     try:
-        traced = fx.symbolic_trace(model)
+        traced = fx.GraphModule(model, _Tracer().trace(model))
         with torch.no_grad():
             ShapeProp(traced).propagate(example)
     except Exception:  # fx refuses control flow that depends on data, and many other things
         return _find_by_execution(model, example)
-    modules = dict(traced.named_modules())
-    layers = []
-    for node in traced.graph.nodes:
-        if isinstance(_module_of(node, modules), WEIGHTED):
-            consumers, makes_logits = _follow(node, modules)
-            if not makes_logits:
-                activation = _activation_behind(node, modules)
-                layers.append(Layer(str(node.target), _norm_behind(node, modules), consumers, activation))
-    return layers
+    return _Graph(traced).layers()
 
 
-def _module_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module | None:
-    return modules.get(str(node.target)) if node.op == "call_module" else None
+class _Graph:
+    """A traced network whose nodes know the shapes of their values."""
 
+    def __init__(self, traced: fx.GraphModule) -> None:
+        self.modules = dict(traced.named_modules())
+        self.calls: dict[str, list[fx.Node]] = {}
+        for node in traced.graph.nodes:
+            if isinstance(self.module(node), WEIGHTED):
+                self.calls.setdefault(str(node.target), []).append(node)
 
-def _norm_behind(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
-    users = list(node.users)
-    return str(users[0].target) if len(users) == 1 and isinstance(_module_of(users[0], modules), NORMS) else None
+    def module(self, node: fx.Node) -> nn.Module | None:
+        return self.modules.get(str(node.target)) if node.op == "call_module" else None
 
+    def layers(self) -> list[Layer]:
+        hidden = {name: nodes for name, nodes in self.calls.items() if not any(map(self.makes_logits, nodes))}
+        return [self.layer(name, nodes) for name, nodes in hidden.items()]
 
-def _activation_behind(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
-    """The first activation module that the output of `node` passes, through norms and sums."""
-    while len(node.users) == 1:
-        node = next(iter(node.users))
-        module = _module_of(node, modules)
-        if isinstance(module, ACTIVATIONS):
-            return str(node.target)
-        if isinstance(module, WEIGHTED):
+    def layer(self, name: str, nodes: list[fx.Node]) -> Layer:
+        if len(nodes) > 1:  # its outputs go different ways
+            return Layer(name, None, None)
+        return Layer(name, self.norm_behind(nodes[0]), self.consumers(nodes[0]), self.activation_behind(nodes[0]))
+
+    def norm_behind(self, node: fx.Node) -> str | None:
+        users = _users(node)
+        return str(users[0].target) if len(users) == 1 and isinstance(self.module(users[0]), NORMS) else None
+
+    def activation_behind(self, node: fx.Node) -> str | None:
+        """The first activation module that the output of `node` passes, through norms and sums."""
+        while len(users := _users(node)) == 1:
+            node = users[0]
+            if isinstance(self.module(node), ACTIVATIONS):
+                return str(node.target)
+            if isinstance(self.module(node), WEIGHTED):
+                return None
+        return None
+
+    def makes_logits(self, start: fx.Node) -> bool:
+        """Whether its output reaches the network's output before any other layer."""
+        seen, waiting = set[fx.Node](), _users(start)
+        while waiting:
+            node = waiting.pop()
+            if node.op == "output":
+                return True
+            if node not in seen and not isinstance(self.module(node), WEIGHTED):
+                seen.add(node)
+                waiting += _users(node)
+        return False
+
+    def consumers(self, start: fx.Node) -> tuple[Consumer, ...] | None:
+        """The layers that read `start` alone; None where that cannot be told."""
+        module = self.module(start)
+        neurons, found = _neurons_of(module), []
+        waiting = [
+            (user, 1) for user in _users(start)
+        ]  # columns: how many values of a consumer's input a channel fills
+        if _shape(start)[1] != neurons:
             return None
-    return None
+        while waiting:
+            node, columns = waiting.pop()
+            module = self.module(node)
+            if isinstance(module, WEIGHTED):
+                if len(self.calls[str(node.target)]) > 1 or getattr(module, "groups", 1) != 1:
+                    return None
+                found.append(Consumer(str(node.target), columns))
+            elif isinstance(module, CHANNELWISE_MODULES) or _function(node) in CHANNELWISE:
+                if (columns_after := _columns_after(node, neurons, columns)) is None:
+                    return None
+                waiting += [(user, columns_after) for user in _users(node)]
+            elif _function(node) not in ADDITIONS:
+                return None
+        return tuple(found)
 
 
-def _channels(node: fx.Node) -> int:
-    return int(node.meta["tensor_meta"].shape[1])
+def _users(node: fx.Node) -> list[fx.Node]:
+    """The nodes that take the value of `node`, not only its shape, or that return it."""
+    return [user for user in node.users if user.op == "output" or "tensor_meta" in user.meta]
 
 
-def _follow(start: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[tuple[Consumer, ...] | None, bool]:
-    """The layers that read `start` alone, and whether it makes the network's output, with no other layer between."""
-    width, consumers = _channels(start), []
-    makes_logits, resolved = False, True
-    waiting = list(start.users)
-    while waiting:
-        node = waiting.pop()
-        module = _module_of(node, modules)
-        if isinstance(module, WEIGHTED):
-            inputs = module.in_features if isinstance(module, nn.Linear) else module.in_channels
-            consumers.append(Consumer(str(node.target), inputs // width))
-            resolved &= getattr(module, "groups", 1) == 1 and inputs % width == 0
-        elif node.op == "output":
-            makes_logits = True
-        elif module is not None or _function(node) in CHANNELWISE:
-            waiting += node.users
-        elif _function(node) not in ADDITIONS:
-            resolved = False
-            waiting += node.users
-    return (tuple(consumers) if resolved else None), makes_logits
+def _shape(node: fx.Node) -> torch.Size:
+    shape: torch.Size = node.meta["tensor_meta"].shape
+    return shape
+
+
+def _columns_after(node: fx.Node, neurons: int, columns: int) -> int | None:
+    """The columns of a channel behind a channelwise node; None if the channels are no longer told apart."""
+    before, after = _shape(node.all_input_nodes[0]), _shape(node)
+    if len(after) < 2 or after[0] != before[0]:
+        return None
+    if after[1] == before[1] and len(after) in (2, len(before)):
+        return columns
+    flattened = len(after) == 2 and after[1] == before[1:].numel()
+    return after[1] // neurons if flattened else None
+
+
+def _neurons_of(module: nn.Module | None) -> int:
+    neurons = module.out_features if isinstance(module, nn.Linear) else getattr(module, "out_channels", 0)
+    return int(neurons)
 
 
 def _function(node: fx.Node) -> str:
@@ -139,17 +200,17 @@ def _find_by_execution(model: nn.Module, example: Tensor) -> list[Layer]:
     """Run the network and watch which norm takes a layer's very output; the layer run last makes the logits."""
     order: list[str] = []
     norms: dict[str, str] = {}
-    made_by: dict[int, str] = {}
+    made_by: dict[tuple[int, int], str] = {}
     kept: list[Tensor] = []  # keeps ids from being reused
 
     def watch(name: str) -> Hook:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if isinstance(module, WEIGHTED):
                 order.append(name)
-                made_by[id(output)] = name
+                made_by[id(output), output._version] = name  # an activation in place raises the version
                 kept.append(output)
-            elif id(inputs[0]) in made_by:
-                norms[made_by[id(inputs[0])]] = name
+            elif (maker := made_by.get((id(inputs[0]), inputs[0]._version))) is not None:
+                norms[maker] = name
 
         return hook
 
@@ -164,7 +225,7 @@ def _find_by_execution(model: nn.Module, example: Tensor) -> list[Layer]:
     return [Layer(name, norms.get(name), None) for name in dict.fromkeys(order[:-1])]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def collect_activations(
     model: nn.Module, layers: list[Layer], tap: Tap, images: Tensor, pixels: Pixels, context: Context
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -189,9 +250,12 @@ def collect_activations(
     return {layer.name: values[layer.name] for layer in layers}, torch.cat(probabilities)
 
 
-def _largest_over_map(output: Tensor) -> Tensor:
-    """(B, C, ...) -> (B, C), a tensor of its own."""
-    return output.clone() if output.ndim == 2 else output.amax(dim=tuple(range(2, output.ndim)))
+def _largest_over_map(module: nn.Module, output: Tensor) -> Tensor:
+    """(B, C, ...) -> (B, C), a tensor of its own; of a linear layer over tokens, (B, T, C) -> (B, C)."""
+    if output.ndim == 2:
+        return output.clone()
+    by_tokens = isinstance(module, nn.Linear | nn.LayerNorm)
+    return output.amax(dim=tuple(range(1, output.ndim - 1)) if by_tokens else tuple(range(2, output.ndim)))
 
 
 @torch.no_grad()
@@ -241,7 +305,7 @@ def reestimate_norms(
         norm.train()
         norm.momentum = None  # a plain average over the batches
         norm.reset_running_stats()
-    with torch.inference_mode():
+    with torch.no_grad():
         for batch in iterate_normalized(images.to(context.device), pixels):
             model(batch)
     for name, norm in norms.items():

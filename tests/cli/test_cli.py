@@ -20,12 +20,12 @@ from PIL import Image
 from backdoor_bench_none.cell import Cell
 from backdoor_bench_none.cli.init import default_benchmark
 from backdoor_bench_none.plan import Plan, make_plan
-from backdoor_bench_none.plugins import PluginWarning, Plugins
+from backdoor_bench_none.plugins import Plugins, PluginWarning
 from backdoor_bench_none.registry import Registry
 from backdoor_bench_none.results.record import Record
 from backdoor_bench_none.results.store import Store
 
-#: `untrained` takes no time; `broken` raises until there is a file `mended`; ELU is skipped while there is a file `skip`
+#: `untrained` takes no time; `broken` raises until there is a file `mended`; ELU is skipped while there is one `skip`
 BBNFILE = '''
 from pathlib import Path
 from typing import ClassVar
@@ -469,7 +469,14 @@ def test_table_csv(bbn: Bbn) -> None:
 def test_table_shows_numbers_and_what_is_not_there(form: str, bbn: Bbn) -> None:
     said = bbn("table", "--format", form)
     assert said.code == 0
-    for text in ("90.0 / 25.0", "95.0 / –", "failed [1]", "missing [2]", "[1] failed: ValueError", "[2] missing: not run"):
+    for text in (
+        "90.0 / 25.0",
+        "95.0 / –",
+        "failed [1]",
+        "missing [2]",
+        "[1] failed: ValueError",
+        "[2] missing: not run",
+    ):
         assert text in said.out
     assert re.search(r"untrained \(5\\?% clean data\)", said.out)
     assert "BA benign accuracy" in said.out
@@ -553,7 +560,7 @@ def test_the_commands_a_run_suggests_work_as_printed(options: str, write: Write,
     write(file="other.yaml" if "other" in options else "benchmark.yaml", defense="broken",
           rest="" if "elsewhere" in options else "results: out\n")  # fmt: skip
     said = bbn("run", *options.split())
-    (look, again), = re.findall(r"^look: bbn (.*?)    again: bbn (.*)$", said.out, re.MULTILINE)
+    ((look, again),) = re.findall(r"^look: bbn (.*?)    again: bbn (.*)$", said.out, re.MULTILINE)
     assert "it broke" in bbn(*shlex.split(look)).out
     assert "FAILED" in bbn(*shlex.split(again)).out
 

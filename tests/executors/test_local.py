@@ -1,4 +1,4 @@
-"""The local executor with real processes: whatever a defense does to its process, the others finish and it has a reason."""
+"""The local executor with real processes: whatever a defense does to its own, the others finish and it has a reason."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from backdoor_bench_none.run.runner import pack_jobs
 from backdoor_bench_none.run.scheduler import Scheduler
 
 TIMEOUT = 10.0
-BBNFILE = '''
+BBNFILE = """
 import os, signal, sys, threading, time
 from pathlib import Path
 from typing import ClassVar
@@ -85,7 +85,7 @@ FUNCTIONS = [good, trains_for_ages, hangs, lingers, raises, exits, leaves, is_ki
 @hookimpl
 def bbn_defenses():
     return {function.__name__: make(function) for function in FUNCTIONS}
-'''
+"""
 #: what a defense does -> how its job ends, and what the reason says
 ENDS = {
     "good": ("done", ""),
@@ -197,6 +197,22 @@ def test_a_process_that_does_not_end_by_itself_stops_nobody(tmp_path: Path, monk
     ended = run(tmp_path, "lingers, good", slots=1)
     assert ended.outcomes["good"].status == "done"
     assert ended.seconds < 10
+
+
+def test_ctrl_c_does_not_end_a_process_that_is_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal it goes to every process of the run."""
+    monkeypatch.chdir(tmp_path)
+    path = write_files(tmp_path, "good")
+    (cell,) = make_plan(path, Registry.default(tmp_path)).cells
+    job = pack_jobs([cell], Store(tmp_path / "results"))[0]
+    with Local(slots=1).open(Settings(tmp_path / "results", "cpu")) as pool:
+        pool.submit(job)
+        (process,) = multiprocessing.active_children()
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        events: list[Event] = []
+        assert eventually(lambda: bool(events.extend(pool.wait(1.0)) or events))
+    assert [event.outcome and event.outcome.status for event in events] == ["done"]
 
 
 def test_leaving_the_pool_ends_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

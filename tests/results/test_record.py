@@ -58,9 +58,7 @@ def test_a_record_of_another_shape_is_refused(change: dict[str, Any], make_recor
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_numbers_that_are_not_finite_stay_readable_json(
-    value: float, make_record: MakeRecord, tmp_path: Path
-) -> None:
+def test_numbers_that_are_not_finite_stay_readable_json(value: float, make_record: MakeRecord, tmp_path: Path) -> None:
     store, record = Store(tmp_path), make_record(metrics={"m.x": value}, extras={"loss": value})
     store.write_record(record)
     json.loads(store.record_path(record.key).read_text(), parse_constant=refuse)

@@ -88,9 +88,10 @@ def test_a_reader_never_sees_half_a_record(
     def crash(self: Path, target: Path) -> None:
         raise Crash
 
-    with monkeypatch.context() as patch, pytest.raises(Crash):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", crash)
-        store.write_record(new)
+        with pytest.raises(Crash):
+            store.write_record(new)
     assert store.records() == [old]
     store.write_record(new)
     assert store.records() == [new]
