@@ -167,7 +167,7 @@ def plan_config(config: Config, source: Source, registry: Registry, *, need_data
     _check_defaults(planner)
     metrics = tuple(made.choice for made in planner.choices("metric", config.metrics, ("metrics",)))
     executor, at = config.executor, ("executor",)
-    written = source.value.get("executor")
+    written = (source.value or {}).get("executor")
     below: Location = (*at, "params") if isinstance(written, dict) and "params" in written else at
     planner.create("executor", executor.name, executor.params, at, {name: (*below, name) for name in executor.params})
     blocks: list[tuple[Matrix, Location]] = [(config.matrix, ("matrix",))]

@@ -100,11 +100,9 @@ def run_command(
     """Run what is missing of a benchmark file (default: benchmark.yaml) and print its matrix. A run that was stopped
     goes on where it was.
     """
-    from rich.console import Console
-
     from backdoor_bench_none.context import choose_device
     from backdoor_bench_none.plan import make_plan
-    from backdoor_bench_none.report.tables import print_matrix
+    from backdoor_bench_none.report.tables import open_console, print_matrix
     from backdoor_bench_none.results.rows import make_rows
     from backdoor_bench_none.results.store import Store
     from backdoor_bench_none.run.progress import Bars, Lines
@@ -115,7 +113,7 @@ def run_command(
     registry = open_registry(path)
     plan = selection.apply(make_plan(path, registry, need_data=True))
     folder = results or plan.config.results
-    console = Console()
+    console = open_console()
     reporter = Bars(console) if console.is_terminal and not quiet else Lines(console, quiet)
     options = Options(folder, device, slots, only, 1 if fail_fast else maxfail)
     summary = run_plan(plan, registry, options, reporter)

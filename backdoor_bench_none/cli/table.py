@@ -34,10 +34,8 @@ def table_command(file: Path | None, results: Path | None, selection: Selection,
     """Print the comparison matrix of a benchmark file (default: benchmark.yaml) from its records; cells without one are
     shown as missing.
     """
-    from rich.console import Console
-
     from backdoor_bench_none.plan import make_plan
-    from backdoor_bench_none.report.tables import print_matrix, render
+    from backdoor_bench_none.report.tables import open_console, print_matrix, render
     from backdoor_bench_none.results.rows import make_rows, rows_of_records
     from backdoor_bench_none.results.store import Store
 
@@ -48,7 +46,7 @@ def table_command(file: Path | None, results: Path | None, selection: Selection,
         plan = selection.apply(make_plan(path, open_registry(path)))
         rows = make_rows(plan, Store(results or plan.config.results))
     if form == "terminal":
-        print_matrix(rows, Console())
+        print_matrix(rows, open_console())
     else:
         click.echo(render(rows, form))
     return ExitCode.OK

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -17,6 +18,8 @@ FORMATS = ("terminal", "markdown", "latex", "csv", "json", "html")
 LEGEND = (
     "Each cell: BA / ASR in percent. BA benign accuracy, higher is better; ASR attack success rate, lower is better"
 )
+#: columns where the output is no terminal, so that a log keeps the matrix whole
+LOG_WIDTH = 200
 #: axes that make the lines of the matrix; those with a single value go into the title
 LINE_AXES = ("dataset", "attack", "architecture", "activation", "trainer")
 
@@ -72,16 +75,36 @@ def _seeds(rows: Sequence[Row]) -> str:
 
 
 def print_matrix(rows: Sequence[Row], console: Console) -> None:
-    """Print the matrix on a terminal."""
+    """Print the matrix on a terminal; if it is too wide, one line per defense instead of one column."""
     matrix = Matrix(rows)
-    table = Table(title=matrix.title, title_justify="left", title_style="bold", header_style="bold")
-    for name in matrix.header:
-        table.add_column(name, justify="left" if name in LINE_AXES else "right", no_wrap=True)
-    for line in matrix.lines:
-        table.add_row(*line)
+    table = _table(matrix.title, matrix.header, matrix.lines)
+    if console.measure(table).minimum > console.width:
+        axes = [name for name in matrix.header if name in LINE_AXES]
+        lines = [
+            [*line[: len(axes)], defense, cell]
+            for line in matrix.lines
+            for defense, cell in zip(matrix.header[len(axes) :], line[len(axes) :], strict=True)
+            if cell
+        ]
+        table = _table(matrix.title, [*axes, "defense", "BA / ASR"], lines)
     console.print(table, markup=False)
     for note in matrix.footnotes():
         console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def open_console() -> Console:
+    """A console as wide as the terminal, or wide enough for a log."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=LOG_WIDTH)
+
+
+def _table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for name in header:
+        table.add_column(name, justify="left" if name in (*LINE_AXES, "defense") else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    return table
 
 
 def render(rows: Sequence[Row], form: str) -> str:

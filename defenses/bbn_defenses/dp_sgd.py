@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from backdoor_bench_none.api import Batch, Context, Defense, DefenseResult, DefenseTask, Stage
 
+#: samples whose gradients are computed at once on a CPU: the fastest of 8, 16 and a whole batch of 64
+CPU_CHUNK = 16
 #: gradients of one sample each, by parameter name: (B, *shape of the parameter)
 PerSample = dict[str, Tensor]
 
@@ -68,7 +70,7 @@ class DPSGD(GroupNorm):
         "vmap", description="how per-sample gradients are computed: batched, or one after the other"
     )
     chunk: int | None = Field(
-        None, ge=1, description="samples whose gradients are held at once, to save memory; default: a whole batch"
+        None, ge=1, description="samples whose gradients are held at once; default: 16 on a CPU, where that is fastest"
     )
 
     def run(self, task: DefenseTask, context: Context) -> DefenseResult:
@@ -101,9 +103,9 @@ class DPSGD(GroupNorm):
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
         losses = []
-        for part in _parts(batch, self.chunk):
-            with context.autocast():
-                found, loss = (by_vmap if self.method == "vmap" else by_loop)(model, part)
+        chunk = self.chunk or (CPU_CHUNK if context.device.type == "cpu" else len(batch.labels))
+        for part in _parts(batch, chunk):
+            found, loss = (by_vmap if self.method == "vmap" else by_loop)(model, part)
             losses.append(loss)
             factors = (self.clip / (_norms(found) + 1e-6)).clamp(max=1)  # (B,)
             for name, gradient in found.items():
@@ -160,8 +162,7 @@ def by_loop(model: nn.Module, batch: Batch) -> tuple[PerSample, Tensor]:
     return dict(zip(parameters, map(torch.stack, zip(*rows, strict=True)), strict=True)), torch.stack(losses)
 
 
-def _parts(batch: Batch, chunk: int | None) -> list[Batch]:
-    size = chunk or len(batch.labels)
+def _parts(batch: Batch, size: int) -> list[Batch]:
     columns = (torch.split(x, size) for x in (batch.images, batch.labels, batch.indices))
     return [Batch(*part) for part in zip(*columns, strict=True)]
 

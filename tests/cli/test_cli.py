@@ -35,6 +35,7 @@ class Untrained(Defense):
     """Returns a fresh network."""
 
     stage: ClassVar[Stage] = Stage.IN_TRAINING
+    number: int = 0
 
     def run(self, task, context):
         return DefenseResult(task.new_model())
@@ -511,7 +512,7 @@ def test_a_wide_table_is_whole_without_a_terminal(
     write: Write, bbn: Bbn, tmp_path: Path, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels = [f"defense_number_{number}" for number in range(8)]
-    entries = ", ".join(f"{{name: untrained, as: {label}}}" for label in labels)
+    entries = ", ".join(f"{{name: untrained, params: {{number: {label[-1]}}}, as: {label}}}" for label in labels)
     for cell in load(write(attack="clean, badnets", defense=entries)).cells:
         Store(tmp_path / "results").write_record(make_record(cell.key, ba=91, asr=77))
     monkeypatch.delenv("COLUMNS")
