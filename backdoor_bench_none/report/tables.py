@@ -37,8 +37,9 @@ class Matrix:
         cells = {(tuple(getattr(row, axis) for axis in varying), row.defense): row for row in rows}
         lines = dict.fromkeys(line for line, _ in cells)
         self.notes: list[str] = []
+        self.grants = [f"* {defense} was {what}" for defense, what in given.items()]
         self.title = " · ".join([*fixed, _seeds(rows)])
-        self.header = [*varying, *(d + given.get(d, "") for d in defenses)]
+        self.header = [*varying, *(d + "*" * (d in given) for d in defenses)]
         self.lines = [[*line, *(self._cell(cells.get((line, defense))) for defense in defenses)] for line in lines]
 
     def _cell(self, row: Row | None) -> str:
@@ -56,13 +57,14 @@ class Matrix:
 
     def footnotes(self) -> list[str]:
         """The legend, and why cells have no numbers."""
-        return [LEGEND, *(f"[{number}] {note}" for number, note in enumerate(self.notes, 1))]
+        return [LEGEND, *self.grants, *(f"[{number}] {note}" for number, note in enumerate(self.notes, 1))]
 
 
 def _given(row: Row) -> str:
     """What a defense was granted beyond the untrusted training set."""
-    clean = f" ({row.clean_fraction:.0%} clean data)" if row.clean_fraction else ""
-    return clean + (" (told what is poisoned)" if row.sees_ground_truth else "")
+    if row.sees_ground_truth:
+        return "told which samples are poisoned: an upper bound, not a defense"
+    return f"given {row.clean_fraction:.0%} of the training set as clean data" if row.clean_fraction else ""
 
 
 def _seeds(rows: Sequence[Row]) -> str:
@@ -78,7 +80,7 @@ def print_matrix(rows: Sequence[Row], console: Console) -> None:
     """Print the matrix on a terminal; if it is too wide, one line per defense instead of one column."""
     matrix = Matrix(rows)
     table = _table(matrix.title, matrix.header, matrix.lines)
-    if console.measure(table).minimum > console.width:
+    if console.measure(table).maximum > console.width:
         axes = [name for name in matrix.header if name in LINE_AXES]
         lines = [
             [*line[: len(axes)], defense, cell]

@@ -193,11 +193,8 @@ class NONE(Defense):
     def _within_limit(self, flagged: Tensor, total: int) -> Tensor:
         if int(flagged.sum()) <= self.max_removed * total:
             return flagged
-        warnings.warn(
-            f"none: {int(flagged.sum())} of {total} samples would be dropped, more than max_removed = {self.max_removed}; none are",
-            UserWarning,
-            stacklevel=2,
-        )
+        found = f"{int(flagged.sum())} of {total} samples would be dropped, more than max_removed = {self.max_removed}"
+        warnings.warn(f"none: {found}; none of them is", UserWarning, stacklevel=2)
         return torch.zeros_like(flagged)
 
     def _reset(
