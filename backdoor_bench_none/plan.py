@@ -179,7 +179,7 @@ def plan_config(config: Config, source: Source, registry: Registry, *, need_data
     cells = [cell for block in axes for cell in _expand(block, planner, data, metrics)]
     if planner.faults:
         raise source.fail(planner.faults)
-    faults = [*_twins(cells), *_idle_exclusions(config, cells)]
+    faults = [*_twins(cells), *_idle_exclusions(config, cells), *_empty_holdouts(cells)]
     if faults:
         raise source.fail(faults)
     kept = [cell for cell in cells if not any(_excludes(rule, cell) for rule in config.exclude)]
@@ -204,6 +204,19 @@ def _twins(cells: list[Cell]) -> list[Fault]:
         if titles.setdefault(cell.key, cell.title) != cell.title:
             faults.append((("matrix",), f"{titles[cell.key]} and {cell.title} are the same cell; leave one out"))
     return faults[:10]
+
+
+def _empty_holdouts(cells: list[Cell]) -> list[Fault]:
+    """Defenses that ask for clean data and would get none."""
+    found = {
+        (cell.defense.label, cell.dataset.label): cell.info.train_size
+        for cell in cells
+        if (fraction := cell.the_defense.clean_fraction) > 0 and int(fraction * cell.info.train_size) == 0
+    }
+    return [
+        (("matrix", "defense"), f"clean_fraction of {defense} selects none of the {size} training images of {dataset}")
+        for (defense, dataset), size in found.items()
+    ]
 
 
 def _idle_exclusions(config: Config, cells: list[Cell]) -> list[Fault]:

@@ -80,7 +80,8 @@ def print_matrix(rows: Sequence[Row], console: Console) -> None:
     """Print the matrix on a terminal; if it is too wide, one line per defense instead of one column."""
     matrix = Matrix(rows)
     table = _table(matrix.title, matrix.header, matrix.lines)
-    if console.measure(table).maximum > console.width:
+    unbounded = console.options.update(max_width=10_000)
+    if console.measure(table, options=unbounded).maximum > console.width:
         axes = [name for name in matrix.header if name in LINE_AXES]
         lines = [
             [*line[: len(axes)], defense, cell]

@@ -17,6 +17,7 @@ from backdoor_bench_none.cell import Cell
 from backdoor_bench_none.context import Context
 from backdoor_bench_none.data.dataset import ImageSet
 from backdoor_bench_none.defense import DefenseResult, DefenseTask, OracleTask
+from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.evaluation import evaluate, score_detection
 from backdoor_bench_none.models.architecture import ModelSpec
 from backdoor_bench_none.models.builder import ModelBuilder
@@ -29,8 +30,8 @@ from backdoor_bench_none.training import FitOptions, Pixels, TrainingData, check
 
 @dataclass
 class Stages:
-    """The stages of one cell. `context` carries device, precision, deadline and progress; each stage gets a seed of its
-    own.
+    """The stages of one cell. Each gets a seed of its own; `context` carries device, precision, deadline and
+    progress.
     """
 
     cell: Cell
@@ -164,7 +165,7 @@ class Stages:
         return truth
 
     def clean_holdout(self) -> ImageSet | None:
-        """int(clean_fraction * N) training samples that were not poisoned; a smaller fraction's are among a larger
+        """int(clean_fraction * N) training samples that were not poisoned, a smaller fraction's among a larger
         one's.
         """
         fraction = self.cell.the_defense.clean_fraction
@@ -174,7 +175,13 @@ class Stages:
         benign = ~self.poisoned()
         generator = torch.Generator().manual_seed(derive_seed(self.cell.poison_key, "clean hold-out"))
         order = torch.randperm(len(train), generator=generator)
-        return train.take(order[benign[order]][: int(fraction * len(train))]).to(self.context.device)
+        count, available = int(fraction * len(train)), int(benign.sum())
+        if not 0 < count <= available:
+            raise ConfigError(
+                f"clean_fraction {fraction} asks for {count} of {len(train)} training images; {available} are not poisoned",
+                "choose a fraction in between",
+            )
+        return train.take(order[benign[order]][:count]).to(self.context.device)
 
     @property
     def builder(self) -> ModelBuilder:
