@@ -29,6 +29,10 @@ KINDS = {
 }
 
 
+LOWER = {"minimum": "≤", "exclusiveMinimum": "<"}
+UPPER = {"maximum": "≤", "exclusiveMaximum": "<"}
+
+
 @click.command("list")
 @click.argument("kind", required=False)
 @click.option("--json", "as_json", is_flag=True, help="A list of objects.")
@@ -87,6 +91,8 @@ def _columns(rows: list[dict[str, str]]) -> str:
 def show_command(name: str, preview: Path | None, dataset: str, root: Path | None, param: tuple[str, ...]) -> int:
     """Show a component: what it does, its parameters with types, bounds and defaults, its paper and provider."""
     registry = open_registry(None)
+    if preview is not None:
+        registry.entry("attack", name)
     for index, entry in enumerate(registry.find(name)):
         component = registry.load(entry.kind, entry.name)
         click.echo(("\n" if index else "") + "\n".join(describe_component(entry, component)))
@@ -109,7 +115,10 @@ def parse_params(pairs: tuple[str, ...]) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"'{pair}' is not NAME=VALUE")
-        params[key] = yaml.safe_load(value)
+        try:
+            params[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"'{value}' of '{key}' is not YAML") from error
     return params
 
 
@@ -147,6 +156,11 @@ def _type_of(schema: dict[str, Any]) -> str:
         return " | ".join(map(str, schema["enum"]))
     if "const" in schema:
         return str(schema["const"])
-    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    bounds = " ".join(f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema)
-    return " ".join(filter(None, [schema.get("format") or schema.get("type", "value"), bounds]))
+    if "prefixItems" in schema:
+        return f"({', '.join(_type_of(item) for item in schema['prefixItems'])})"
+    if schema.get("type") == "array" and "items" in schema:
+        return f"list of {_type_of(schema['items'])}"
+    name = schema.get("format") or schema.get("type", "value")
+    low = next((f"{schema[key]:.4g} {sign} " for key, sign in LOWER.items() if key in schema), "")
+    high = next((f" {sign} {schema[key]:.4g}" for key, sign in UPPER.items() if key in schema), "")
+    return f"{low}{name}{high}"

@@ -52,7 +52,7 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(own_version(), prog_name="bbn")
 def cli() -> None:
     """Benchmark backdoor defenses: cross attacks, defenses, architectures and activations into one comparison
@@ -72,7 +72,9 @@ def run_cli(arguments: list[str]) -> int:
         result: Any = cli.main(arguments, prog_name="bbn", standalone_mode=False)
         return int(result or ExitCode.OK)
     except click.ClickException as error:
-        error.show()
+        context = getattr(error, "ctx", None)
+        click.echo(f"error: {error.format_message()}", err=True)
+        click.echo(f"hint: {context.command_path if context else 'bbn'} -h", err=True)
         return ExitCode.USAGE_ERROR
     except BenchError as error:
         for line in error.message.splitlines():

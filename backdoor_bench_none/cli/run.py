@@ -41,7 +41,7 @@ def plan_command(file: Path | None, results: Path | None, only: Only, selection:
     """Show what `bbn run` would do: cells, shared stages, what is done and what is skipped."""
     from backdoor_bench_none.plan import make_plan
     from backdoor_bench_none.results.store import Store
-    from backdoor_bench_none.run.runner import choose_cells, pack_jobs
+    from backdoor_bench_none.run.runner import choose_cells, count_done, pack_jobs
 
     path = find_file(file)
     plan = selection.apply(make_plan(path, open_registry(path)))
@@ -55,21 +55,25 @@ def plan_command(file: Path | None, results: Path | None, only: Only, selection:
             state = "skip" if cell.key in plan.skipped else "run" if cell.key in pending else "done"
             click.echo(f"  {state:4} {cell.key}  {cell.title}")
     kinds = Counter(job.kind for job in pack_jobs(todo, store))
-    click.echo(f"  to do       {kinds['poison']} poisoned sets, {kinds['victim']} victims, {kinds['cell']} cells")
-    click.echo("Nothing was run. To run it: bbn run" + (f" {path}" if file else ""))
+    click.echo(f"  done        {count_done(plan, store)} cells")
+    click.echo(
+        f"  to do       {kinds['cell']} cells, and {kinds['poison']} poisoned sets and {kinds['victim']} victims they share"
+    )
+    click.echo(f"Nothing was run. To run it: {_again('bbn run', file, results)}")
     return ExitCode.OK
 
 
 def describe_plan(plan: Plan) -> list[str]:
     """The size of the matrix, and what is left out of it."""
-    axes = ("dataset", "attack", "defense", "architecture", "activation")
-    sizes = [(axis, len({getattr(cell, axis).label for cell in plan.cells})) for axis in axes]
-    sizes.append(("seed", len({cell.seed for cell in plan.cells})))
-    shape = " × ".join(f"{size} {axis}" for axis, size in sizes)
-    lines = [f"{plan.config.name}: {len(plan.cells)} cells = {shape}, less {plan.excluded} excluded"]
+    axes = {"dataset": "data sets", "attack": "attacks", "defense": "defenses"}
+    axes |= {"architecture": "architectures", "activation": "activations"}
+    sizes = [f"{len({getattr(cell, axis).label for cell in plan.cells})} {word}" for axis, word in axes.items()]
+    sizes.append(f"{len({cell.seed for cell in plan.cells})} seeds")
+    excluded = f", {plan.excluded} excluded" if plan.excluded else ""
+    lines = [f"{plan.config.name}: {len(plan.cells)} cells of {', '.join(sizes)}{excluded}"]
     selected = {cell.key for cell in plan.cells}
-    for reason, count in Counter(reason for key, reason in plan.skipped.items() if key in selected).items():
-        lines.append(f"  skipped     {count}: {reason}")
+    reasons = Counter(reason for key, reason in plan.skipped.items() if key in selected)
+    lines += [f"  skipped     {count}: {reason}" for reason, count in reasons.items()]
     lines += [f"  absent      data set {name}: `bbn run` downloads it if it may" for name in plan.absent]
     return lines
 
@@ -80,7 +84,10 @@ def describe_plan(plan: Plan) -> list[str]:
 @only_option
 @selection_options
 @click.option(
-    "-j", "--slots", type=click.IntRange(min=1), help="Jobs at the same time; default: one per core, or per GPU."
+    "-j",
+    "--slots",
+    type=click.IntRange(min=1),
+    help="Jobs at the same time (default: one per core, or per GPU); on a CPU they share its threads.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("-x", "fail_fast", is_flag=True, help="Stop after the first failure.")
@@ -118,21 +125,29 @@ def run_command(
     options = Options(folder, device, slots, only, 1 if fail_fast else maxfail)
     summary = run_plan(plan, registry, options, reporter)
     print_matrix(make_rows(plan, Store(folder)), console)
-    for line in describe_summary(summary):
+    for line in describe_summary(summary, file, folder if folder != Path("results") else None):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if summary.interrupted:
         return ExitCode.INTERRUPTED
     return ExitCode.CELLS_FAILED if summary.failed else ExitCode.OK
 
 
-def describe_summary(summary: Summary) -> list[str]:
-    """What failed, and the numbers of the run."""
+def describe_summary(summary: Summary, file: Path | None, results: Path | None) -> list[str]:
+    """What failed, the numbers of the run, and what to type next."""
     lines = [f"{record.status.upper()} {record.key}  {record.title} - {record.reason}" for record in summary.failed]
     counts = [(summary.done, "done"), (len(summary.failed), "failed"), (summary.skipped, "skipped")]
     counts += [(summary.cached, "done before"), (summary.not_run, "not run")]
     lines.append(", ".join(f"{n} {word}" for n, word in counts if n or word == "done") + f" in {summary.seconds:.0f} s")
     if summary.failed:
-        lines.append(f"look: bbn results show {summary.failed[0].key}    again: bbn run --only failed")
+        look = _again(f"bbn results show {summary.failed[0].key}", None, results)
+        lines.append(f"look: {look}    again: {_again('bbn run --only failed', file, results)}")
     elif summary.not_run:
-        lines.append("go on: bbn run")
+        lines.append(f"go on: {_again('bbn run', file, results)}")
+    else:
+        lines.append(f"all numbers: {_again('bbn table --format json', file, results)}")
     return lines
+
+
+def _again(command: str, file: Path | None, results: Path | None) -> str:
+    """`command` with the file and the folder that were given."""
+    return " ".join([command, *([str(file)] if file else []), *(["--results", str(results)] if results else [])])

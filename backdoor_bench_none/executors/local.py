@@ -26,6 +26,7 @@ from backdoor_bench_none.run.jobs import Job, Outcome, Settings, run_job
 GRACE = 10.0
 #: what every fresh process has imported already
 PRELOAD = [
+    "torch._dynamo",  # the first optimizer imports it, which takes seconds
     "backdoor_bench_none.cli.main",
     "backdoor_bench_none.run.stages",
     "backdoor_bench_none.plugins",
@@ -74,7 +75,8 @@ class _LocalPool:
         device = min(self._devices, key=busy.count)
         arguments = (job, self._settings, device, self._threads, theirs)
         process = self._context.Process(target=_work, args=arguments, name=job.title)  # type: ignore[attr-defined]
-        process.start()
+        with _sigint_blocked():
+            process.start()
         theirs.close()
         timeout = self._settings.timeout
         kill_at = None if timeout is None else time.monotonic() + timeout + GRACE
@@ -99,10 +101,13 @@ class _LocalPool:
                     yield Event(running.job.id, done=message[0], total=message[1])
         if running.outcome is None and running.kill_at is not None and time.monotonic() > running.kill_at:
             running.process.kill()
-            running.outcome = Outcome("timeout", "Timeout", f"killed after {self._settings.timeout:g} s")
+            limit = f"the time limit of {self._settings.timeout:g} s and {GRACE:g} s to end by itself have passed"
+            running.outcome = Outcome("timeout", "Timeout", limit)
         elif running.outcome is None and not alive:
             running.outcome = Outcome("failed", "ProcessDied", _death(running.process))
         if running.outcome is not None:
+            running.process.join(GRACE)
+            running.process.kill()  # a thread that a defense left behind would keep it alive
             running.process.join()
             running.connection.close()
             yield Event(running.job.id, outcome=running.outcome)
@@ -115,8 +120,21 @@ class _LocalPool:
         self._running = []
 
 
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """What is started inside inherits the block: Ctrl-C goes to the whole terminal, and the parent alone decides."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(job: Job, settings: Settings, device: str, threads: int | None, connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
     connection.send(run_job(job, settings, device, threads, lambda done, total: connection.send((done, total))))
 

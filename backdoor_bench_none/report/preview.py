@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.io import write_png
 
 from backdoor_bench_none.attack import Attack, AttackTask
 from backdoor_bench_none.data.dataset import Dataset, ImageSet
@@ -30,9 +30,9 @@ def write_preview(attack: Attack, dataset: Dataset, path: Path) -> None:
     rows = [_join(images) for images in (sample.images, triggered, difference)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_png(torch.cat(rows, dim=1), str(path))
-    except (OSError, RuntimeError) as error:
-        raise BenchError(f"'{path}' cannot be written: {error}") from error
+        Image.fromarray(torch.cat(rows, dim=1).permute(1, 2, 0).numpy()).save(path, format="PNG")
+    except OSError as error:
+        raise BenchError(f"'{path}' cannot be written: {error.strerror or error}") from error
 
 
 def _first_of_each_class(data: ImageSet) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 from backdoor_bench_none.evaluation import Count
 from backdoor_bench_none.results.record import Record
+
+STAGES = ("data", "poison", "victim", "defense", "evaluate")
 
 
 def describe_whole(record: Record) -> Iterator[str]:
@@ -19,16 +22,21 @@ def describe_whole(record: Record) -> Iterator[str]:
         yield f"{axis:12} {value.name}{f' as {value.label}' if value.label != value.name else ''}  {params}"
     yield f"{'recipe':12} " + ", ".join(f"{name}={value}" for name, value in record.recipe.items())
     yield from _numbers(record)
-    for stage, cost in record.costs.items():
+    for stage in sorted(record.costs, key=STAGES.index):
+        cost = record.costs[stage]
         memory = "" if cost.peak_memory is None else f", {cost.peak_memory / 2**20:.0f} MiB at most"
         yield f"{stage:12} {cost.seconds:.2f} s{memory}"
     for title, values in (("found", record.extras), ("upstream", record.upstream), ("provenance", record.provenance)):
         if values:
-            yield f"{title:12} " + ", ".join(f"{name}={value}" for name, value in values.items())
+            yield f"{title:12} " + ", ".join(f"{name}={_plain(value)}" for name, value in values.items())
     for text in record.warnings:
         yield f"warning      {text}"
     if record.failure is not None and record.failure.traceback:
         yield record.failure.traceback.rstrip()
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _numbers(record: Record) -> Iterator[str]:
@@ -42,8 +50,8 @@ def _numbers(record: Record) -> Iterator[str]:
         hits = f"{found.true_positive} of {found.true_positive + found.false_negative} poisoned samples flagged"
         yield f"detection    {shown}  ({hits}, and {found.false_positive} benign ones)"
     for name, value in record.metrics.items():
-        yield f"{name:12} {value:.6g}"
+        yield f"{name:12} {'not finite' if value is None else f'{value:.6g}'}"
 
 
 def _share(count: Count | None) -> str:
-    return "–" if count is None else f"{count.rate:.4f} = {count.hits} of {count.total}"
+    return "– no trigger: 0 of 0" if count is None else f"{count.rate:.4f} = {count.hits} of {count.total}"

@@ -6,10 +6,13 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Sequence
+from html import escape
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tabulate import tabulate
 
 from backdoor_bench_none.results.rows import Row
@@ -64,7 +67,7 @@ def _given(row: Row) -> str:
     """What a defense was granted beyond the untrusted training set."""
     if row.sees_ground_truth:
         return "told which samples are poisoned: an upper bound, not a defense"
-    return f"given {row.clean_fraction:.0%} of the training set as clean data" if row.clean_fraction else ""
+    return f"given {100 * row.clean_fraction:g} % of the training set as clean data" if row.clean_fraction else ""
 
 
 def _seeds(rows: Sequence[Row]) -> str:
@@ -79,7 +82,7 @@ def _seeds(rows: Sequence[Row]) -> str:
 def print_matrix(rows: Sequence[Row], console: Console) -> None:
     """Print the matrix on a terminal; if it is too wide, one line per defense instead of one column."""
     matrix = Matrix(rows)
-    table = _table(matrix.title, matrix.header, matrix.lines)
+    table = _table(matrix.header, matrix.lines)
     unbounded = console.options.update(max_width=10_000)
     if console.measure(table, options=unbounded).maximum > console.width:
         axes = [name for name in matrix.header if name in LINE_AXES]
@@ -89,7 +92,8 @@ def print_matrix(rows: Sequence[Row], console: Console) -> None:
             for defense, cell in zip(matrix.header[len(axes) :], line[len(axes) :], strict=True)
             if cell
         ]
-        table = _table(matrix.title, [*axes, "defense", "BA / ASR"], lines)
+        table = _table([*axes, "defense", "BA / ASR"], lines)
+    console.print(matrix.title, style="bold", markup=False, highlight=False, soft_wrap=True)
     console.print(table, markup=False)
     for note in matrix.footnotes():
         console.print(note, markup=False, highlight=False, soft_wrap=True)
@@ -101,12 +105,12 @@ def open_console() -> Console:
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=LOG_WIDTH)
 
 
-def _table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    table = Table(header_style="bold")
     for name in header:
-        table.add_column(name, justify="left" if name in (*LINE_AXES, "defense") else "right", no_wrap=True)
+        table.add_column(Text(name), justify="left" if name in (*LINE_AXES, "defense") else "right", no_wrap=True)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(Text, line))
     return table
 
 
@@ -119,12 +123,17 @@ def render(rows: Sequence[Row], form: str) -> str:
     matrix = Matrix(rows)
     if form == "latex":
         text = tabulate(matrix.lines, matrix.header, tablefmt="latex_booktabs", disable_numparse=True)
-        return "\n".join([f"% {matrix.title}", text, *(f"% {note}" for note in matrix.footnotes())])
+        notes = [rf"\par\noindent{{\footnotesize {_escape_latex(note)}}}" for note in matrix.footnotes()]
+        return "\n".join([f"% {matrix.title}", text, *notes])
     if form == "html":
         text = tabulate(matrix.lines, matrix.header, tablefmt="html", disable_numparse=True)
-        return f"<p>{matrix.title}</p>\n{text}\n" + "\n".join(f"<p>{note}</p>" for note in matrix.footnotes())
+        return "\n".join([f"<p>{escape(matrix.title)}</p>", text, *(f"<p>{escape(n)}</p>" for n in matrix.footnotes())])
     text = tabulate(matrix.lines, matrix.header, tablefmt="github", disable_numparse=True)
     return "\n\n".join([f"**{matrix.title}**", text, "\n".join(f"{note}  " for note in matrix.footnotes())])
+
+
+def _escape_latex(text: str) -> str:
+    return re.sub(r"([#$%&_{}])", r"\\\1", text.replace("\\", "/").replace("~", " ").replace("^", " "))
 
 
 def _csv(rows: Sequence[Row]) -> str:

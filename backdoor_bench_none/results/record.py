@@ -57,7 +57,7 @@ class Record(_Part):
     detection: Detection | None = None
     infected: bool | None = None
     clean_fraction: float = 0.0
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float | None] = {}
     extras: dict[str, Any] = {}
     #: mean training loss of the victim, per epoch; empty where the defense does not start from it
     victim_losses: list[float] = []
@@ -70,7 +70,7 @@ class Record(_Part):
     failure: Failure | None = None
     warnings: list[str] = []
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, ser_json_inf_nan="null")
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     @classmethod
     def of(cls, cell: Cell, status: Status, **values: Any) -> Self:

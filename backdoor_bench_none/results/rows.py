@@ -12,6 +12,7 @@ from backdoor_bench_none.evaluation import Count, defense_effectiveness
 from backdoor_bench_none.plan import Plan
 from backdoor_bench_none.results.record import Record
 from backdoor_bench_none.results.store import Store
+from backdoor_bench_none.seeds import canonical_json
 
 #: the labels of all axes
 Labels = tuple[str, ...]
@@ -59,6 +60,8 @@ class _Slot:
     labels: Labels
     seed: int
     record: Record | None
+    #: tells rows of equal labels apart
+    identity: str = ""
     reason: str | None = None
     is_baseline: bool = False
 
@@ -69,7 +72,7 @@ def make_rows(plan: Plan, store: Store) -> list[Row]:
     for cell in plan.cells:
         labels = tuple(getattr(cell, axis).label for axis in AXES)
         baseline = cell.defense.name == "no_defense"
-        slots.append(_Slot(labels, cell.seed, store.read_record(cell.key), plan.skipped.get(cell.key), baseline))
+        slots.append(_Slot(labels, cell.seed, store.read_record(cell.key), "", plan.skipped.get(cell.key), baseline))
     return _rows(slots)
 
 
@@ -78,18 +81,20 @@ def rows_of_records(records: Iterable[Record]) -> list[Row]:
     slots = []
     for record in records:
         labels = tuple(record.axes[axis].label for axis in AXES)
-        slots.append(_Slot(labels, record.seed, record, None, record.axes["defense"].name == "no_defense"))
-    return _rows(sorted(slots, key=lambda slot: (slot.labels, slot.seed)))
+        axes = {axis: value.model_dump(exclude={"label"}) for axis, value in record.axes.items()}
+        identity = canonical_json([axes, record.recipe, record.upstream.get("dataset_sha256")])
+        slots.append(_Slot(labels, record.seed, record, identity, None, record.axes["defense"].name == "no_defense"))
+    return _rows(sorted(slots, key=lambda slot: (slot.labels, slot.identity, slot.seed)))
 
 
 def _rows(slots: Sequence[_Slot]) -> list[Row]:
     baselines = {
         (_without_defense(s.labels), s.seed): s.record for s in slots if s.is_baseline and s.record is not None
     }
-    grouped: dict[Labels, list[_Slot]] = {}
+    grouped: dict[tuple[Labels, str], list[_Slot]] = {}
     for slot in slots:
-        grouped.setdefault(slot.labels, []).append(slot)
-    return [_row(labels, group, baselines) for labels, group in grouped.items()]
+        grouped.setdefault((slot.labels, slot.identity), []).append(slot)
+    return [_row(labels, group, baselines) for (labels, _), group in grouped.items()]
 
 
 def _without_defense(labels: Labels) -> Labels:

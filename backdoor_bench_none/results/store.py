@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from backdoor_bench_none.errors import BenchError, StoreError, did_you_mean
+from backdoor_bench_none.errors import BenchError, StoreError
 from backdoor_bench_none.results.record import Record
 
 
@@ -65,7 +65,7 @@ class Store:
 
     def write_record(self, record: Record) -> None:
         """Put `record` in place of an older one of its key."""
-        text = json.dumps(record.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False)
+        text = json.dumps(record.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False, allow_nan=False)
         self._write(self.record_path(record.key), text.encode())
 
     def read_record(self, key: str) -> Record | None:
@@ -79,8 +79,10 @@ class Store:
 
     def find_record(self, prefix: str) -> Record:
         """The one record whose key starts with `prefix`."""
-        paths = list((self.root / "records").glob(f"{prefix[:2]}*/{prefix}*.json")) if prefix else []
-        if len(paths) == 1 and (record := _read_record(paths[0])) is not None:
+        paths = [path for path in (self.root / "records").glob("*/*.json") if path.stem.startswith(prefix)]
+        if len(paths) == 1:
+            if (record := _read_record(paths[0])) is None:
+                raise BenchError(f"record '{paths[0]}' cannot be read", "`bbn run` makes it again")
             return record
         if paths:
             raise BenchError(
@@ -89,7 +91,7 @@ class Store:
         known = [path.stem for path in (self.root / "records").glob("*/*.json")]
         raise BenchError(
             f"there is no record '{prefix}' in '{self.root}'",
-            did_you_mean(prefix, known) if known else "`bbn run` makes records",
+            "`bbn run` names the keys of its cells" if known else "`bbn run` makes records",
         )
 
     # artifacts
@@ -132,8 +134,6 @@ class Store:
         with path.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
-            with suppress(OSError):
-                path.unlink()
 
     def _write(self, path: Path, data: bytes) -> None:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")

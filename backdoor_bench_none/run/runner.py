@@ -79,10 +79,10 @@ def run_plan(plan: Plan, registry: Registry, options: Options, reporter: Reporte
     store.create()
     started = time.monotonic()
     todo = [cell for cell in choose_cells(plan, store, options.only) if cell.key not in plan.skipped]
-    summary = Summary(skipped=len(plan.skipped), cached=len(plan.cells) - len(plan.skipped) - len(todo))
-    for cell in plan.cells:
-        if cell.key in plan.skipped:
-            _record_skip(store, cell, plan.skipped[cell.key], registry)
+    skipped = [cell for cell in plan.cells if cell.key in plan.skipped]
+    summary = Summary(skipped=len(skipped), cached=count_done(plan, store) if options.only != "all" else 0)
+    for cell in skipped:
+        _record_skip(store, cell, plan.skipped[cell.key], registry)
     if options.only == "all":
         _forget(store, todo)
     jobs = pack_jobs(todo, store)
@@ -119,6 +119,12 @@ def choose_cells(plan: Plan, store: Store, only: Only) -> list[Cell]:
     if only == "failed":
         return [cell for cell in plan.cells if statuses[cell.key] in ("failed", "timeout")]
     return [cell for cell in plan.cells if statuses[cell.key] != "done"]
+
+
+def count_done(plan: Plan, store: Store) -> int:
+    """How many cells of the plan have their numbers."""
+    records = (store.read_record(cell.key) for cell in plan.cells if cell.key not in plan.skipped)
+    return sum(record is not None and record.status == "done" for record in records)
 
 
 def pack_jobs(cells: list[Cell], store: Store) -> list[Job]:
@@ -176,7 +182,8 @@ def _finish(
 
 def _record_skip(store: Store, cell: Cell, reason: str, registry: Registry) -> None:
     record = Record.of(cell, "skipped", reason=reason)
-    if store.read_record(cell.key) != record:
+    before = store.read_record(cell.key)
+    if before != record and (before is None or before.status != "done"):
         store.write_record(record)
         registry.plugins.cell_finished(cell, record)
 

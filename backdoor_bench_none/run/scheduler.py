@@ -34,6 +34,9 @@ class Scheduler:
                     waiting.remove(job)
                     self._outcomes[job.id] = outcome
                     yield job, outcome
+                    if not keep_going():
+                        break
+            if keep_going():
                 self._start(waiting)
             if not self._running:
                 continue

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backdoor_bench_none.attack import AttackTask, PoisonedSamples
 from backdoor_bench_none.cell import Cell
@@ -24,7 +25,7 @@ from backdoor_bench_none.models.builder import ModelBuilder
 from backdoor_bench_none.results.record import Cost, Record
 from backdoor_bench_none.results.store import Artifact, Store
 from backdoor_bench_none.run.memory import watch_peak_memory
-from backdoor_bench_none.seeds import derive_seed
+from backdoor_bench_none.seeds import canonical_json, derive_seed
 from backdoor_bench_none.training import FitOptions, Pixels, TrainingData, check_learned
 
 
@@ -51,22 +52,23 @@ class Stages:
 
     def poison(self) -> tuple[PoisonedSamples, PoisonedSamples]:
         """The poisoned training samples and the triggered test samples."""
-        tensors = self._artifact("poison", self.cell.poison_key, self._poison, self.data).tensors
+        tensors = self._artifact("poison", self.cell.poison_key, self._poison, (self.data,)).tensors
         train, test = (_read_samples(tensors, part) for part in ("train", "test"))
         return train, test
 
     def victim(self) -> Artifact:
         """The weights of the network trained on the poisoned set."""
-        return self._artifact("victim", self.cell.victim_key, self._train_victim, self.poison)
+        return self._artifact("victim", self.cell.victim_key, self._train_victim, (self.data, self.poison))
 
     def defense(self) -> Artifact:
         """The weights of the defended network, and what the defense found."""
-        needed = self.victim if self.cell.the_defense.starts_from_victim else self.poison
+        needed = [self.data, self.poison] + [self.victim] * self.cell.the_defense.starts_from_victim
         return self._artifact("defense", self.cell.defense_key, self._defend, needed)
 
     def evaluate(self) -> Record:
         """The cell's record, not yet written."""
         defended = self.defense()
+        self.data(), self.poison()
         with self._measure() as measured:
             record = self._evaluate(defended)
         self.costs["evaluate"] = measured.cost
@@ -107,6 +109,7 @@ class Stages:
         task = self._task()
         result = cell.the_defense.run(task, context)
         check_result(result, len(task.train))
+        _check_loadable(result.model, cell.the_defense.adapt(self.builder(0)))
         found = {name: x for name in ("flagged", "scores") if (x := getattr(result, name)) is not None}
         tensors = {f"model.{name}": tensor for name, tensor in result.model.state_dict().items()}
         return Artifact({**tensors, **found}, {"extras": dict(result.extras), "infected": result.infected})
@@ -136,7 +139,7 @@ class Stages:
         if (flagged := defended.tensors.get("flagged")) is not None:
             detection = score_detection(flagged, defended.tensors.get("scores"), self.poisoned())
         metrics = {
-            f"{choice.label}.{name}": float(value)
+            f"{choice.label}.{name}": float(value) if math.isfinite(value) else None
             for choice in cell.metrics
             for name, value in choice.component.compute(evaluation).items()  # type: ignore[attr-defined]
         }
@@ -177,10 +180,8 @@ class Stages:
         order = torch.randperm(len(train), generator=generator)
         count, available = int(fraction * len(train)), int(benign.sum())
         if not 0 < count <= available:
-            raise ConfigError(
-                f"clean_fraction {fraction} asks for {count} of {len(train)} training images; {available} are not poisoned",
-                "choose a fraction in between",
-            )
+            found = f"{count} of {len(train)} training images; {available} are not poisoned"
+            raise ConfigError(f"clean_fraction {fraction} asks for {found}", "choose a fraction in between")
         return train.take(order[benign[order]][:count]).to(self.context.device)
 
     @property
@@ -191,16 +192,16 @@ class Stages:
         return ModelBuilder(cell.the_architecture, spec, cell.initial_key, self.context.device)
 
     def _artifact(
-        self, stage: str, key: str, compute: Callable[[], Artifact], needed: Callable[[], object] | None = None
+        self, stage: str, key: str, compute: Callable[[], Artifact], needed: Sequence[Callable[[], object]] = ()
     ) -> Artifact:
         """The artifact of a stage: loaded, or computed under a lock, so that of two runs one waits for the other.
 
-        `needed` is the stage before: it is there before the clock starts.
+        The stages in `needed` are there before the clock starts.
         """
         artifact = self._cached.get(stage) or self.store.load_artifact(stage, key)
         if artifact is None:
-            if needed is not None:
-                needed()
+            for stage_before in needed:
+                stage_before()
             with self.store.lock(stage, key):
                 artifact = self.store.load_artifact(stage, key) or self._compute(stage, key, compute)
         self.costs[stage] = Cost(**artifact.meta["cost"])
@@ -243,12 +244,29 @@ def check_result(result: DefenseResult, count: int) -> None:
     """Raise `TypeError` or `ValueError` if a defense returned something else than it may."""
     if not isinstance(result, DefenseResult):
         raise TypeError(f"a defense returns a DefenseResult, not {type(result).__name__}")
+    if not isinstance(result.model, nn.Module):
+        raise TypeError(f"model is {type(result.model).__name__}, not a torch.nn.Module")
     for name, tensor in (("flagged", result.flagged), ("scores", result.scores)):
-        if tensor is not None and tensor.shape != (count,):
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, not one value for each of the {count} training samples"
-            )
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is {type(tensor).__name__}, not a tensor")
+        if tensor.shape != (count,):
+            shape = tuple(tensor.shape)
+            raise ValueError(f"{name} has shape {shape}, not one value for each of the {count} training samples")
     if result.flagged is not None and result.flagged.dtype != torch.bool:
         raise TypeError(f"flagged is {result.flagged.dtype}, not bool")
     if result.scores is not None and not bool(torch.isfinite(result.scores).all()):
         raise ValueError("scores are not all finite")
+    try:
+        canonical_json(dict(result.extras))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"extras hold something that JSON does not: {error}") from error
+
+
+def _check_loadable(model: nn.Module, expected: nn.Module) -> None:
+    """Raise `TypeError` if core could not build the returned network again to evaluate it."""
+    try:
+        expected.load_state_dict(model.state_dict())
+    except RuntimeError as error:
+        raise TypeError(f"the network is not of the cell's architecture; override Defense.adapt: {error}") from error
