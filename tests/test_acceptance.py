@@ -78,8 +78,8 @@ def test_the_benchmark_of_the_readme_is_valid(tmp_path: Path, monkeypatch: pytes
     config, source = parse_config(block("yaml", "version: 1"), "README.md")
     plan = plan_config(config, source, Registry(Plugins(external=False)))
     # attacks x defenses x (architectures x activations less one) x seeds, and the included matrix
-    assert len(plan.cells) == 4 * 2 * (2 * 2 - 1) * 3 + 2 * 3
-    assert plan.excluded == 4 * 2 * 3
+    assert len(plan.cells) == 4 * 6 * (2 * 2 - 1) * 3 + 2 * 3
+    assert plan.excluded == 4 * 6 * 3
     assert {*plan.absent} == {"cifar10", "mnist"}
     epochs = {cell.architecture.name: cell.recipe.epochs for cell in plan.cells if cell.dataset.name == "cifar10"}
     assert epochs == {"nin": 200, "resnet18": 100}
@@ -95,7 +95,7 @@ def test_the_defense_of_the_readme_runs(write_benchmark: Callable[..., Path], bb
     assert "highest learning rate" in shown
     said = bbn("run")
     assert said.code == 0, said.out
-    assert "short_fine_tune (5% clean data)" in said.out
+    assert "short_fine_tune was given 5 % of the training set as clean data" in said.out
     assert {record.status for record in Store(tmp_path / "results").records()} == {"done"}
 
 

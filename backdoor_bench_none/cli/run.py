@@ -56,9 +56,8 @@ def plan_command(file: Path | None, results: Path | None, only: Only, selection:
             click.echo(f"  {state:4} {cell.key}  {cell.title}")
     kinds = Counter(job.kind for job in pack_jobs(todo, store))
     click.echo(f"  done        {count_done(plan, store)} cells")
-    click.echo(
-        f"  to do       {kinds['cell']} cells, and {kinds['poison']} poisoned sets and {kinds['victim']} victims they share"
-    )
+    shared = f"{kinds['poison']} poisoned sets and {kinds['victim']} victims"
+    click.echo(f"  to do       {kinds['cell']} cells, and {shared} that they share")
     click.echo(f"Nothing was run. To run it: {_again('bbn run', file, results)}")
     return ExitCode.OK
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -75,8 +76,7 @@ class _LocalPool:
         device = min(self._devices, key=busy.count)
         arguments = (job, self._settings, device, self._threads, theirs)
         process = self._context.Process(target=_work, args=arguments, name=job.title)  # type: ignore[attr-defined]
-        with _sigint_blocked():
-            process.start()
+        process.start()
         theirs.close()
         timeout = self._settings.timeout
         kill_at = None if timeout is None else time.monotonic() + timeout + GRACE
@@ -151,6 +151,9 @@ def _process_context() -> BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    resource_tracker.ensure_running()  # it would lift the block below when it starts
+    with _sigint_blocked():
+        forkserver.ensure_running()
     return context
 
 

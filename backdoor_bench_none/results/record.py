@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from backdoor_bench_none.cell import AXES, Cell
 from backdoor_bench_none.evaluation import Counts, Detection
@@ -71,6 +72,16 @@ class Record(_Part):
     warnings: list[str] = []
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    @field_validator("metrics", "extras", mode="before")
+    @classmethod
+    def _finite(cls, values: object) -> object:
+        """Numbers that are not finite become None: JSON has none."""
+        if isinstance(values, dict):
+            return {name: cls._finite(value) for name, value in values.items()}
+        if isinstance(values, list | tuple):
+            return [cls._finite(value) for value in values]
+        return None if isinstance(values, float) and not math.isfinite(values) else values
 
     @classmethod
     def of(cls, cell: Cell, status: Status, **values: Any) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -91,10 +92,13 @@ def _rows(slots: Sequence[_Slot]) -> list[Row]:
     baselines = {
         (_without_defense(s.labels), s.seed): s.record for s in slots if s.is_baseline and s.record is not None
     }
-    grouped: dict[tuple[Labels, str], list[_Slot]] = {}
+    seen: Counter[tuple[Labels, str, int]] = Counter()
+    grouped: dict[tuple[Labels, str, int], list[_Slot]] = {}
     for slot in slots:
-        grouped.setdefault((slot.labels, slot.identity), []).append(slot)
-    return [_row(labels, group, baselines) for (labels, _), group in grouped.items()]
+        again = seen[slot.labels, slot.identity, slot.seed]  # a seed stands once in a row, whatever else differs
+        seen[slot.labels, slot.identity, slot.seed] += 1
+        grouped.setdefault((slot.labels, slot.identity, again), []).append(slot)
+    return [_row(labels, group, baselines) for (labels, _, _), group in grouped.items()]
 
 
 def _without_defense(labels: Labels) -> Labels:

@@ -79,7 +79,7 @@ class Store:
 
     def find_record(self, prefix: str) -> Record:
         """The one record whose key starts with `prefix`."""
-        paths = [path for path in (self.root / "records").glob("*/*.json") if path.stem.startswith(prefix)]
+        paths = [path for path in (self.root / "records").glob("*/*.json") if prefix and path.stem.startswith(prefix)]
         if len(paths) == 1:
             if (record := _read_record(paths[0])) is None:
                 raise BenchError(f"record '{paths[0]}' cannot be read", "`bbn run` makes it again")

@@ -14,7 +14,6 @@ from rich.progress import (
 )
 
 from backdoor_bench_none.executors.base import Event
-from backdoor_bench_none.plan import Plan
 from backdoor_bench_none.results.record import Record
 from backdoor_bench_none.run.jobs import Job, Outcome
 from backdoor_bench_none.run.runner import Reporter
@@ -31,13 +30,11 @@ class Lines(Reporter):
         self.quiet = quiet
         self._left = 0
 
-    def start(self, plan: Plan, jobs: list[Job], cached: int) -> None:
+    def start(self, name: str, jobs: list[Job], cached: int, skipped: int) -> None:
         """See `Reporter`."""
         self._left = sum(job.kind == "cell" for job in jobs)
         if not self.quiet:
-            self._print(
-                f"{plan.config.name}: {self._left} cells to run, {cached} done before, {len(plan.skipped)} skipped"
-            )
+            self._print(f"{name}: {self._left} cells to run, {cached} done before, {skipped} skipped")
 
     def job_started(self, job: Job) -> None:
         """Nothing to show."""
@@ -75,9 +72,9 @@ class Bars(Lines):
         self._bars: dict[str, TaskID] = {}
         self._jobs: dict[str, TaskID] = {}
 
-    def start(self, plan: Plan, jobs: list[Job], cached: int) -> None:
+    def start(self, name: str, jobs: list[Job], cached: int, skipped: int) -> None:
         """See `Reporter`."""
-        super().start(plan, jobs, cached)
+        super().start(name, jobs, cached, skipped)
         kinds = [job.kind for job in jobs]
         self._bars = {k: self._progress.add_task(name, total=kinds.count(k)) for k, name in BARS.items() if k in kinds}
         self._progress.start()

@@ -38,7 +38,7 @@ class Options:
 class Reporter(Protocol):
     """Shows a run to a person."""
 
-    def start(self, plan: Plan, jobs: list[Job], cached: int) -> None:
+    def start(self, name: str, jobs: list[Job], cached: int, skipped: int) -> None:
         """The run begins; `cached` cells have their numbers already."""
 
     def job_started(self, job: Job) -> None:
@@ -88,7 +88,7 @@ def run_plan(plan: Plan, registry: Registry, options: Options, reporter: Reporte
     jobs = pack_jobs(todo, store)
     executor = cast("Executor", _executor(plan, registry, options))
     settings = Settings(options.results, options.device, plan.config.budget.cell_timeout, registry.plugins.bbnfile)
-    reporter.start(plan, jobs, summary.cached)
+    reporter.start(plan.config.name, jobs, summary.cached, summary.skipped)
     try:
         with executor.open(settings) as pool, _count_interrupts(reporter) as interrupts:
             scheduler = Scheduler(jobs, pool, reporter.job_progress, reporter.job_started)

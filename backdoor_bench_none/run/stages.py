@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -69,6 +68,8 @@ class Stages:
         """The cell's record, not yet written."""
         defended = self.defense()
         self.data(), self.poison()
+        if self.cell.the_defense.starts_from_victim:
+            self.victim()
         with self._measure() as measured:
             record = self._evaluate(defended)
         self.costs["evaluate"] = measured.cost
@@ -139,7 +140,7 @@ class Stages:
         if (flagged := defended.tensors.get("flagged")) is not None:
             detection = score_detection(flagged, defended.tensors.get("scores"), self.poisoned())
         metrics = {
-            f"{choice.label}.{name}": float(value) if math.isfinite(value) else None
+            f"{choice.label}.{name}": float(value)
             for choice in cell.metrics
             for name, value in choice.component.compute(evaluation).items()  # type: ignore[attr-defined]
         }

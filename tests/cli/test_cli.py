@@ -177,7 +177,7 @@ def test_show_documents_every_parameter(entry: Any, bbn: Bbn) -> None:
 @pytest.mark.usefixtures("here")
 def test_show_none_has_bounds_defaults_and_paper(bbn: Bbn) -> None:
     said = bbn("show", "none").out
-    assert re.search(r"  r1 +number > 0 ≤ 1, default 0.03: ", said)
+    assert re.search(r"  r1 +0 < number ≤ 1, default 0.03: ", said)
     assert "arXiv:2202.06382" in said
     assert re.search(r"source .*none\.py:\d+", said)
 
@@ -244,7 +244,7 @@ def test_plan_counts_and_runs_nothing(write: Write, bbn: Bbn, tmp_path: Path) ->
     assert said.code == 0
     assert "12 cells" in said.out
     assert "4 excluded" in said.out
-    assert "4 poisoned sets, 6 victims, 12 cells" in said.out
+    assert "12 cells, and 4 poisoned sets and 6 victims" in said.out
     assert "Nothing was run" in said.out
     assert not (tmp_path / "results").exists()
 
@@ -479,7 +479,7 @@ def test_table_shows_numbers_and_what_is_not_there(form: str, bbn: Bbn) -> None:
         "[2] missing: not run",
     ):
         assert text in said.out
-    assert re.search(r"untrained \(5\\?% clean data\)", said.out)
+    assert re.search(r"untrained was given 5 \\?% of the training set as clean data", said.out)
     assert "BA benign accuracy" in said.out
 
 
@@ -531,7 +531,7 @@ def test_a_small_share_of_clean_data_is_not_shown_as_none(
 ) -> None:
     (cell,) = load(write()).cells
     Store(tmp_path / "results").write_record(make_record(cell.key, clean_fraction=0.004))
-    assert "0.4% clean data" in bbn("table").out.replace("0.4 %", "0.4%")
+    assert "0.4 % of the training set as clean data" in bbn("table").out
 
 
 def test_results_show(recorded: list[Cell], bbn: Bbn) -> None:

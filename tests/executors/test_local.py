@@ -90,7 +90,7 @@ def bbn_defenses():
 ENDS = {
     "good": ("done", ""),
     "trains_for_ages": ("timeout", "time limit"),
-    "hangs": ("timeout", "killed after 10 s"),
+    "hangs": ("timeout", "the time limit of 10 s"),
     "raises": ("failed", "it broke"),
     "exits": ("failed", "exit code 7"),
     "leaves": ("failed", "exit code"),
