@@ -307,7 +307,8 @@ def reestimate_norms(
         norm.reset_running_stats()
     with torch.no_grad():
         for batch in iterate_normalized(images.to(context.device), pixels):
-            model(batch)
+            if len(batch) > 1:  # BatchNorm refuses a single value
+                model(batch)
     for name, norm in norms.items():
         for key, value in norm.named_buffers():
             if value.ndim:

@@ -116,13 +116,12 @@ class AC(Defense):
 
     def reduce(self, rows: Floats, seed: int) -> Floats:
         """(n, D) -> (n, d): d is at most `dimensions`, n - 1 and the rank."""
-        rank = int(np.linalg.matrix_rank(rows - rows.mean(0)))
-        count = max(1, min(self.dimensions, len(rows) - 1, rank))
-        reduced: Floats = PCA(count, random_state=seed).fit_transform(rows)
+        pca = PCA(min(self.dimensions, len(rows) - 1, rows.shape[1]), random_state=seed)
+        reduced: Floats = pca.fit_transform(rows)
+        reduced = reduced[:, pca.explained_variance_ > 1e-12 * pca.explained_variance_[0]]
         if self.reduction == "ica":
-            reduced = FastICA(count, whiten="unit-variance", max_iter=1000, tol=0.005, random_state=seed).fit_transform(
-                reduced
-            )
+            ica = FastICA(whiten="unit-variance", max_iter=1000, tol=0.005, random_state=seed)
+            reduced = ica.fit_transform(reduced)
         return reduced
 
     def decide(self, clusters: Mapping[int, Clusters], features: Floats) -> dict[int, set[int]]:

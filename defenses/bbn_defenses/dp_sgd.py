@@ -94,7 +94,7 @@ class DPSGD(GroupNorm):
     @property
     def noise_std(self) -> float:
         """The deviation of the noise on the sum of clipped gradients."""
-        return self.noise * self.clip if self.noise_unit == "multiplier" else self.noise
+        return self.noise * self.clip if self.noise_unit == "multiplier" and self.noise else self.noise
 
     def step(self, model: nn.Module, batch: Batch, context: Context, generator: torch.Generator) -> Tensor:
         """Leave the private gradient of the batch in `model`; returns the mean loss. The divisor is the size of the

@@ -203,16 +203,17 @@ def test_ctrl_c_does_not_end_a_process_that_is_starting(tmp_path: Path, monkeypa
     """On a terminal it goes to every process of the run."""
     monkeypatch.chdir(tmp_path)
     path = write_files(tmp_path, "good")
-    (cell,) = make_plan(path, Registry.default(tmp_path)).cells
+    registry = Registry.default(tmp_path)
+    (cell,) = make_plan(path, registry).cells
     job = pack_jobs([cell], Store(tmp_path / "results"))[0]
-    with Local(slots=1).open(Settings(tmp_path / "results", "cpu")) as pool:
+    with Local(slots=1).open(Settings(tmp_path / "results", "cpu", None, registry.plugins.bbnfile)) as pool:
         pool.submit(job)
         (process,) = multiprocessing.active_children()
         assert process.pid is not None
         os.kill(process.pid, signal.SIGINT)
         events: list[Event] = []
         assert eventually(lambda: bool(events.extend(pool.wait(1.0)) or events))
-    assert [event.outcome and event.outcome.status for event in events] == ["done"]
+    assert [event.outcome and event.outcome.status for event in events] == ["done"], events
 
 
 def test_leaving_the_pool_ends_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
