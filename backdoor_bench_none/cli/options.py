@@ -116,6 +116,12 @@ def _holds(node: ast.AST, title: str) -> bool:
     raise AssertionError(ast.dump(node))
 
 
+def warn_of_absent(plan: Plan) -> None:
+    """Keys rest on the data, so that without it no record is found."""
+    for name in plan.absent:
+        click.echo(f"warning: data set {name} is not on this machine: its records cannot be looked up", err=True)
+
+
 def find_file(file: Path | None) -> Path:
     """The benchmark file: the one given, else ./benchmark.yaml, else an error."""
     path = file or Path("benchmark.yaml")

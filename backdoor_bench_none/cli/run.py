@@ -66,8 +66,9 @@ def describe_plan(plan: Plan) -> list[str]:
     """The size of the matrix, and what is left out of it."""
     axes = {"dataset": "data sets", "attack": "attacks", "defense": "defenses"}
     axes |= {"architecture": "architectures", "activation": "activations"}
-    sizes = [f"{len({getattr(cell, axis).label for cell in plan.cells})} {word}" for axis, word in axes.items()]
-    sizes.append(f"{len({cell.seed for cell in plan.cells})} seeds")
+    counts = {word: len({getattr(cell, axis).label for cell in plan.cells}) for axis, word in axes.items()}
+    counts["seeds"] = len({cell.seed for cell in plan.cells})
+    sizes = [f"{count} {word if count != 1 else word[:-1]}" for word, count in counts.items()]
     excluded = f", {plan.excluded} excluded" if plan.excluded else ""
     lines = [f"{plan.config.name}: {len(plan.cells)} cells of {', '.join(sizes)}{excluded}"]
     selected = {cell.key for cell in plan.cells}

@@ -14,6 +14,7 @@ from backdoor_bench_none.cli.options import (
     open_registry,
     results_option,
     selection_options,
+    warn_of_absent,
 )
 from backdoor_bench_none.errors import ExitCode
 
@@ -29,6 +30,7 @@ def status_command(file: Path | None, results: Path | None, selection: Selection
 
     path = find_file(file)
     plan = selection.apply(make_plan(path, open_registry(path)))
+    warn_of_absent(plan)
     store = Store(results or plan.config.results)
     records = [None if cell.key in plan.skipped else store.read_record(cell.key) for cell in plan.cells]
     states = ["skipped" if cell.key in plan.skipped else "left" for cell in plan.cells]

@@ -13,6 +13,7 @@ from backdoor_bench_none.cli.options import (
     open_registry,
     results_option,
     selection_options,
+    warn_of_absent,
 )
 from backdoor_bench_none.errors import ExitCode
 
@@ -44,6 +45,7 @@ def table_command(file: Path | None, results: Path | None, selection: Selection,
     else:
         path = find_file(file)
         plan = selection.apply(make_plan(path, open_registry(path)))
+        warn_of_absent(plan)
         rows = make_rows(plan, Store(results or plan.config.results))
     if form == "terminal":
         print_matrix(rows, open_console())

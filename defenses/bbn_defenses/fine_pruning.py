@@ -10,8 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from backdoor_bench_none.api import Batch, Context, Defense, DefenseResult, DefenseTask, Stage, cross_entropy
-from backdoor_bench_none.models.features import collect_features
-from backdoor_bench_none.training import last_layer
+from backdoor_bench_none.models.features import collect_features, find_head
 
 
 class FinePruning(Defense):
@@ -40,11 +39,12 @@ class FinePruning(Defense):
         model, data = task.victim(), task.training_data(task.clean, context)
         features = collect_features(model, data.images.images, data.pixels, replace(context, amp=None))
         channels = features.shape[1]
-        pruned = self._choose(model, features.mean(0).argsort(stable=True), task, context)
-        prune_inputs(model, pruned, channels)
+        head = find_head(model, data.pixels.normalize(data.images.images[:1]))
+        pruned = self._choose(model, head, features.mean(0).argsort(stable=True), task, context)
+        prune_inputs(head, pruned, channels)
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
-            prune_inputs(model, pruned, channels)
+            prune_inputs(head, pruned, channels)
             return cross_entropy(model, batch)
 
         if self.epochs:
@@ -54,19 +54,19 @@ class FinePruning(Defense):
                 "lr": self.lr or task.recipe.lr / 10,
             }
             task.fit(model, context, data=task.clean, loss=loss, schedule="constant", **options)
-        prune_inputs(model, pruned, channels)
+        prune_inputs(head, pruned, channels)
         return DefenseResult(model, extras={"pruned": len(pruned), "channels": channels})
 
-    def _choose(self, model: nn.Module, order: Tensor, task: DefenseTask, context: Context) -> Tensor:
+    def _choose(self, model: nn.Module, head: nn.Module, order: Tensor, task: DefenseTask, context: Context) -> Tensor:
         """As many channels of `order` as the tolerance allows; the weights are put back."""
-        weight = last_layer(model).weight
+        weight = head.weight
         assert isinstance(weight, Tensor)
         before = weight.detach().clone()
         least = self._accuracy(model, task, context) - self.tolerance
         chosen = order[:0]
         for step in range(1, self.steps):
             tried = order[: round(step * len(order) / self.steps)]
-            prune_inputs(model, tried, len(order))
+            prune_inputs(head, tried, len(order))
             if self._accuracy(model, task, context) < least:
                 break
             chosen = tried
@@ -81,10 +81,10 @@ class FinePruning(Defense):
 
 
 @torch.no_grad()
-def prune_inputs(model: nn.Module, channels: Tensor, total: int) -> None:
-    """Set the last layer's weights from `channels` (k,) of `total` to zero; a flattened map has a block of columns for
+def prune_inputs(head: nn.Module, channels: Tensor, total: int) -> None:
+    """Set the weights of `head` from `channels` (k,) of `total` to zero; a flattened map has a block of columns for
     each channel.
     """
-    weight = last_layer(model).weight
+    weight = head.weight
     assert isinstance(weight, Tensor)
     weight.view(len(weight), total, -1)[:, channels] = 0

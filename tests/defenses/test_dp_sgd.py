@@ -207,7 +207,9 @@ def test_the_divisor_is_the_size_of_the_batch_at_hand(count: int) -> None:
     assert_close(found, {name: sum(g[name] for g in alone) / count for name in found})  # type: ignore[misc]
 
 
-def test_a_short_last_batch_is_trained_on_with_its_own_divisor(make_task: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_last_batch_is_trained_on_with_its_own_divisor(
+    make_task: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of 150 samples in batches of 64 the last has 22."""
     sizes, step = [], DPSGD.step
 
