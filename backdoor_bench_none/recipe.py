@@ -47,10 +47,15 @@ class Recipe(BaseModel):
     )
     compile: bool = Field(False, description="torch.compile the network; pays on a GPU in long runs only")
 
-    def steps(self, samples: int) -> int:
-        """The steps of an epoch over that many samples."""
+    def batch_sizes(self, samples: int) -> list[int]:
+        """The sizes of an epoch's batches. A last batch of one sample joins the one before: BatchNorm may refuse it."""
         whole, rest = divmod(samples, self.batch_size)
-        return max(1, whole) if self.drop_last else whole + (rest > 0)
+        sizes = [self.batch_size] * whole
+        if rest and (not self.drop_last or not whole):
+            sizes.append(rest)
+        if len(sizes) > 1 and sizes[-1] == 1:
+            sizes[-2:] = [sizes[-2] + 1]
+        return sizes
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of step `step`, counted from 0."""

@@ -148,7 +148,7 @@ class Centralized(Trainer):
         indices = torch.arange(len(data.images)) if options.keep is None else options.keep.cpu()
         if len(indices) == 0:
             raise TrainingError("failed to train: no sample is left to train on")
-        steps_per_epoch = recipe.steps(len(indices))
+        steps_per_epoch = len(recipe.batch_sizes(len(indices)))
         move(model, context.device)
         optimizer = _make_optimizer(model, recipe)
         if recipe.compile:
@@ -173,8 +173,8 @@ def _batches(data: TrainingData, indices: Tensor, recipe: Recipe, generator: tor
     device = data.images.labels.device
     order = indices[torch.randperm(len(indices), generator=generator)].to(device)
     shifts = data.pixels.draw_shifts(len(order), generator).to(device)
-    used = recipe.steps(len(order)) * recipe.batch_size
-    steps = (torch.split(x[:used], recipe.batch_size) for x in (order, shifts))
+    sizes = recipe.batch_sizes(len(order))
+    steps = (torch.split(x[: sum(sizes)], sizes) for x in (order, shifts))
     for chosen, shift in zip(*steps, strict=True):
         images = data.images.images[chosen]
         if recipe.augment:

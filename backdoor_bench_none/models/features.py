@@ -48,4 +48,7 @@ def collect_features(model: nn.Module, images: Tensor, pixels: Pixels, context: 
             model(batch)
     finally:
         handle.remove()
-    return torch.cat(features)
+    found = torch.cat(features)
+    if not bool(torch.isfinite(found).all()):
+        raise ValueError("the network's last hidden activations are not finite: it did not train")
+    return found

@@ -6,8 +6,8 @@ the places of its map (released code).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -25,6 +25,12 @@ ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.Softplus, nn.Tanhshrink, nn.GELU, nn.SiLU,
     nn.Mish, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Softshrink, nn.Hardshrink, nn.LogSigmoid, nn.Softsign,
 )  # fmt: skip
+#: Activations called as functions, and the modules that do the same.
+FUNCTIONAL: Mapping[str, Callable[..., nn.Module]] = {
+    "relu": nn.ReLU, "relu_": nn.ReLU, "relu6": nn.ReLU6, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "selu": nn.SELU,
+    "celu": nn.CELU, "softplus": nn.Softplus, "tanhshrink": nn.Tanhshrink, "gelu": nn.GELU, "silu": nn.SiLU,
+    "mish": nn.Mish,
+}  # fmt: skip
 ADDITIONS = ("add", "iadd", "add_")
 POOLS = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
@@ -37,7 +43,7 @@ CHANNELWISE_MODULES = (
     nn.Softmax, nn.LogSoftmax, nn.Threshold, nn.Hardsigmoid, nn.LocalResponseNorm, nn.Upsample,
 )  # fmt: skip
 CHANNELWISE = (
-    "relu", "relu_", "relu6", "leaky_relu", "elu", "gelu", "silu", "softplus", "tanh", "sigmoid", "hardtanh", "dropout",
+    *FUNCTIONAL, "tanh", "sigmoid", "hardtanh", "dropout",
     "max_pool2d", "boolean_dispatch", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "amax",
     "flatten", "view", "reshape", "contiguous", "squeeze", "log_softmax", "softmax",
 )  # fmt: skip
@@ -64,6 +70,8 @@ class Layer:
     norm: str | None
     consumers: tuple[Consumer, ...] | None
     activation: str | None = None
+    #: the activation itself, also where it is called as a function and has no name
+    activation_module: nn.Module | None = field(default=None, compare=False, repr=False)
 
     def tap(self, kind: Tap) -> str:
         """The module whose output is read: the norm behind the layer if there is one (`pre_activation`), or the layer
@@ -113,21 +121,27 @@ class _Graph:
     def layer(self, name: str, nodes: list[fx.Node]) -> Layer:
         if len(nodes) > 1:  # its outputs go different ways
             return Layer(name, None, None)
-        return Layer(name, self.norm_behind(nodes[0]), self.consumers(nodes[0]), self.activation_behind(nodes[0]))
+        return Layer(name, self.norm_behind(nodes[0]), self.consumers(nodes[0]), *self.activation_behind(nodes[0]))
 
     def norm_behind(self, node: fx.Node) -> str | None:
         users = _users(node)
         return str(users[0].target) if len(users) == 1 and isinstance(self.module(users[0]), NORMS) else None
 
-    def activation_behind(self, node: fx.Node) -> str | None:
-        """The first activation module that the output of `node` passes, through norms and sums."""
+    def activation_behind(self, node: fx.Node) -> tuple[str | None, nn.Module | None]:
+        """The first activation that the output of `node` passes, through norms and sums: its name and its module.
+
+        An activation called as a function has no name; its module is a stand-in with the same arguments.
+        """
         while len(users := _users(node)) == 1:
             node = users[0]
-            if isinstance(self.module(node), ACTIVATIONS):
-                return str(node.target)
-            if isinstance(self.module(node), WEIGHTED):
-                return None
-        return None
+            module = self.module(node)
+            if isinstance(module, ACTIVATIONS):
+                return str(node.target), module
+            if _function(node) in FUNCTIONAL:
+                return None, _stand_in(node)
+            if isinstance(module, WEIGHTED):
+                return None, None
+        return None, None
 
     def makes_logits(self, start: fx.Node) -> bool:
         """Whether its output reaches the network's output before any other layer."""
@@ -164,6 +178,15 @@ class _Graph:
             elif _function(node) not in ADDITIONS:
                 return None
         return tuple(found)
+
+
+def _stand_in(node: fx.Node) -> nn.Module | None:
+    """The module that does what a call of an activation function does; None for arguments it does not know."""
+    try:
+        options = {name: value for name, value in node.kwargs.items() if name not in ("input", "inplace")}
+        return FUNCTIONAL[_function(node)](*node.args[1:], **options)
+    except TypeError:
+        return None
 
 
 def _users(node: fx.Node) -> list[fx.Node]:

@@ -66,7 +66,7 @@ class ABL(Defense):
         self._tune(model, torch.nonzero(~flagged).flatten(), task, context.derive("tune"))
         passes = self._unlearn(model, isolated, task, context)
         extras = {"isolated": count, "unlearning_passes": passes, "highest_isolated_loss": float(losses[isolated[-1]])}
-        return DefenseResult(model, flagged, -losses.double(), extras=extras)
+        return DefenseResult(model, flagged, -losses, extras=extras)
 
     def isolation_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The first stage's loss, on the batch's mean or on every sample."""
@@ -77,9 +77,12 @@ class ABL(Defense):
         return (torch.sign(compared - self.gamma).detach() * compared).mean()
 
     def sample_losses(self, model: nn.Module, task: DefenseTask, context: Context) -> Tensor:
-        """Cross entropy (N,) of every training sample, in eval mode and in order; `ValueError` if one is not finite."""
+        """Cross entropy (N,) float64 of every training sample, in eval mode and in order; `ValueError` if one is not
+        finite.
+        """
         logits = task.predict(model, context)
-        losses = F.cross_entropy(logits, task.train.labels.to(logits.device), reduction="none")
+        # in float32 all losses below 1e-7 are 0, and the samples learned best could not be told apart
+        losses = F.cross_entropy(logits.double(), task.train.labels.to(logits.device), reduction="none")
         if not bool(torch.isfinite(losses).all()):
             raise ValueError("abl: the losses after the first stage are not finite; lower the recipe's lr")
         return losses
@@ -98,7 +101,7 @@ class ABL(Defense):
                 return index
             task.fit(
                 model, context.derive("unlearn", index), data=some, loss=ascent, epochs=1, lr=self.unlearning_lr,
-                schedule="constant", augment=False, drop_last=False,
+                schedule="constant", augment=False, drop_last=False, freeze_batchnorm=len(some) == 1,
             )  # fmt: skip
         return self.unlearning_epochs
 

@@ -86,7 +86,7 @@ class DPSGD(GroupNorm):
         changes = {"clip_norm": None} | {name: value for name, value in changes.items() if value is not None}
         task.fit(model, context, gradients=gradients, **changes)
         batch_size = min(task.recipe.batch_size, len(task.train))
-        steps = (self.epochs or task.recipe.epochs) * task.recipe.steps(len(task.train))
+        steps = (self.epochs or task.recipe.epochs) * len(task.recipe.batch_sizes(len(task.train)))
         return DefenseResult(
             model, extras={"epsilon": self.epsilon(batch_size / len(task.train), steps), "delta": self.delta}
         )

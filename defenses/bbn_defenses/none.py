@@ -37,6 +37,11 @@ RELEASED_ACCUMULATES = ("layer4.0.conv1", "layer4.0.downsample.0", "layer4.0.con
 RELEASED_CLEARS = "layer4.0.downsample.0"
 
 
+LINEAR_ABOVE_ZERO = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU)
+#: Activation functions whose linear piece is known.
+KNOWN_PIECES = (*LINEAR_ABOVE_ZERO, nn.Softplus, nn.Tanhshrink, nn.SiLU, nn.GELU, nn.Mish)
+
+
 @dataclass(frozen=True)
 class Findings:
     """What one inspection says: samples to drop (N,) bool, their scores (N,), neurons (k,) to reset per layer, and a
@@ -172,13 +177,11 @@ class NONE(Defense):
     ) -> Findings:
         data, left = task.training_data(None, context), torch.nonzero(kept).flatten()
         values, _ = collect_activations(model, layers, self.tap, data.images.images[left], data.pixels, context)
-        modules = dict(model.named_modules())
         deviations = torch.zeros(len(left), dtype=torch.float64, device=context.device)
         resets: dict[str, Tensor] = {}
         compromised: dict[str, list[dict[str, float]]] = {}
         for layer in layers:
-            activation = modules[layer.activation] if layer.activation else None
-            neurons = examine_neurons(values[layer.name], activation, self.theta, self.min_gvf)
+            neurons = examine_neurons(values[layer.name], layer.activation_module, self.theta, self.min_gvf)
             total = len(values[layer.name])
             resets[layer.name] = neurons.indices[: count_share(self.r1, total)]
             used = neurons.indices[: count_share(self.r2, total)]
@@ -188,7 +191,9 @@ class NONE(Defense):
         counts = {"neurons_reset": sum(map(len, resets.values())), "layers_inspected": len(layers)}
         whole, scores = torch.zeros_like(kept), torch.zeros(len(kept), dtype=torch.float64, device=context.device)
         whole[left], scores[left] = flagged, deviations
-        return Findings(whole, scores, resets, {**counts, "compromised": compromised})
+        by_break = [layer.name for layer in layers if not has_known_piece(layer.activation_module)]
+        fallback = {"linear_piece_by_break": by_break} if by_break else {}
+        return Findings(whole, scores, resets, {**counts, **fallback, "compromised": compromised})
 
     def _within_limit(self, flagged: Tensor, total: int) -> Tensor:
         if int(flagged.sum()) <= self.max_removed * total:
@@ -349,6 +354,11 @@ def examine_neurons(activations: Tensor, activation: nn.Module | None, theta: fl
     return Neurons(ranked, linear[ranked], thresholds[ranked], gvf[ranked])
 
 
+def has_known_piece(activation: nn.Module | None) -> bool:
+    """Whether the linear piece of an activation function is known; else a neuron's own break stands for its bound."""
+    return isinstance(activation, KNOWN_PIECES)
+
+
 def in_linear_piece(activations: Tensor, activation: nn.Module | None, breaks: Tensor) -> Tensor:
     """Whether each of `activations` (C, N) lies in the linear piece of the activation function: where its slope is 1,
     or within 5 % of it.
@@ -356,9 +366,9 @@ def in_linear_piece(activations: Tensor, activation: nn.Module | None, breaks: T
     The paper gives 0 for ReLU. Tanhshrink is odd and flat at 0, so its linear pieces are two. For other functions a
     neuron's own natural break serves.
     """
+    if isinstance(activation, LINEAR_ABOVE_ZERO):
+        return activations >= 0
     match activation:
-        case nn.ReLU() | nn.ReLU6() | nn.LeakyReLU() | nn.PReLU() | nn.ELU() | nn.SELU() | nn.CELU():
-            return activations >= 0
         case nn.Softplus():
             return activations >= math.log(19) / activation.beta  # the slope 1 / (1 + exp(-beta x)) is .95
         case nn.Tanhshrink():

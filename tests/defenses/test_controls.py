@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from backdoor_bench_none.api import Architecture, Batch, Context, Defense, DefenseTask, ImageSet, ModelSpec, OracleTask
 from backdoor_bench_none.defense import Stage
-from backdoor_bench_none.errors import TrainingError
+from backdoor_bench_none.errors import BenchError, TrainingError
 from backdoor_bench_none.models.features import collect_features
 from backdoor_bench_none.models.mlp import MLP
 from backdoor_bench_none.plan import make_plan
@@ -114,7 +114,7 @@ def test_pruning_goes_by_steps(dozing: Make) -> None:
 
 def test_a_channel_of_a_flattened_map_has_a_block_of_columns() -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.Flatten(), nn.Linear(12, 2))
-    prune_inputs(model, torch.tensor([1]), 3)
+    prune_inputs(model[2], torch.tensor([1]), 3)
     assert torch.nonzero((model[2].weight == 0).all(0)).flatten().tolist() == [4, 5, 6, 7]
 
 
@@ -204,7 +204,7 @@ def test_equal_images_have_finite_scores(dozing: Make) -> None:
 def test_a_network_whose_activations_are_not_finite_is_an_error(dozing: Make, defense: Defense) -> None:
     weights = Dozing().build(ModelSpec(3, 1, 8, nn.ReLU)).state_dict()
     weights["0.bias"][:] = torch.nan
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises((ValueError, BenchError), match="finite"):
         defense.run(dozing(weights=weights, trains=False).task, CPU)
 
 

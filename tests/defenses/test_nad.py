@@ -285,13 +285,17 @@ def make_stages(folder: Path, fraction: float = 0.05, architecture: str = RESNET
     return plan, Stages(plan.cells[0], store, CPU)
 
 
+def identify(images: ImageSet, index: int) -> tuple[bytes, int]:
+    return images.images[index].numpy().tobytes(), int(images.labels[index])
+
+
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.7])
 def test_exactly_the_declared_share_of_distinct_clean_images_is_granted(tmp_path: Path, fraction: float) -> None:
     _, stages = make_stages(tmp_path, fraction)
     clean = stages.clean_holdout()
     train = stages.data()[0]
-    known = {(image.numpy().tobytes(), label): index for index, (image, label) in enumerate(zip(train.images, train.labels.tolist(), strict=True))}  # fmt: skip
-    indices = [known[image.numpy().tobytes(), label] for image, label in zip(clean.images, clean.labels.tolist(), strict=True)]  # fmt: skip
+    known = {identify(train, index): index for index in range(len(train))}
+    indices = [known[identify(clean, index)] for index in range(len(clean))]
     assert len(known) == len(train) == 1297
     assert len(set(indices)) == len(indices) == int(fraction * 1297)
     assert not stages.poisoned()[indices].any()

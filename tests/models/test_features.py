@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -23,6 +24,13 @@ from backdoor_bench_none.training import Pixels
 CPU = Context(torch.device("cpu"), 0)
 PIXELS = Pixels(torch.tensor([[[1 / 255]]]), torch.tensor([[[0.0]]]), 4, True)
 IMAGES = torch.randint(0, 256, (20, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def build(architecture: Architecture) -> nn.Module:
