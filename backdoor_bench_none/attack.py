@@ -32,8 +32,8 @@ class AttackTask:
 
 @dataclass(frozen=True)
 class PoisonedSamples:
-    """Samples that stand at `indices` (k,) int64 of the original set: `images` (k, C, H, W) uint8, `labels` (k,)
-    int64.
+    """Samples that stand at `indices` (k,) int64 of the original set:
+    `images` (k, C, H, W) uint8, `labels` (k,) int64.
     """
 
     indices: Tensor
@@ -71,8 +71,8 @@ class Attack(Component):
         raise NotImplementedError
 
     def attack_test(self, task: AttackTask) -> PoisonedSamples:
-        """The test samples whose label the attack would change, triggered, with the labels it wants: the denominator of
-        ASR.
+        """The test samples whose label the attack would change,
+        triggered, with the labels it wants: the denominator of ASR.
         """
         raise NotImplementedError
 

@@ -1,5 +1,5 @@
-"""The built-in architectures, activations, data sets, trainer and executor, registered through the same hooks as
-anybody's.
+"""The built-in architectures, activations, data sets, trainer and
+executor, registered through the same hooks as anybody's.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Cell:
-    """dataset x attack x defense x architecture x activation x trainer x seed, with the recipe its networks are trained
-    by.
+    """dataset x attack x defense x architecture x activation x trainer
+    x seed, with the recipe its networks are trained by.
 
     The attack is resolved for the data set; `fingerprint` is the data's sha256, None while it is not on this machine.
     """

@@ -55,8 +55,8 @@ def _flatten(value: object) -> object:
 
 
 class Entry(_Strict):
-    """One value of an axis: a name, or a mapping with parameters; `sweep` makes one entry per combination of its
-    values.
+    """One value of an axis: a name, or a mapping with parameters;
+    `sweep` makes one entry per combination of its values.
     """
 
     name: str

@@ -86,8 +86,8 @@ class DefenseTask:
         gradients: Gradients | None = None,
         **recipe: Any,
     ) -> History:
-        """Train `model` in place by the cell's trainer and recipe; keyword arguments change the recipe, as in
-        `epochs=5`.
+        """Train `model` in place by the cell's trainer and recipe;
+        keyword arguments change the recipe, as in `epochs=5`.
 
         `data` (default `train`) is what to train on; `keep` (k,) int64 the indices of its samples to use. `loss` is
         differentiated; `gradients` computes gradients itself.
@@ -101,8 +101,8 @@ class DefenseTask:
         return TrainingData.of(self.train if data is None else data, self.info, context.device)
 
     def predict(self, model: nn.Module, context: Context, data: ImageSet | None = None) -> Tensor:
-        """Logits (N, K) float32 of `data` (default `train`) in its order, in eval mode, without augmentation, in
-        float32.
+        """Logits (N, K) float32 of `data` (default `train`) in its
+        order, in eval mode, without augmentation, in float32.
         """
         prepared = self.training_data(data, context)
         return predict_logits(model, prepared.images.images, prepared.pixels, replace(context, amp=None))
@@ -110,8 +110,8 @@ class DefenseTask:
 
 @dataclass(frozen=True)
 class DefenseResult:
-    """What a defense returns. `flagged` (N,) bool and `scores` (N,) float, higher is more suspicious, index the
-    original training set.
+    """What a defense returns. `flagged` (N,) bool and `scores` (N,) float,
+    higher is more suspicious, index the original training set.
     """
 
     model: nn.Module

@@ -35,8 +35,8 @@ class Count(BaseModel):
 
 
 class Counts(BaseModel):
-    """BA: clean test images given their label. ASR: triggered ones given the attacker's label; RA: the same ones given
-    their true label.
+    """BA: clean test images given their label. ASR: triggered ones given the
+    attacker's label; RA: the same ones given their true label.
 
     ASR and RA count the test samples whose label the attack would change, and are None where there is no trigger.
     """
@@ -49,8 +49,8 @@ class Counts(BaseModel):
 
 
 class Detection(BaseModel):
-    """Which training samples a defense flagged, against the poisoned ones; AUROC needs scores and both kinds of
-    sample.
+    """Which training samples a defense flagged, against the poisoned
+    ones; AUROC needs scores and both kinds of sample.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,8 +78,8 @@ def _share(part: int, rest: int) -> float | None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a metric may look at: predictions (N,) int64 on the clean test set and (M,) on the triggered one, with their
-    labels, and the finished model.
+    """What a metric may look at: predictions (N,) int64 on the clean test set and
+    (M,) on the triggered one, with their labels, and the finished model.
     """
 
     model: nn.Module
@@ -135,8 +135,8 @@ def score_detection(flagged: Tensor, scores: Tensor | None, poisoned: Tensor) ->
 
 
 def defense_effectiveness(before: Counts, after: Counts) -> float | None:
-    """DER = (max(0, dASR) - max(0, dBA) + 1) / 2 in [0, 1]: what was won in ASR less what was lost in BA, against
-    `before`, the undefended model.
+    """DER = (max(0, dASR) - max(0, dBA) + 1) / 2 in [0, 1]: what was won in ASR
+    less what was lost in BA, against `before`, the undefended model.
 
     The formula is that of BackdoorBench's documentation; the code there adds the BA term in places.
     """

@@ -15,8 +15,8 @@ CHUNK = 32
 
 @dataclass(frozen=True)
 class Breaks:
-    """Per row: the lower class is x <= threshold, the upper x > threshold; `gvf` in [0, 1] is the goodness of variance
-    fit, B / TSS.
+    """Per row: the lower class is x <= threshold, the upper x > threshold;
+    `gvf` in [0, 1] is the goodness of variance fit, B / TSS.
 
     A constant row has no upper class: its threshold is the constant, its gvf 0.
     """
@@ -26,8 +26,8 @@ class Breaks:
 
 
 def find_breaks(rows: ArrayLike) -> Breaks:
-    """The cut of each row of `rows` (R, N) that maximises the variance between two classes; among equal cuts the
-    lowest, as jenkspy.
+    """The cut of each row of `rows` (R, N) that maximises the variance
+    between two classes; among equal cuts the lowest, as jenkspy.
 
     Exact in O(N log N) per row: with sorted centred values x and S_k = x_1 + ... + x_k, the variance between the
     classes of a cut after k is S_k**2 * N / (k * (N - k)), and a cut never splits equal values. Raises `ValueError` for

@@ -154,8 +154,8 @@ def _one_line(error: BenchError) -> str:
 
 
 def make_plan(path: Path, registry: Registry, *, need_data: bool = False) -> Plan:
-    """The plan of the benchmark file at `path`; `need_data` downloads what is absent, and fails where that is not
-    possible.
+    """The plan of the benchmark file at `path`; `need_data` downloads
+    what is absent, and fails where that is not possible.
     """
     config, source = read_config(path)
     return plan_config(config, source, registry, need_data=need_data)
@@ -194,8 +194,8 @@ def plan_config(config: Config, source: Source, registry: Registry, *, need_data
 
 
 def _twins(cells: list[Cell]) -> list[Fault]:
-    """Different cells of one title would be averaged as if they were seeds; one cell of two titles would be shown
-    once.
+    """Different cells of one title would be averaged as if they were
+    seeds; one cell of two titles would be shown once.
     """
     keys, titles, faults = dict[str, str](), dict[str, str](), list[Fault]()
     for cell in cells:

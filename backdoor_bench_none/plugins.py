@@ -1,5 +1,5 @@
-"""The typed façade over pluggy: loads plugins one by one, keeps the broken ones from harming the others, and remembers
-who provides what.
+"""The typed façade over pluggy: loads plugins one by one, keeps the broken
+ones from harming the others, and remembers who provides what.
 """
 
 from __future__ import annotations
@@ -156,8 +156,8 @@ class Plugins:
                     yield Entry(kind, name, target, provider)
 
     def _add_entry(self, entry: Entry) -> None:
-        """Keep `entry` unless its name is taken by a built-in; two strangers' equal names are both kept, and refused on
-        use.
+        """Keep `entry` unless its name is taken by a built-in; two
+        strangers' equal names are both kept, and refused on use.
         """
         taken = next((e.provider for e in self.entries if (e.kind, e.name) == (entry.kind, entry.name)), None)
         if taken is not None:

@@ -17,7 +17,7 @@ def content_key(*parts: object) -> str:
 
 
 def derive_seed(*parts: object) -> int:
-    """A seed in 0..2**63-1 that is a function of `parts` alone, so that equal cells draw equal numbers on any
-    machine.
+    """A seed in 0..2**63-1 that is a function of `parts` alone, so
+    that equal cells draw equal numbers on any machine.
     """
     return int.from_bytes(hashlib.sha256(canonical_json(parts).encode()).digest()[:8]) >> 1

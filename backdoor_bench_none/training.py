@@ -1,5 +1,5 @@
-"""The one training loop, for CPU and CUDA: the data set lies on the device as uint8, every step is a handful of batched
-tensor operations.
+"""The one training loop, for CPU and CUDA: the data set lies on the device
+as uint8, every step is a handful of batched tensor operations.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ INFERENCE_BATCH = 512
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's data on the device: normalised `images` (B, C, H, W), `labels` (B,), and their `indices` (B,) in the
-    training set.
+    """One step's data on the device: normalised `images` (B, C, H, W),
+    `labels` (B,), and their `indices` (B,) in the training set.
     """
 
     images: Tensor
@@ -47,8 +47,8 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Turns uint8 images into what networks see: scaled to 0..1, normalised per channel, and in training cropped and
-    flipped.
+    """Turns uint8 images into what networks see: scaled to 0..1,
+    normalised per channel, and in training cropped and flipped.
     """
 
     scale: Tensor  # (C, 1, 1)

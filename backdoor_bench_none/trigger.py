@@ -45,8 +45,8 @@ class Trigger:
         return bool(((self.mask == 0) | (self.mask == 1)).all())
 
     def apply(self, images: Tensor) -> Tensor:
-        """Stamp `images` (N, C, H, W), uint8 in 0..255 or float in [0, 1]; returns new images of the same type, rounded
-        if uint8.
+        """Stamp `images` (N, C, H, W), uint8 in 0..255 or float in [0, 1];
+        returns new images of the same type, rounded if uint8.
         """
         if images.shape[-2:] != self.mask.shape[-2:]:
             raise ConfigError(
@@ -61,8 +61,8 @@ class Trigger:
 
 
 def label_consistent_tile(size: int = 3) -> Tensor:
-    """The black and white corner pattern of the label-consistent attack (1, size, size), enlarged from 3x3 to the
-    nearest pixel.
+    """The black and white corner pattern of the label-consistent attack
+    (1, size, size), enlarged from 3x3 to the nearest pixel.
     """
     tile = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
     return F.interpolate(tile[None, None], size=(size, size), mode="nearest")[0]
@@ -108,8 +108,8 @@ def _inside(shape: Shape, tile: Tensor, rows: Tensor, columns: Tensor) -> tuple[
 
 
 def random_places(shape: Shape, size: int, indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Uniform top left places of a `size` x `size` tile for the samples `indices` (N,), each a function of (seed,
-    index) alone.
+    """Uniform top left places of a `size` x `size` tile for the samples
+    `indices` (N,), each a function of (seed, index) alone.
     """
     if size > min(shape[1:]):
         raise ConfigError(f"a trigger of {size} pixels does not fit into {shape[1]}x{shape[2]} pixels")
@@ -121,8 +121,8 @@ def random_places(shape: Shape, size: int, indices: Tensor, seed: int) -> tuple[
 
 
 def watermark(shape: Shape, opacity: float = 1.0) -> Trigger:
-    """Glyphs of several flat colours across the whole image, drawn with OpenCV, their edges made sharp: binary if
-    opaque.
+    """Glyphs of several flat colours across the whole image, drawn
+    with OpenCV, their edges made sharp: binary if opaque.
     """
     channels, height, width = shape
     pattern = np.zeros((height, width, 3), np.uint8)

@@ -34,8 +34,8 @@ class Said(NamedTuple):
 
 @pytest.fixture
 def write_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Writes a benchmark file that runs in seconds into an empty folder, the current one from then on; keywords are
-    axes as YAML, `rest` more YAML.
+    """Writes a benchmark file that runs in seconds into an empty folder, the
+    current one from then on; keywords are axes as YAML, `rest` more YAML.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")

@@ -457,8 +457,8 @@ def test_parameter_groups(changes: dict[str, object], expected: tuple[float, ...
 
 
 def test_parameter_groups_of_the_papers_recipe_for_nin() -> None:
-    """Released code: weights 1 x lr and decay 1e-4, biases 2 x lr without decay; the last layer 0.1 x lr, weight and
-    bias.
+    """Released code: weights 1 x lr and decay 1e-4, biases 2 x lr
+    without decay; the last layer 0.1 x lr, weight and bias.
     """
     recipe = {**named_recipe("paper", "nin"), "epochs": 1, "batch_size": 10, "weight_decay": 0.5}
     assert (recipe["momentum"], named_recipe("paper", "nin")["weight_decay"]) == (0.95, 1e-4)

@@ -55,8 +55,8 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(own_version(), prog_name="bbn")
 def cli() -> None:
-    """Benchmark backdoor defenses: cross attacks, defenses, architectures and activations into one comparison
-    matrix.
+    """Benchmark backdoor defenses: cross attacks, defenses,
+    architectures and activations into one comparison matrix.
     """
 
 

@@ -20,8 +20,8 @@ def results_command() -> None:
 @results_option
 @click.option("--json", "as_json", is_flag=True, help="The whole record as JSON.")
 def show_command(key: str, results: Path | None, as_json: bool) -> int:
-    """Show the record whose key starts with KEY: what was run, what came out, what it cost, and why it failed if it
-    did.
+    """Show the record whose key starts with KEY: what was run, what
+    came out, what it cost, and why it failed if it did.
     """
     from backdoor_bench_none.report.record import describe_whole
     from backdoor_bench_none.results.store import Store

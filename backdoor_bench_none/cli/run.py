@@ -104,8 +104,8 @@ def run_command(
     maxfail: int | None,
     quiet: bool,
 ) -> int:
-    """Run what is missing of a benchmark file (default: benchmark.yaml) and print its matrix. A run that was stopped
-    goes on where it was.
+    """Run what is missing of a benchmark file (default: benchmark.yaml) and
+    print its matrix. A run that was stopped goes on where it was.
     """
     from backdoor_bench_none.context import choose_device
     from backdoor_bench_none.plan import make_plan

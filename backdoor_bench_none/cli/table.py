@@ -32,8 +32,8 @@ from backdoor_bench_none.errors import ExitCode
 )
 @click.option("--all", "everything", is_flag=True, help="All records of the results folder, whatever the file names.")
 def table_command(file: Path | None, results: Path | None, selection: Selection, form: str, everything: bool) -> int:
-    """Print the comparison matrix of a benchmark file (default: benchmark.yaml) from its records; cells without one are
-    shown as missing.
+    """Print the comparison matrix of a benchmark file (default:
+    benchmark.yaml) from its records; cells without one are shown as missing.
     """
     from backdoor_bench_none.plan import make_plan
     from backdoor_bench_none.report.tables import open_console, print_matrix, render

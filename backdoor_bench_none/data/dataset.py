@@ -64,8 +64,8 @@ class Dataset(Component):
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Make sure that the files are there: download them if that is allowed, else raise `DatasetError` saying what
-        to put where.
+        """Make sure that the files are there: download them if that is
+        allowed, else raise `DatasetError` saying what to put where.
         """
 
     def files(self) -> list[Path]:

@@ -1,5 +1,5 @@
-"""What an executor is: it opens a pool, which starts jobs and reports on them. The order of jobs is the scheduler's
-business.
+"""What an executor is: it opens a pool, which starts jobs and reports
+on them. The order of jobs is the scheduler's business.
 """
 
 from __future__ import annotations

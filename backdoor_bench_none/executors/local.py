@@ -1,5 +1,5 @@
-"""One process per job on this machine: a crash, a hang or a leak of one job harms no other, and its peak memory is its
-own.
+"""One process per job on this machine: a crash, a hang or a leak of
+one job harms no other, and its peak memory is its own.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from backdoor_bench_none.training import Pixels, iterate_normalized
 
 @torch.no_grad()
 def find_head(model: nn.Module, example: Tensor) -> nn.Module:
-    """The convolution or linear layer that runs last on `example` (1, C, H, W) in eval mode: the one that makes the
-    logits.
+    """The convolution or linear layer that runs last on `example` (1,
+    C, H, W) in eval mode: the one that makes the logits.
     """
     model.eval()
     ran: list[nn.Module] = []

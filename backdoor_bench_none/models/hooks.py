@@ -16,8 +16,8 @@ def record_outputs(
     modules: Mapping[str, str],
     reduce: Callable[[nn.Module, Tensor], Tensor] = lambda module, output: output,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yields a dictionary that every forward pass fills: under each key of `modules`, `reduce` of that module and its
-    output.
+    """Yields a dictionary that every forward pass fills: under each key
+    of `modules`, `reduce` of that module and its output.
 
     It is reduced inside the hook, before an activation in place overwrites the output.
     """

@@ -59,8 +59,8 @@ class Consumer:
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or hidden linear layer by module name, the norm right behind it, and the layers that read its
-    output and nobody else's.
+    """A convolution or hidden linear layer by module name, the norm right
+    behind it, and the layers that read its output and nobody else's.
 
     `consumers` is None where the network could not be traced. Channels that are added to others (a residual stream)
     have no consumers of their own.
@@ -74,8 +74,8 @@ class Layer:
     activation_module: nn.Module | None = field(default=None, compare=False, repr=False)
 
     def tap(self, kind: Tap) -> str:
-        """The module whose output is read: the norm behind the layer if there is one (`pre_activation`), or the layer
-        itself.
+        """The module whose output is read: the norm behind the layer if
+        there is one (`pre_activation`), or the layer itself.
         """
         return self.norm if kind == "pre_activation" and self.norm else self.name
 
@@ -283,8 +283,8 @@ def _largest_over_map(module: nn.Module, output: Tensor) -> Tensor:
 
 @torch.no_grad()
 def prune_neurons(model: nn.Module, layer: Layer, neurons: Tensor) -> None:
-    """Set the weights that make `neurons` (k,) and those that read them to zero, and the norm's scale and shift: they
-    never answer again.
+    """Set the weights that make `neurons` (k,) and those that read them to
+    zero, and the norm's scale and shift: they never answer again.
 
     With an activation that is zero at zero their gradients are exactly zero too, except in a residual stream, where the
     norm's shift can return.
@@ -303,8 +303,8 @@ def prune_neurons(model: nn.Module, layer: Layer, neurons: Tensor) -> None:
 
 @torch.no_grad()
 def reinitialize_neurons(model: nn.Module, layer: Layer, neurons: Tensor, fresh: nn.Module) -> None:
-    """Give `neurons` (k,) the weights they have in `fresh`, a newly built network of the same kind (Algorithm 1, line
-    20).
+    """Give `neurons` (k,) the weights they have in `fresh`, a newly
+    built network of the same kind (Algorithm 1, line 20).
     """
     for old, new in zip(
         _rows(dict(model.named_modules()), layer), _rows(dict(fresh.named_modules()), layer), strict=True

@@ -18,8 +18,8 @@ class _Part(BaseModel):
 
 
 class Cost(_Part):
-    """What a stage took: wall-clock seconds and the highest memory of its process (CPU) or of the device (CUDA), in
-    bytes.
+    """What a stage took: wall-clock seconds and the highest memory of
+    its process (CPU) or of the device (CUDA), in bytes.
     """
 
     seconds: float

@@ -1,5 +1,5 @@
-"""The results folder: every file is written under a temporary name and renamed, so that a reader or a crash never sees
-half of one.
+"""The results folder: every file is written under a temporary name and
+renamed, so that a reader or a crash never sees half of one.
 
 `records/ab/<key>.json` are the truth. `artifacts/<stage>/ab/<key>.<sha256>.safetensors` are shared stages, checked
 against the hash in their name.
@@ -126,8 +126,8 @@ class Store:
 
     @contextmanager
     def lock(self, stage: str, key: str) -> Iterator[None]:
-        """Hold the right to compute a stage; a second process waits. The lock is the kernel's, and is gone with the
-        process.
+        """Hold the right to compute a stage; a second process waits. The
+        lock is the kernel's, and is gone with the process.
         """
         path = self.root / "locks" / f"{stage}-{key}"
         path.parent.mkdir(parents=True, exist_ok=True)

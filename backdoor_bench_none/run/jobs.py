@@ -27,8 +27,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """Compute one stage of a cell; for `cell` jobs, its defense, evaluation and record. `needs` are the ids of jobs to
-    wait for.
+    """Compute one stage of a cell; for `cell` jobs, its defense,
+    evaluation and record. `needs` are the ids of jobs to wait for.
     """
 
     id: str

@@ -13,8 +13,8 @@ STATUS = Path("/proc/self/status")
 
 @contextmanager
 def watch_peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
-    """Yields a function for the highest memory in bytes since then: the device's on CUDA, this process's on Linux, else
-    None.
+    """Yields a function for the highest memory in bytes since then: the
+    device's on CUDA, this process's on Linux, else None.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

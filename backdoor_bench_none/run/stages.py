@@ -30,8 +30,8 @@ from backdoor_bench_none.training import FitOptions, Pixels, TrainingData, check
 
 @dataclass
 class Stages:
-    """The stages of one cell. Each gets a seed of its own; `context` carries device, precision, deadline and
-    progress.
+    """The stages of one cell. Each gets a seed of its own; `context`
+    carries device, precision, deadline and progress.
     """
 
     cell: Cell
@@ -169,8 +169,8 @@ class Stages:
         return truth
 
     def clean_holdout(self) -> ImageSet | None:
-        """int(clean_fraction * N) training samples that were not poisoned, a smaller fraction's among a larger
-        one's.
+        """int(clean_fraction * N) training samples that were not
+        poisoned, a smaller fraction's among a larger one's.
         """
         fraction = self.cell.the_defense.clean_fraction
         if fraction == 0:

@@ -1,5 +1,5 @@
-"""Anti-backdoor learning (Li et al., 2021): poisoned samples are learned first; they are isolated, left out, and
-unlearned.
+"""Anti-backdoor learning (Li et al., 2021): poisoned samples are
+learned first; they are isolated, left out, and unlearned.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from backdoor_bench_none.api import Batch, Context, Defense, DefenseResult, Defe
 
 
 class ABL(Defense):
-    """Trains with a loss that is kept from falling below `gamma`, isolates the samples of lowest loss, trains on the
-    others, and ascends on the isolated.
+    """Trains with a loss that is kept from falling below `gamma`, isolates the samples
+    of lowest loss, trains on the others, and ascends on the isolated.
 
     `lga` is local gradient ascent, sign(l - gamma) * l; `flooding` is |l - gamma| + gamma, the default of the authors'
     code. On the mean of a batch both take the same steps; `reduction: sample` is the paper's expectation over samples.
@@ -77,8 +77,8 @@ class ABL(Defense):
         return (torch.sign(compared - self.gamma).detach() * compared).mean()
 
     def sample_losses(self, model: nn.Module, task: DefenseTask, context: Context) -> Tensor:
-        """Cross entropy (N,) float64 of every training sample, in eval mode and in order; `ValueError` if one is not
-        finite.
+        """Cross entropy (N,) float64 of every training sample, in eval
+        mode and in order; `ValueError` if one is not finite.
         """
         logits = task.predict(model, context)
         # in float32 all losses below 1e-7 are 0, and the samples learned best could not be told apart

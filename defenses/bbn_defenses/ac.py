@@ -25,8 +25,8 @@ SILHOUETTE_SAMPLES = 2000
 
 @dataclass(frozen=True)
 class Clusters:
-    """The two clusters of one class: `members` (n,) dataset indices, `assigned` (n,) 0 or 1, 1 being the smaller (0 all
-    over if there is one).
+    """The two clusters of one class: `members` (n,) dataset indices, `assigned`
+    (n,) 0 or 1, 1 being the smaller (0 all over if there is one).
 
     `reason` says why a class was not split.
     """
@@ -43,8 +43,8 @@ class Clusters:
 
 
 class AC(Defense):
-    """Clusters the last hidden activations of each class in two, flags clusters by a rule, and retrains from scratch
-    without them.
+    """Clusters the last hidden activations of each class in two, flags
+    clusters by a rule, and retrains from scratch without them.
 
     Rules: `smaller` flags the smaller cluster of every class, clean ones too; `relative_size` one below
     `size_threshold` of its class; `silhouette` that, if the clusters are also well apart; `distance` one whose median
@@ -170,8 +170,8 @@ class AC(Defense):
         }
 
     def is_legitimate(self, predicted: NDArray[np.int64], label: int) -> bool:
-        """Whether a left-out cluster of class `label` is mostly taken for it: l / p > threshold, p the count of the
-        most frequent other class.
+        """Whether a left-out cluster of class `label` is mostly taken for it: l /
+        p > threshold, p the count of the most frequent other class.
         """
         counts = np.bincount(predicted, minlength=label + 1)
         own = counts[label]

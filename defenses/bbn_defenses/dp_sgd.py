@@ -1,5 +1,5 @@
-"""DP-SGD as a defense (gradient shaping, Hong et al., 2020): per-sample gradients are clipped, and noise is added to
-their sum.
+"""DP-SGD as a defense (gradient shaping, Hong et al., 2020): per-sample
+gradients are clipped, and noise is added to their sum.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PerSample = dict[str, Tensor]
 
 
 class GroupNorm(Defense):
-    """The control of `dp_sgd`: the same network, its BatchNorm replaced by GroupNorm, trained as usual, without
-    clipping or noise.
+    """The control of `dp_sgd`: the same network, its BatchNorm replaced by
+    GroupNorm, trained as usual, without clipping or noise.
 
     BatchNorm mixes the samples of a batch, so that it has no per-sample gradient; what DP-SGD loses must be read
     against this network.
@@ -45,8 +45,8 @@ class GroupNorm(Defense):
 
 
 class DPSGD(GroupNorm):
-    """Trains from initial weights by p <- p - lr * (sum of clipped per-sample gradients + noise) / B (Abadi et al.,
-    2016).
+    """Trains from initial weights by p <- p - lr * (sum of clipped
+    per-sample gradients + noise) / B (Abadi et al., 2016).
 
     The paper's settings: clip 4.0 with noise 0.1, and clip 1.0 with noise 0.5 (the default; Table 1 agrees with it).
     Hong et al. list the noise as an absolute deviation in places, as a multiple of clip in others; `noise_unit` has
@@ -97,8 +97,8 @@ class DPSGD(GroupNorm):
         return self.noise * self.clip if self.noise_unit == "multiplier" and self.noise else self.noise
 
     def step(self, model: nn.Module, batch: Batch, context: Context, generator: torch.Generator) -> Tensor:
-        """Leave the private gradient of the batch in `model`; returns the mean loss. The divisor is the size of the
-        batch.
+        """Leave the private gradient of the batch in `model`; returns
+        the mean loss. The divisor is the size of the batch.
         """
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         sums = {name: torch.zeros_like(p) for name, p in parameters.items()}

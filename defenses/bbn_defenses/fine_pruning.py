@@ -14,8 +14,8 @@ from backdoor_bench_none.models.features import collect_features, find_head
 
 
 class FinePruning(Defense):
-    """Removes the last layer's inputs, the least active on clean images first, while accuracy on these falls by at most
-    `tolerance`; then fine-tunes.
+    """Removes the last layer's inputs, the least active on clean images first, while
+    accuracy on these falls by at most `tolerance`; then fine-tunes.
 
     A removed channel stays removed: its outgoing weights are held at zero.
     """
@@ -82,8 +82,8 @@ class FinePruning(Defense):
 
 @torch.no_grad()
 def prune_inputs(head: nn.Module, channels: Tensor, total: int) -> None:
-    """Set the weights of `head` from `channels` (k,) of `total` to zero; a flattened map has a block of columns for
-    each channel.
+    """Set the weights of `head` from `channels` (k,) of `total` to zero; a
+    flattened map has a block of columns for each channel.
     """
     weight = head.weight
     assert isinstance(weight, Tensor)

@@ -10,8 +10,8 @@ from backdoor_bench_none.api import Context, Defense, DefenseResult, DefenseTask
 
 
 class FineTune(Defense):
-    """Trains the finished network on the clean images, by the schedule of NAD's student and without its attention
-    loss.
+    """Trains the finished network on the clean images, by the
+    schedule of NAD's student and without its attention loss.
     """
 
     paper: ClassVar[str] = "arXiv:2101.05930"

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 class NAD(Defense):
-    """A teacher is fine-tuned on the clean images; then the network is, drawn to the teacher's attention maps in its
-    last three blocks.
+    """A teacher is fine-tuned on the clean images; then the network is, drawn
+    to the teacher's attention maps in its last three blocks.
 
     A block ends with the last activation of a resolution, before pooling: the stages of a ResNet, the blocks of a VGG
     or NiN. Its map is the channel sum of squares, divided by its L2 norm; the loss is the mean square difference, as in

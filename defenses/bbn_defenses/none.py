@@ -1,5 +1,5 @@
-"""NONE, the paper's defense, by both of its procedures, on any network of convolutions, linear layers, norms and
-activations.
+"""NONE, the paper's defense, by both of its procedures, on any network
+of convolutions, linear layers, norms and activations.
 
 Both train as usual, find compromised neurons, drop the samples that make them high, reset them, and train on.
 `released` is the authors' code: neurons whose value jumps on samples the network is sure of (section 8.7), one natural
@@ -44,8 +44,8 @@ KNOWN_PIECES = (*LINEAR_ABOVE_ZERO, nn.Softplus, nn.Tanhshrink, nn.SiLU, nn.GELU
 
 @dataclass(frozen=True)
 class Findings:
-    """What one inspection says: samples to drop (N,) bool, their scores (N,), neurons (k,) to reset per layer, and a
-    report.
+    """What one inspection says: samples to drop (N,) bool, their scores
+    (N,), neurons (k,) to reset per layer, and a report.
     """
 
     flagged: Tensor
@@ -55,8 +55,8 @@ class Findings:
 
 
 class NONE(Defense):
-    """Non-linearity enforced by resetting compromised neurons and dropping the samples that make them (sections 3.3,
-    8.4, 8.7).
+    """Non-linearity enforced by resetting compromised neurons and
+    dropping the samples that make them (sections 3.3, 8.4, 8.7).
 
     `released_quirks` restores what the released code does and the paper does not say, for comparison: the sample at the
     natural break itself is flagged, neurons without a single unsure sample rank first, and on a ResNet18 the reset of
@@ -126,8 +126,8 @@ class NONE(Defense):
     released_quirks: bool = Field(False, description="released: restore quirks of the code, for comparison only")
 
     def run(self, task: DefenseTask, context: Context) -> DefenseResult:
-        """Return the network, the flagged samples and their scores: of the last round (`released`), or of all
-        (`algorithm1`).
+        """Return the network, the flagged samples and their scores: of the
+        last round (`released`), or of all (`algorithm1`).
         """
         model = task.victim()
         layers = self._chosen_layers(model, task, context)
@@ -247,8 +247,8 @@ def count_share(share: float, total: int) -> int:
 def confidence_gaps(
     activations: Tensor, probabilities: Tensor, lambda_l: float, lambda_h: float, released_quirks: bool = False
 ) -> Tensor:
-    """How far each neuron jumps on sure samples, (C,) float64: the largest over classes k of max(sure) - (mean + 3
-    std)(unsure).
+    """How far each neuron jumps on sure samples, (C,) float64: the
+    largest over classes k of max(sure) - (mean + 3 std)(unsure).
 
     `activations` (C, N); `probabilities` (N, K): sure of k above `lambda_h`, unsure below `lambda_l`; population std.
     Classes without a sure or without an unsure sample say nothing. With `released_quirks` a class without a sure sample
@@ -274,8 +274,8 @@ def _largest(values: Tensor, chosen: Tensor) -> Tensor:
 
 
 def rank_neurons(gaps: Tensor, released_quirks: bool = False) -> Tensor:
-    """Indices of neurons by falling gap, equal ones in order; with `released_quirks` NaN comes first, else there is
-    none.
+    """Indices of neurons by falling gap, equal ones in order; with
+    `released_quirks` NaN comes first, else there is none.
     """
     if released_quirks:
         gaps = gaps.nan_to_num(nan=math.inf)
@@ -291,8 +291,8 @@ def flag_above_break(scores: Tensor, released_quirks: bool = False) -> Tensor:
 
 
 def accumulate_as_released(resets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The neurons the released code resets in a ResNet18: in most of layer4, also those listed for the layers
-    before.
+    """The neurons the released code resets in a ResNet18: in most of
+    layer4, also those listed for the layers before.
     """
     result = dict(resets)
     before = resets.get("layer3.1.conv2")
@@ -309,8 +309,8 @@ def accumulate_as_released(resets: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Neurons:
-    """The compromised neurons of a layer, the most first: share of values in the linear piece, natural break, its
-    goodness of fit.
+    """The compromised neurons of a layer, the most first: share of values
+    in the linear piece, natural break, its goodness of fit.
     """
 
     indices: Tensor  # (k,) int64
@@ -319,8 +319,8 @@ class Neurons:
     gvf: Tensor  # (k,) float64
 
     def deviations(self, activations: Tensor, count: int) -> Tensor:
-        """Per sample (N,) the largest |z| over the first `count` neurons: its distance from the benign class, 0 inside
-        it (lines 12 to 16).
+        """Per sample (N,) the largest |z| over the first `count` neurons: its
+        distance from the benign class, 0 inside it (lines 12 to 16).
         """
         values = activations[self.indices[:count]].double()  # (count, N)
         if len(values) == 0:
@@ -339,8 +339,8 @@ class Neurons:
 
 
 def examine_neurons(activations: Tensor, activation: nn.Module | None, theta: float, min_gvf: float) -> Neurons:
-    """The neurons of `activations` (C, N) with P(A >= tau) >= theta and a natural break of at least `min_gvf` (lines 7
-    to 10).
+    """The neurons of `activations` (C, N) with P(A >= tau) >= theta and
+    a natural break of at least `min_gvf` (lines 7 to 10).
 
     They are ranked by that probability, ties by the goodness of the break. Constant neurons have no break and do not
     count.
@@ -360,8 +360,8 @@ def has_known_piece(activation: nn.Module | None) -> bool:
 
 
 def in_linear_piece(activations: Tensor, activation: nn.Module | None, breaks: Tensor) -> Tensor:
-    """Whether each of `activations` (C, N) lies in the linear piece of the activation function: where its slope is 1,
-    or within 5 % of it.
+    """Whether each of `activations` (C, N) lies in the linear piece of the
+    activation function: where its slope is 1, or within 5 % of it.
 
     The paper gives 0 for ReLU. Tanhshrink is odd and flat at 0, so its linear pieces are two. For other functions a
     neuron's own natural break serves.

@@ -10,8 +10,8 @@ from backdoor_bench_none.api import Context, Defense, DefenseResult, DefenseTask
 
 
 class OracleFilter(Defense):
-    """Retrains from scratch without exactly the poisoned samples. Not a defense anybody could use: every table says
-    that it is told.
+    """Retrains from scratch without exactly the poisoned samples. Not a
+    defense anybody could use: every table says that it is told.
     """
 
     stage: ClassVar[Stage] = Stage.PRE_TRAINING

@@ -1,5 +1,5 @@
-"""Spectral signatures (Tran et al., 2018): poisoned samples stand out along the first singular vector of their
-class.
+"""Spectral signatures (Tran et al., 2018): poisoned samples stand
+out along the first singular vector of their class.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from backdoor_bench_none.models.features import collect_features
 
 
 class SpectralSignatures(Defense):
-    """Drops in each given class the samples with the largest squared projection on the first singular vector, and
-    retrains from scratch.
+    """Drops in each given class the samples with the largest squared
+    projection on the first singular vector, and retrains from scratch.
 
     1.5 times `expected_fraction` of every class is dropped, of clean ones too, as published: it costs benign accuracy
     even without an attack.
@@ -56,8 +56,8 @@ class SpectralSignatures(Defense):
 
 
 def outlier_scores(features: Tensor) -> Tensor:
-    """Features (n, D) -> (n,) float64: the squared projection of each centred row on the first right singular
-    vector.
+    """Features (n, D) -> (n,) float64: the squared projection of
+    each centred row on the first right singular vector.
     """
     centred = features.double() - features.double().mean(0)
     direction = torch.linalg.svd(centred, full_matrices=False).Vh[0]

@@ -120,8 +120,8 @@ def test_the_samples_of_lowest_loss_are_isolated(small: Make, fraction: float, c
 
 
 def test_losses_that_round_to_zero_are_still_told_apart(small: Make) -> None:
-    """A backdoor is learnt to margins beyond 17, where a float32 cross entropy is 0 for all: then the order of the data
-    set would decide.
+    """A backdoor is learnt to margins beyond 17, where a float32 cross entropy
+    is 0 for all: then the order of the data set would decide.
     """
 
     class Sure(Architecture):
@@ -270,8 +270,8 @@ def test_a_network_that_already_forgot_is_not_trained_any_further(small: Make) -
 
 @pytest.mark.parametrize("isolated", [1, 17])
 def test_a_batch_of_one_isolated_sample_is_no_riddle(make_task: Make, isolated: int) -> None:
-    """In batches of 16, with batch norm on maps of 1x1, which has no variance: it is unlearned, or the error says
-    whose fault it is.
+    """In batches of 16, with batch norm on maps of 1x1, which has no
+    variance: it is unlearned, or the error says whose fault it is.
     """
     tiny = make_task(architecture=ResNet18(width=0.05), weights={}, epochs=1)
     try:

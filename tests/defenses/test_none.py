@@ -300,8 +300,8 @@ def test_parameters_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def loop_gaps(values: np.ndarray, likely: np.ndarray, low: float, high: float, released: bool) -> np.ndarray:
-    """Neurons, classes and samples one by one, as the released code; without its quirks, classes that lack either kind
-    of sample are left out.
+    """Neurons, classes and samples one by one, as the released code; without its
+    quirks, classes that lack either kind of sample are left out.
     """
     gaps = np.zeros((len(values), likely.shape[1]))
     for neuron in range(values.shape[0]):
