@@ -60,8 +60,9 @@ class NONE(Defense):
 
     `released_quirks` restores what the released code does and the paper does not say, for comparison: the sample at the
     natural break itself is flagged, neurons without a single unsure sample rank first, and on a ResNet18 the reset of
-    layer4 accumulates the neurons of earlier layers. To compare with the released code on a ResNet18, also set `tap:
-    convolution` and `layers: ["layer2.*", "layer3.*", "layer4.*"]`.
+    layer4 accumulates the neurons of earlier layers. To compare with the released code on a ResNet18, also set
+    `standardize: false`, `tap: convolution` and `layers: ["layer2.*", "layer3.*", "layer4.*"]`: there the layer with
+    the largest values decides alone which samples are dropped.
 
     `algorithm1` to the letter (`min_gvf: 0`) flags about 16 % of all samples for every ordinary neuron: of a normal
     distribution everything above 1.01 standard deviations. Only neurons whose two classes explain at least `min_gvf` of
@@ -120,6 +121,10 @@ class NONE(Defense):
         None,
         description="prune: to zero for good (default of released); reinitialize: to fresh weights (of algorithm1)",
     )
+    standardize: bool = Field(
+        False,
+        description="released: sum values in their neuron's standard deviations, so that no layer dominates by scale",
+    )
     drop_samples: bool = Field(
         True, description="false keeps all samples, as the released code does for natural Trojans"
     )
@@ -167,7 +172,8 @@ class NONE(Defense):
             gaps = confidence_gaps(activations, probabilities, self.lambda_l, self.lambda_h, self.released_quirks)
             ranked = rank_neurons(gaps, self.released_quirks)
             resets[name] = ranked[: count_share(self.r1, len(ranked))]
-            scores += activations[ranked[: count_share(self.r2, len(ranked))]].double().sum(0)
+            used = activations[ranked[: count_share(self.r2, len(ranked))]].double()
+            scores += (standardize(used) if self.standardize else used).sum(0)
         resets = accumulate_as_released(resets) if self.released_quirks else resets
         report = {"neurons_reset": sum(map(len, resets.values())), "layers_inspected": len(layers)}
         return Findings(flag_above_break(scores, self.released_quirks), scores, resets, report)
@@ -266,6 +272,12 @@ def confidence_gaps(
     if released_quirks:
         return gaps.masked_fill(empty, 0.0).amax(1)  # amax passes NaN on
     return gaps.masked_fill(empty | (counts == 0), -math.inf).amax(1)
+
+
+def standardize(values: Tensor) -> Tensor:
+    """Rows (C, N) with mean 0 and population deviation 1; constant rows become 0."""
+    centred = values - values.mean(1, keepdim=True)
+    return centred / centred.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)
 
 
 def _largest(values: Tensor, chosen: Tensor) -> Tensor:
