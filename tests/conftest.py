@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# one thread each: workers of pytest-xdist share the cores, and equal seeds give equal numbers for equal thread counts
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import multiprocessing
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext

@@ -263,7 +263,7 @@ def test_every_rule_retrains_on_exactly_what_it_did_not_flag(
             print(f"  ac {rule:17} TPR {tpr:6.1%}  FPR {fpr:6.1%}")
     who = (learned.poisoned, ~learned.poisoned)
     rates = {rule: [float(found[part].double().mean()) for part in who] for rule, found in flagged.items()}
-    assert rates["relative_size"][0] > 2 * rates["relative_size"][1] > 0
+    assert rates["relative_size"][0] > max(0.2, 2 * rates["relative_size"][1])
     assert rates["smaller"][1] > 0.1
     assert rates["reclassification"][1] == 0
 
