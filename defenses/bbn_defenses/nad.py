@@ -18,14 +18,19 @@ if TYPE_CHECKING:
     from backdoor_bench_none.cell import Cell
 
 
+#: Places of the maps for which the authors chose their betas: 32x32, 16x16 and 8x8.
+PLACES = (1024, 256, 64)
+
+
 class NAD(Defense):
     """A teacher is fine-tuned on the clean images; then the network is, drawn
     to the teacher's attention maps in its last three blocks.
 
     A block ends with the last activation of a resolution, before pooling: the stages of a ResNet, the blocks of a VGG
     or NiN. Its map is the channel sum of squares, divided by its L2 norm; the loss is the mean square difference, as in
-    the authors' code, so that `betas` are tied to that mean. The published augmentation by cutout is left out. Read it
-    beside `fine_tune`, which is this with all `betas` 0.
+    the authors' code. A mean over fewer places is larger, so `betas` are scaled by the number of places over that of
+    the authors' maps: a sample's maps weigh the same at every resolution. The published augmentation by cutout is left
+    out. Read it beside `fine_tune`, which is this with all `betas` 0.
     """
 
     paper: ClassVar[str] = "arXiv:2101.05930"
@@ -36,7 +41,8 @@ class NAD(Defense):
         0.05, gt=0, lt=1, description="share of the training set granted as trusted clean images"
     )
     betas: tuple[float, float, float] = Field(
-        (500.0, 1000.0, 1000.0), description="weights of the attention loss of the last three blocks"
+        (500.0, 1000.0, 1000.0),
+        description="weights of the attention loss of the last three blocks, for maps of 32x32, 16x16 and 8x8",
     )
     teacher_epochs: int = Field(10, ge=1, description="passes of the teacher over the clean images")
     epochs: int = Field(20, ge=1, description="passes of the student over the clean images")
@@ -68,8 +74,9 @@ class NAD(Defense):
                 with torch.no_grad():
                     teacher(batch.images)
                 value = cross_entropy(model, batch)
-                for beta, name in zip(betas, layers, strict=True):
-                    value = value + beta * attention_loss(learned[name], taught[name])
+                for beta, places, name in zip(betas, PLACES[-len(layers) :], layers, strict=True):
+                    scale = learned[name][0, 0].numel() / places
+                    value = value + beta * scale * attention_loss(learned[name], taught[name])
                 return value
 
             self._fit(student, task, context, self.epochs, loss)

@@ -238,7 +238,7 @@ def test_attention_draws_the_student_to_its_teacher(repair: tuple[DefenseTask, S
     distances = []
     images = task.training_data(task.clean, CPU)
     batch = images.pixels.normalize(images.images.images)
-    for betas in ((0, 0, 0), (500, 1000, 1000)):
+    for betas in ((0, 0, 0), (8000, 16000, 16000)):
         result = NAD(betas=betas, teacher_epochs=10, epochs=20, batch_size=16, lr=0.0005).run(task, CPU)
         named = {name: name for name in result.extras["attention_layers"]}
         with (
