@@ -7,9 +7,8 @@ import os
 # one thread each: workers of pytest-xdist share the cores, and equal seeds give equal numbers for equal thread counts
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import multiprocessing
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import pytest
 from backdoor_bench_none.cell import AXES
 from backdoor_bench_none.cli.main import run_cli
 from backdoor_bench_none.evaluation import Count, Counts
+from backdoor_bench_none.executors.local import start_process_server
 from backdoor_bench_none.plan import Plan, make_plan
 from backdoor_bench_none.registry import Registry
 from backdoor_bench_none.results.record import AxisValue, Cost, Record
@@ -77,13 +77,9 @@ def bbn(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
 
 
 @pytest.fixture(scope="session")
-def processes() -> ForkServerContext:
+def processes() -> BaseContext:
     """Fresh processes that have imported what they need."""
-    from backdoor_bench_none.executors.local import PRELOAD
-
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    return context
+    return start_process_server()
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ class _LocalPool:
         self._devices = _devices(settings.device)
         self.slots = slots if slots != "auto" else len(self._devices) if _is_cuda(self._devices) else count_cores()
         self._threads = None if _is_cuda(self._devices) else max(1, count_cores() // self.slots)
-        self._context = _process_context()
+        self._context = start_process_server()
         self._running: list[_Running] = []
 
     def submit(self, job: Job) -> None:
@@ -146,7 +146,10 @@ def _die_with_parent(connection: Connection) -> None:
     os._exit(1)
 
 
-def _process_context() -> BaseContext:
+def start_process_server() -> BaseContext:
+    """The way to start processes: forked from a server that has imported what they need, and that Ctrl-C does not
+    reach.
+    """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

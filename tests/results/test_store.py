@@ -9,7 +9,7 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -227,7 +227,7 @@ Holder = tuple[BaseProcess, Connection]
 
 
 @pytest.fixture
-def holder(store: Store, processes: ForkServerContext) -> Iterator[Callable[[], Holder]]:
+def holder(store: Store, processes: BaseContext) -> Iterator[Callable[[], Holder]]:
     """Starts a process that takes the lock, says so, and keeps it until told to let go."""
     started: list[BaseProcess] = []
 
