@@ -61,8 +61,10 @@ class NONE(Defense):
     `released_quirks` restores what the released code does and the paper does not say, for comparison: the sample at the
     natural break itself is flagged, neurons without a single unsure sample rank first, and on a ResNet18 the reset of
     layer4 accumulates the neurons of earlier layers. To compare with the released code on a ResNet18, also set
-    `standardize: false`, `tap: convolution` and `layers: ["layer2.*", "layer3.*", "layer4.*"]`: there the layer with
-    the largest values decides alone which samples are dropped.
+    `tap: convolution` and `layers: ["layer2.*", "layer3.*", "layer4.*"]`.
+
+    Values of different layers are summed as they are, as released, so that the layer with the largest values weighs
+    most; `standardize` gives every neuron the same weight.
 
     `algorithm1` to the letter (`min_gvf: 0`) flags about 16 % of all samples for every ordinary neuron: of a normal
     distribution everything above 1.01 standard deviations. Only neurons whose two classes explain at least `min_gvf` of
@@ -123,7 +125,7 @@ class NONE(Defense):
     )
     standardize: bool = Field(
         False,
-        description="released: sum values in their neuron's standard deviations, so that no layer dominates by scale",
+        description="released: sum values in their neuron's standard deviations, so that no layer weighs more",
     )
     drop_samples: bool = Field(
         True, description="false keeps all samples, as the released code does for natural Trojans"
