@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from backdoor_bench_none.api import Batch, Context, Defense, DefenseResult, DefenseTask, Stage
 
-#: samples whose gradients are computed at once on a CPU: the fastest of 8, 16 and a whole batch of 64
+#: samples whose gradients are computed at once on a CPU: of 8, 16 and a whole batch of 64 the fastest, or close to it
 CPU_CHUNK = 16
 #: gradients of one sample each, by parameter name: (B, *shape of the parameter)
 PerSample = dict[str, Tensor]
