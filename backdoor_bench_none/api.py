@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from backdoor_bench_none.attack import Attack, AttackTask, LabelMode, PoisonedSamples, TriggerAttack
+from backdoor_bench_none.attack import (
+    Attack,
+    AttackTask,
+    CleanLabelAttack,
+    Crafter,
+    FoundTriggers,
+    LabelMode,
+    PoisonedSamples,
+    SearchTask,
+    StampAttack,
+    TriggerAttack,
+    VictimTask,
+)
 from backdoor_bench_none.component import Component, Incidental
 from backdoor_bench_none.context import Context
 from backdoor_bench_none.data.dataset import Dataset, DatasetInfo, ImageSet
@@ -14,6 +26,7 @@ from backdoor_bench_none.executors.base import Executor
 from backdoor_bench_none.hookspecs import hookimpl
 from backdoor_bench_none.models.architecture import Activation, Architecture, ModelSpec
 from backdoor_bench_none.recipe import Recipe
+from backdoor_bench_none.task import TrainingTask
 from backdoor_bench_none.training import Batch, FitOptions, History, Trainer, TrainingData, cross_entropy
 from backdoor_bench_none.trigger import Trigger
 
@@ -24,8 +37,10 @@ __all__ = [
     "Attack",
     "AttackTask",
     "Batch",
+    "CleanLabelAttack",
     "Component",
     "Context",
+    "Crafter",
     "Dataset",
     "DatasetInfo",
     "Defense",
@@ -34,6 +49,7 @@ __all__ = [
     "Evaluation",
     "Executor",
     "FitOptions",
+    "FoundTriggers",
     "History",
     "ImageSet",
     "Incidental",
@@ -43,11 +59,15 @@ __all__ = [
     "OracleTask",
     "PoisonedSamples",
     "Recipe",
+    "SearchTask",
     "Stage",
+    "StampAttack",
     "Trainer",
     "TrainingData",
+    "TrainingTask",
     "Trigger",
     "TriggerAttack",
+    "VictimTask",
     "cross_entropy",
     "hookimpl",
 ]  # fmt: skip

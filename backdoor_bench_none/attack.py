@@ -1,22 +1,34 @@
-"""What an attack is: it replaces training samples, and says which test samples it would turn into what."""
+"""What an attack is: it replaces training samples, and says which test samples it would turn into what.
+
+One that does more says so: it crafts its samples with a network, trains the victim itself, or finds its trigger in
+every finished network.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, field_validator
+from torch import Tensor, nn
 
 from backdoor_bench_none.component import Component
+from backdoor_bench_none.context import Context
 from backdoor_bench_none.data.dataset import DatasetInfo, ImageSet
 from backdoor_bench_none.errors import ConfigError
+from backdoor_bench_none.models.architecture import Architecture
 from backdoor_bench_none.seeds import derive_seed
+from backdoor_bench_none.task import TrainingTask
+from backdoor_bench_none.training import History, Pixels, Trainer, check_learned, predict_logits
 from backdoor_bench_none.trigger import Trigger
 
-LabelMode = Literal["all_to_one", "all_to_all"]
+if TYPE_CHECKING:
+    from backdoor_bench_none.cell import Cell
+
+LabelMode = Literal["all_to_one", "all_to_all", "clean_label"]
 #: images stamped at once, which bounds the memory of per-sample masks
 STAMP_CHUNK = 4096
 
@@ -28,6 +40,78 @@ class AttackTask:
     data: ImageSet
     info: DatasetInfo
     seed: int
+    #: what it asked for with `crafted_with` or `needs_backbone`: a network in eval mode, on the device of `context`
+    network: nn.Module | None = None
+    #: the client (N,) int64 that holds each sample, for one that `needs_clients`
+    clients: Tensor | None = None
+    context: Context = field(default_factory=lambda: Context(torch.device("cpu"), 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VictimTask(TrainingTask):
+    """What an attacker who controls training has: `train` as the defender will get it, and the clean set behind it."""
+
+    #: the training set before it was poisoned, on the device
+    original: ImageSet
+    #: indices (k,) of the poisoned samples
+    poisoned: Tensor
+    #: a seed for triggers: that of `poison`
+    attack_seed: int
+    #: None unless the attack declares `starts_from_benign`
+    benign_weights: Mapping[str, Tensor] | None = field(default=None, repr=False)
+
+    def benign(self) -> nn.Module:
+        """The network trained on the clean set by the cell's recipe, in eval mode; it is that of the attack `clean`."""
+        if self.benign_weights is None:
+            raise ConfigError("this attack asks for the benign network without saying so", "set starts_from_benign")
+        return self.build.load(self.benign_weights)
+
+
+@dataclass(frozen=True)
+class SearchTask:
+    """What an attack that finds its trigger in a finished network has: the
+    network in eval mode, clean training images to search with, on the device.
+    """
+
+    model: nn.Module
+    train: ImageSet
+    info: DatasetInfo
+
+    def predict(self, images: Tensor, context: Context) -> Tensor:
+        """Logits (N, K) float32 of `images` (N, C, H, W) uint8, in float32."""
+        pixels = Pixels.of(self.info, context.device)
+        return predict_logits(self.model, images, pixels, replace(context, amp=None))
+
+
+@dataclass(frozen=True)
+class FoundTriggers:
+    """Triggers found in a network: `masks` (A, 1, H, W) and `patterns` (A, C, H, W) in [0, 1], and the label (A,)
+    int64 that each gives to images of other classes, -1 where the search found none. `facts` go into the record.
+    """
+
+    masks: Tensor
+    patterns: Tensor
+    labels: Tensor
+    facts: tuple[Mapping[str, Any], ...]
+
+    def stamp(self, index: int, test: ImageSet) -> PoisonedSamples:
+        """The test images of other classes with trigger `index`; all of them as they are if there is none."""
+        label = int(self.labels[index])
+        indices = torch.nonzero(test.labels != label).flatten()
+        images = Trigger(self.masks[index], self.patterns[index]).apply(test.images[indices])
+        return PoisonedSamples(indices, images, torch.full_like(indices, label))
+
+
+class Crafter(Component):
+    """A network that an attack crafts samples with: trained on the clean training set, once for all that share it."""
+
+    def architecture(self) -> Architecture:
+        """Its architecture; its activation function is ReLU."""
+        raise NotImplementedError
+
+    def train(self, task: TrainingTask, context: Context) -> nn.Module:
+        """The trained network, made by `task.new_model`; the recipe is that of the data set and the architecture."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -39,6 +123,9 @@ class PoisonedSamples:
     indices: Tensor
     images: Tensor
     labels: Tensor
+    #: (k,) bool: samples that were changed to mislead a defender and teach no trigger; they count neither as poisoned
+    #: nor as benign. None if there are none.
+    decoys: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -59,6 +146,31 @@ class PoisonedSamples:
 class Attack(Component):
     """Base of all attacks. One that stamps a trigger is a `TriggerAttack`; other kinds override what is here."""
 
+    #: whether training samples are replaced; if not, networks trained on the data are those of the attack `clean`
+    poisons: ClassVar[bool] = True
+    #: whether the attacker trains the victim: write `train`
+    controls_training: ClassVar[bool] = False
+    #: whether `train` begins with the network of the attack `clean`
+    starts_from_benign: ClassVar[bool] = False
+    #: whether the trigger is found in each finished network: write `find_triggers`
+    searches: ClassVar[bool] = False
+    #: whether it needs to know the frozen backbone of the victim
+    needs_backbone: ClassVar[bool] = False
+    #: whether it needs to know which client holds which sample
+    needs_clients: ClassVar[bool] = False
+
+    @classmethod
+    def facts(cls) -> Mapping[str, str]:
+        """What the attacker can do."""
+        powers = {
+            "poisons the training set": cls.poisons,
+            "trains the victim": cls.controls_training,
+            "searches every finished network": cls.searches,
+            "knows the frozen backbone": cls.needs_backbone,
+            "controls clients": cls.needs_clients,
+        }
+        return {"attacker": ", ".join(power for power, has in powers.items() if has) or "does nothing"}
+
     def resolve(self, info: DatasetInfo) -> Self:
         """This attack with parameters left to the data set filled in, so that records and keys hold what was used."""
         return self
@@ -66,14 +178,48 @@ class Attack(Component):
     def check(self, info: DatasetInfo) -> None:
         """Raise `ConfigError` if this resolved attack cannot be carried out on that data set."""
 
+    def check_trainer(self, trainer: Trainer) -> None:
+        """Raise `ConfigError` if it cannot be carried out with the parameters of that trainer."""
+
+    def skip(self, cell: Cell) -> str | None:
+        """A reason if the cell's trainer does not have what the attack needs."""
+        if self.needs_backbone and not cell.the_trainer.has_backbone:
+            return f"{cell.attack.name} needs a trainer with a frozen backbone, as transfer"
+        if self.needs_clients and not cell.the_trainer.has_clients:
+            return f"{cell.attack.name} needs a trainer with clients, as federated"
+        return None
+
+    def crafted_with(self) -> Crafter | None:
+        """How to make the network that `poison` is given."""
+        return None
+
     def poison(self, task: AttackTask) -> PoisonedSamples:
         """The training samples that are replaced."""
-        raise NotImplementedError
+        if self.poisons:
+            raise NotImplementedError
+        return PoisonedSamples.nothing(task.data)
+
+    def train(self, task: VictimTask, context: Context) -> tuple[nn.Module, History]:
+        """The victim. Whoever controls training may return another structure, with `adapt`."""
+        model = task.new_model()
+        history = task.fit(model, context)
+        check_learned(history, task.info.num_classes)
+        return model, history
+
+    def adapt(self, model: nn.Module, info: DatasetInfo) -> nn.Module:
+        """The structure of the victim, made of one of the cell's networks; the same by default."""
+        return model
 
     def attack_test(self, task: AttackTask) -> PoisonedSamples:
         """The test samples whose label the attack would change,
         triggered, with the labels it wants: the denominator of ASR.
         """
+        if not self.searches:
+            raise NotImplementedError
+        return PoisonedSamples.nothing(task.data)
+
+    def find_triggers(self, task: SearchTask, context: Context) -> FoundTriggers:
+        """The triggers of a finished network, defended or not; ASR is taken over all of them together."""
         raise NotImplementedError
 
     def preview(self, task: AttackTask) -> Tensor:
@@ -81,10 +227,11 @@ class Attack(Component):
         return task.data.images
 
 
-class TriggerAttack(Attack):
-    """An attack that stamps a trigger: write `trigger`, or `trigger_each` when every sample bears its own."""
+class StampAttack(Attack):
+    """Base of attacks whose test images bear a trigger that is known beforehand: write `trigger`, or `trigger_each`
+    when every sample bears its own, or `stamp` for what is no trigger of Eq. 1.
+    """
 
-    poison_rate: float = Field(0.05, ge=0, le=1, description="share of the whole training set that is poisoned")
     target: int | None = Field(
         None, ge=0, description="label all triggered images get; default: the paper's for the data set"
     )
@@ -106,22 +253,13 @@ class TriggerAttack(Attack):
         return self.model_copy(update={"target": target})
 
     def check(self, info: DatasetInfo) -> None:
-        """The target is a class, the rate selects something, the trigger fits."""
+        """The target is a class, the trigger fits."""
         if self.target is not None and self.target >= info.num_classes:
             raise ConfigError(
                 f"target {self.target} is not a class of {info.name}", f"its classes are 0 to {info.num_classes - 1}"
             )
-        if self.poison_rate > 0 and round(self.poison_rate * info.train_size) == 0:
-            raise ConfigError(
-                f"poison_rate {self.poison_rate} selects none of the {info.train_size} training images of {info.name}",
-                f"use at least {1 / info.train_size:.2g}, or the attack 'clean'",
-            )
-        self.trigger_each(info, torch.arange(1), seed=0)
-
-    def select(self, labels: Tensor, seed: int) -> Tensor:
-        """round(poison_rate * N) distinct indices in ascending order, drawn from the whole set."""
-        count = round(self.poison_rate * len(labels))
-        return torch.from_numpy(np.sort(np.random.default_rng(seed).choice(len(labels), count, replace=False)))
+        black = torch.zeros(1, *info.shape, dtype=torch.uint8)
+        self.stamp(black, torch.arange(1), info, seed=0)
 
     def relabel(self, labels: Tensor, num_classes: int) -> Tensor:
         """The labels the attacker wants: `target`, or (y + 1) mod K (section 8.6)."""
@@ -137,13 +275,6 @@ class TriggerAttack(Attack):
         ]
         return torch.cat(stamped) if stamped else images.clone()
 
-    def poison(self, task: AttackTask) -> PoisonedSamples:
-        """Stamp and relabel the selected samples."""
-        indices = self.select(task.data.labels, derive_seed(task.seed, "select"))
-        chosen = task.data.take(indices)
-        images = self.stamp(chosen.images, indices, task.info, derive_seed(task.seed, "place"))
-        return PoisonedSamples(indices, images, self.relabel(chosen.labels, task.info.num_classes))
-
     def attack_test(self, task: AttackTask) -> PoisonedSamples:
         """All samples whose label would change: for all-to-one those of other classes, for all-to-all every one."""
         wanted = self.relabel(task.data.labels, task.info.num_classes)
@@ -154,6 +285,103 @@ class TriggerAttack(Attack):
     def preview(self, task: AttackTask) -> Tensor:
         """All images with their triggers."""
         return self.stamp(task.data.images, torch.arange(len(task.data)), task.info, derive_seed(task.seed, "place"))
+
+
+class TriggerAttack(StampAttack):
+    """Base of dirty-label attacks: training samples get the trigger and the label that the attacker wants."""
+
+    poison_rate: float = Field(0.05, ge=0, le=1, description="share of the whole training set that is poisoned")
+    exclude_target: bool = Field(False, description="all_to_one: draw no samples of the target class")
+
+    @field_validator("label_mode")
+    @classmethod
+    def _changes_labels(cls, mode: LabelMode) -> LabelMode:
+        if mode == "clean_label":
+            raise ValueError("this attack changes labels: all_to_one or all_to_all")
+        return mode
+
+    def check(self, info: DatasetInfo) -> None:
+        """Also: the rate selects something."""
+        super().check(info)
+        if self.poison_rate > 0 and round(self.poison_rate * info.train_size) == 0:
+            raise ConfigError(
+                f"poison_rate {self.poison_rate} selects none of the {info.train_size} training images of {info.name}",
+                f"use at least {1 / info.train_size:.2g}, or the attack 'clean'",
+            )
+
+    def select(self, labels: Tensor, seed: int) -> Tensor:
+        """round(poison_rate * N) distinct indices in ascending order, drawn from the whole set."""
+        count = round(self.poison_rate * len(labels))
+        if not self.exclude_target or self.target is None:
+            return draw_indices(torch.arange(len(labels)), count, seed)
+        return draw_indices(torch.nonzero(labels != self.target).flatten(), count, seed)
+
+    def poison(self, task: AttackTask) -> PoisonedSamples:
+        """Stamp and relabel the selected samples."""
+        indices = self.select(task.data.labels, derive_seed(task.seed, "select"))
+        chosen = task.data.take(indices)
+        images = self.stamp(chosen.images, indices, task.info, derive_seed(task.seed, "place"))
+        return PoisonedSamples(indices, images, self.relabel(chosen.labels, task.info.num_classes))
+
+
+class CleanLabelAttack(StampAttack):
+    """Base of clean-label attacks: samples of the target class get the trigger and keep their label.
+
+    Beware of the rate: it is a share of the target class, as in Turner et al.; other toolboxes take a share of the
+    whole set. 5 % of one of ten classes is 0.5 % of the data.
+    """
+
+    label_mode: LabelMode = Field("clean_label", description="always clean_label: no label is changed")
+    class_rate: float = Field(0.05, gt=0, le=1, description="share of the target class that is poisoned")
+
+    @field_validator("label_mode")
+    @classmethod
+    def _keeps_labels(cls, mode: LabelMode) -> LabelMode:
+        if mode != "clean_label":
+            raise ValueError(f"a clean-label attack changes no label, so it has no {mode}")
+        return mode
+
+    def check(self, info: DatasetInfo) -> None:
+        """Also: the rate selects something of a class of average size."""
+        super().check(info)
+        size = info.train_size / info.num_classes
+        if round(self.class_rate * size) == 0:
+            raise ConfigError(
+                f"class_rate {self.class_rate} selects none of the about {size:.0f} training images that a class of "
+                f"{info.name} has",
+                f"use at least {1 / size:.2g}",
+            )
+
+    def select(self, labels: Tensor, seed: int) -> Tensor:
+        """round(class_rate * n) distinct indices of the n samples of the target class, in ascending order."""
+        of_target = torch.nonzero(labels == (self.target or 0)).flatten()
+        count = round(self.class_rate * len(of_target))
+        if count == 0:
+            raise ConfigError(
+                f"class_rate {self.class_rate} selects none of the {len(of_target)} samples of class {self.target}",
+                "raise class_rate",
+            )
+        return draw_indices(of_target, count, seed)
+
+    def craft(self, chosen: ImageSet, indices: Tensor, task: AttackTask) -> Tensor:
+        """The selected samples `chosen`, of `indices` (k,), as they stand in the training set: stamped, by default."""
+        return self.stamp(chosen.images, indices, task.info, derive_seed(task.seed, "place"))
+
+    def poison(self, task: AttackTask) -> PoisonedSamples:
+        """Craft the selected samples."""
+        indices = self.select(task.data.labels, derive_seed(task.seed, "select"))
+        chosen = task.data.take(indices)
+        return PoisonedSamples(indices, self.craft(chosen, indices, task), chosen.labels)
+
+
+def draw_indices(eligible: Tensor, count: int, seed: int) -> Tensor:
+    """`count` distinct ones of `eligible` (n,) int64, in ascending order; `ConfigError` if there are not as many."""
+    if count > len(eligible):
+        raise ConfigError(
+            f"{count} samples are to be poisoned, of {len(eligible)} that are eligible", "lower the poisoning rate"
+        )
+    drawn = np.random.default_rng(seed).choice(len(eligible), count, replace=False)
+    return eligible[torch.from_numpy(np.sort(drawn))]
 
 
 def _chunks(indices: Tensor) -> list[tuple[int, Tensor]]:

@@ -1,4 +1,4 @@
-"""The built-in architectures, activations, data sets, trainer and
+"""The built-in architectures, activations, data sets, trainers and
 executor, registered through the same hooks as anybody's.
 """
 
@@ -48,6 +48,7 @@ def bbn_datasets() -> Mapping[str, str]:
         "cifar10": "backdoor_bench_none.data.torchvision_sets:CIFAR10",
         "gtsrb": "backdoor_bench_none.data.image_files:GTSRB",
         "imagenette": "backdoor_bench_none.data.image_files:Imagenette",
+        "blobs": "backdoor_bench_none.data.blobs:Blobs",
         "image_folder": "backdoor_bench_none.data.user:ImageFolder",
         "npz": "backdoor_bench_none.data.user:Npz",
     }
@@ -55,8 +56,12 @@ def bbn_datasets() -> Mapping[str, str]:
 
 @hookimpl
 def bbn_trainers() -> Mapping[str, str]:
-    """The one training loop, on all data in one place."""
-    return {"centralized": "backdoor_bench_none.training:Centralized"}
+    """The one training loop: on all data in one place, on each client's, or for the last layer alone."""
+    return {
+        "centralized": "backdoor_bench_none.training:Centralized",
+        "federated": "backdoor_bench_none.trainers.federated:Federated",
+        "transfer": "backdoor_bench_none.trainers.transfer:Transfer",
+    }
 
 
 @hookimpl

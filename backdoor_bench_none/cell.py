@@ -65,9 +65,32 @@ class Cell:
         return content_key("data", self.dataset.identity, self.fingerprint)
 
     @cached_property
+    def crafter_key(self) -> str | None:
+        """The network that the attack crafts with, if it does."""
+        crafter = self.the_attack.crafted_with()
+        if crafter is None:
+            return None
+        name = f"{type(crafter).__module__}:{type(crafter).__qualname__}"
+        return content_key("crafter", self.data_key, name, canonical_json(crafter.identity()), self.seed)
+
+    @cached_property
+    def backbone_key(self) -> str | None:
+        """The frozen backbone that every network starts from, if the trainer has one."""
+        if not self.the_trainer.has_backbone:
+            return None
+        return content_key("backbone", self.data_key, self.initial_key, self.trainer.identity)
+
+    @cached_property
     def poison_key(self) -> str:
         """The poisoned training samples and the triggered test samples."""
-        return content_key("poison", self.data_key, self.attack.identity, self.seed)
+        backbone = self.backbone_key if self.the_attack.needs_backbone else None
+        clients = self.trainer.identity if self.the_attack.needs_clients else None
+        return content_key("poison", self.data_key, self.attack.identity, self.seed, backbone, clients)
+
+    @cached_property
+    def train_key(self) -> str:
+        """The training set as a defender gets it."""
+        return self.poison_key if self.the_attack.poisons else self.data_key
 
     @cached_property
     def initial_key(self) -> str:
@@ -79,8 +102,16 @@ class Cell:
     @cached_property
     def victim_key(self) -> str:
         """The network trained on the poisoned data without a defense."""
+        return self._victim_key(self.train_key, self.attack.identity if self.the_attack.controls_training else None)
+
+    @cached_property
+    def benign_key(self) -> str:
+        """The network trained on clean data: the victim of the attack `clean`."""
+        return self._victim_key(self.data_key, None)
+
+    def _victim_key(self, data: str, attacker: str | None) -> str:
         parts = (self.architecture.identity, self.activation.identity, self.trainer.identity)
-        return content_key("victim", self.poison_key, *parts, self.recipe_json, self.seed)
+        return content_key("victim", data, attacker, *parts, self.recipe_json, self.seed)
 
     @cached_property
     def defense_key(self) -> str:
@@ -88,11 +119,17 @@ class Cell:
         return content_key("defense", self.victim_key, self.defense.identity)
 
     @cached_property
+    def search_key(self) -> str:
+        """The triggers that the attack finds in the defended network."""
+        return content_key("search", self.defense_key, self.attack.identity)
+
+    @cached_property
     def key(self) -> str:
         """This cell's record."""
         from backdoor_bench_none.evaluation import EVALUATION_REVISION
 
-        return content_key("cell", self.defense_key, EVALUATION_REVISION, [metric.identity for metric in self.metrics])
+        metrics = [metric.identity for metric in self.metrics]
+        return content_key("cell", self.defense_key, self.poison_key, EVALUATION_REVISION, metrics)
 
     @cached_property
     def recipe_json(self) -> str:

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +24,10 @@ def no_log(name: str, value: float, step: int) -> None:
     """Drop a logged number."""
 
 
+def no_progress(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What a stage may know of its surroundings.
@@ -37,7 +41,7 @@ class Context:
     amp: torch.dtype | None = None
     deadline: float | None = None
     log: Callable[[str, float, int], None] = no_log
-    progress: Callable[[int, int], None] = field(default=lambda done, total: None)
+    progress: Callable[[int, int], None] = no_progress
 
     def autocast(self) -> AbstractContextManager[object]:
         """Mixed precision, where it pays."""

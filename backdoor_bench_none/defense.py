@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from backdoor_bench_none.component import Component
-from backdoor_bench_none.context import Context
-from backdoor_bench_none.data.dataset import DatasetInfo, ImageSet
+from backdoor_bench_none.data.dataset import ImageSet
 from backdoor_bench_none.errors import PluginError
-from backdoor_bench_none.models.builder import ModelBuilder
-from backdoor_bench_none.recipe import Recipe
-from backdoor_bench_none.training import (
-    FitOptions,
-    Gradients,
-    History,
-    Loss,
-    Trainer,
-    TrainingData,
-    cross_entropy,
-    predict_logits,
-)
+from backdoor_bench_none.task import TrainingTask
+
+if TYPE_CHECKING:
+    from backdoor_bench_none.context import Context
 
 
 class Stage(StrEnum):
@@ -39,73 +31,26 @@ class Stage(StrEnum):
     POST_TRAINING = "post_training"
 
 
-@dataclass(frozen=True)
-class DefenseTask:
+@dataclass(frozen=True, kw_only=True)
+class DefenseTask(TrainingTask):
     """What a defender has: untrusted training data, the trusted images it asked for, and the means to train.
 
-    There is no ground truth of what is poisoned in here, no trigger and no test set. Indices refer to `train` in its
-    original order.
+    There is no ground truth of what is poisoned in here, no trigger and no test set.
     """
 
-    #: the untrusted training set, on the device
-    train: ImageSet
     #: trusted images: int(clean_fraction * N) of them, none poisoned; None for a defense that asks for none
     clean: ImageSet | None
-    info: DatasetInfo
-    recipe: Recipe
-    trainer: Trainer
-    build: ModelBuilder
-    #: None unless the defense declares `starts_from_victim`
-    victim_weights: Mapping[str, Tensor] | None = field(default=None, repr=False)
-
-    def new_model(self, draw: int = 0) -> nn.Module:
-        """An initialised network of the cell's architecture and activation, on the device.
-
-        Draw 0 has the initial weights that every defense and the victim share; other draws have others.
-        """
-        return self.build(draw)
+    #: None unless the defense declares `starts_from_victim`; call `victim` for a copy to work on
+    victim_network: nn.Module | None = field(default=None, repr=False)
 
     def victim(self) -> nn.Module:
         """The network trained on `train` by the cell's recipe without a defense, in eval mode, on the device.
 
         It is trained once for all defenses of a seed; only a defense that declares `starts_from_victim` gets it.
         """
-        if self.victim_weights is None:
+        if self.victim_network is None:
             raise PluginError("this defense asks for the victim without saying so", "set starts_from_victim = True")
-        return self.build.load(self.victim_weights)
-
-    def fit(
-        self,
-        model: nn.Module,
-        context: Context,
-        *,
-        data: ImageSet | None = None,
-        keep: Tensor | None = None,
-        freeze_batchnorm: bool = False,
-        loss: Loss = cross_entropy,
-        gradients: Gradients | None = None,
-        **recipe: Any,
-    ) -> History:
-        """Train `model` in place by the cell's trainer and recipe;
-        keyword arguments change the recipe, as in `epochs=5`.
-
-        `data` (default `train`) is what to train on; `keep` (k,) int64 the indices of its samples to use. `loss` is
-        differentiated; `gradients` computes gradients itself.
-        """
-        options = FitOptions(keep, freeze_batchnorm, loss, gradients)
-        changed = Recipe(**{**self.recipe.model_dump(), **recipe})
-        return self.trainer.fit(model, self.training_data(data, context), changed, context, options)
-
-    def training_data(self, data: ImageSet | None, context: Context) -> TrainingData:
-        """`data` (default `train`) with the normalisation and augmentation of the data set."""
-        return TrainingData.of(self.train if data is None else data, self.info, context.device)
-
-    def predict(self, model: nn.Module, context: Context, data: ImageSet | None = None) -> Tensor:
-        """Logits (N, K) float32 of `data` (default `train`) in its
-        order, in eval mode, without augmentation, in float32.
-        """
-        prepared = self.training_data(data, context)
-        return predict_logits(model, prepared.images.images, prepared.pixels, replace(context, amp=None))
+        return copy.deepcopy(self.victim_network)
 
 
 @dataclass(frozen=True)

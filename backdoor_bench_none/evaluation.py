@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +88,8 @@ class Evaluation:
     triggered_predictions: Tensor
     triggered_labels: Tensor
     wanted_labels: Tensor
+    #: numbers of triggered images of each of the attack's triggers, where it has several
+    part_sizes: tuple[int, ...] = ()
 
 
 class Metric(Component):
@@ -99,20 +101,27 @@ class Metric(Component):
 
 
 def evaluate(
-    model: nn.Module, test: ImageSet, triggered: PoisonedSamples, pixels: Pixels, context: Context
+    model: nn.Module, test: ImageSet, triggered: Iterable[PoisonedSamples], pixels: Pixels, context: Context
 ) -> tuple[Counts, Evaluation]:
-    """Classify the clean test set and the triggered one, and count."""
+    """Classify the clean test set and the triggered ones, part by part, and count over all parts."""
     clean = predict_logits(model, test.images, pixels, context).argmax(1).cpu()
-    labels, true = test.labels.cpu(), test.labels.cpu()[triggered.indices]
-    attacked = torch.empty(0, dtype=torch.int64)
-    if len(triggered):
-        attacked = predict_logits(model, triggered.images, pixels, context).argmax(1).cpu()
+    labels = test.labels.cpu()
+    empty = torch.empty(0, dtype=torch.int64)
+    attacked, true, wanted = [empty], [empty], [empty]
+    for part in triggered:
+        if len(part):
+            attacked.append(predict_logits(model, part.images, pixels, context).argmax(1).cpu())
+            true.append(labels[part.indices])
+            wanted.append(part.labels)
+    sizes = tuple(map(len, attacked[1:]))
+    evaluation = Evaluation(model, clean, labels, torch.cat(attacked), torch.cat(true), torch.cat(wanted), sizes)
+    predicted, is_triggered = evaluation.triggered_predictions, bool(sizes)
     counts = Counts(
         benign_accuracy=_count(clean == labels),
-        attack_success_rate=_count(attacked == triggered.labels) if len(triggered) else None,
-        robust_accuracy=_count(attacked == true) if len(triggered) else None,
+        attack_success_rate=_count(predicted == evaluation.wanted_labels) if is_triggered else None,
+        robust_accuracy=_count(predicted == evaluation.triggered_labels) if is_triggered else None,
     )
-    return counts, Evaluation(model, clean, labels, attacked, true, triggered.labels)
+    return counts, evaluation
 
 
 def _count(hits: Tensor) -> Count:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
-from backdoor_bench_none.api import Architecture, Attack, Dataset, DatasetInfo
+from backdoor_bench_none.api import Architecture, Attack, Dataset, DatasetInfo, Trainer
 from backdoor_bench_none.cell import AXES, Cell, Choice
 from backdoor_bench_none.component import Component
 from backdoor_bench_none.config import Config, Entry, Exclude, Fault, Location, Matrix, Source, read_config
@@ -36,8 +37,9 @@ class Plan:
         )
 
 
+T = TypeVar("T")
 #: axes whose entries and defaults may have a recipe
-RECIPE_AXES = ("dataset", "architecture")
+RECIPE_AXES = ("dataset", "architecture", "trainer")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class _Planner:
     source: Source
     registry: Registry
     faults: list[Fault] = field(default_factory=list)
-    _recipes: dict[tuple[int, int], Recipe] = field(default_factory=dict)
+    _recipes: dict[tuple[int, int, int], Recipe] = field(default_factory=dict)
 
     def choices(self, kind: str, entries: list[Entry], location: Location) -> list[Made]:
         """One choice per entry and sweep value; faults are kept."""
@@ -97,24 +99,28 @@ class _Planner:
         """The parameters `defaults` gives to a component, without its recipe."""
         return {k: v for k, v in self.config.defaults.get(kind, {}).get(name, {}).items() if k != "recipe"}
 
-    def recipe(self, dataset: Made, architecture: Made) -> Recipe:
-        """The recipe of a data set and an architecture.
+    def recipe(self, dataset: Made, architecture: Made, trainer: Made) -> Recipe:
+        """The recipe of a data set, an architecture and a trainer.
 
-        Later ones win: the data set's own, the architecture's own, `defaults` of both, then the entries of both.
+        Later ones win: their own in this order, then `defaults` of each, then the entry of each.
         """
-        cache_key = (id(dataset.choice), id(architecture.choice))
+        cache_key = (id(dataset.choice), id(architecture.choice), id(trainer.choice))
         if cache_key not in self._recipes:
-            self._recipes[cache_key] = self._make_recipe(dataset, architecture)
+            self._recipes[cache_key] = self._make_recipe(dataset, architecture, trainer)
         return self._recipes[cache_key]
 
-    def _make_recipe(self, dataset: Made, architecture: Made) -> Recipe:
+    def _make_recipe(self, dataset: Made, architecture: Made, trainer: Made) -> Recipe:
         network = cast("Architecture", architecture.choice.component)
-        own = {**cast("Dataset", dataset.choice.component).recipe(), **network.recipe(dataset.choice.name)}
+        own = {
+            **cast("Dataset", dataset.choice.component).recipe(),
+            **network.recipe(dataset.choice.name),
+            **cast("Trainer", trainer.choice.component).recipe(),
+        }
         given: list[tuple[Any, Location]] = []
-        for choice in (dataset.choice, architecture.choice):
+        for choice in (dataset.choice, architecture.choice, trainer.choice):
             found = self.config.defaults.get(choice.kind, {}).get(choice.name, {}).get("recipe")
             given.append((found, ("defaults", choice.kind, choice.name, "recipe")))
-        given += [(made.entry.recipe, (*made.at, "recipe")) for made in (dataset, architecture)]
+        given += [(made.entry.recipe, (*made.at, "recipe")) for made in (dataset, architecture, trainer)]
         fields, places = dict(own), dict[str, Location]()
         for recipe, place in given:
             found = self._given_recipe(recipe, architecture.choice.name, place)
@@ -282,7 +288,10 @@ def _expand(
         except BenchError as error:
             planner.faults.append((dataset.at, _one_line(error)))
             continue
-        attacks = [resolved for attack in axes["attack"] if (resolved := _resolve(attack, info, planner))]
+        for made in axes["trainer"]:
+            _check(made, planner, partial(cast("Trainer", made.choice.component).check, info))
+        trainers = [cast("Trainer", made.choice.component) for made in axes["trainer"]]
+        attacks = [resolved for attack in axes["attack"] if (resolved := _resolve(attack, info, trainers, planner))]
         rest = (
             attacks,
             axes["architecture"],
@@ -294,24 +303,35 @@ def _expand(
         for attack, architecture, activation, trainer, defense, seed in itertools.product(*rest):
             yield Cell(
                 dataset.choice, attack, defense.choice, architecture.choice, activation.choice, trainer.choice,
-                seed, planner.recipe(dataset, architecture), info, fingerprint, metrics,
+                seed, planner.recipe(dataset, architecture, trainer), info, fingerprint, metrics,
             )  # fmt: skip
 
 
-def _resolve(made: Made, info: DatasetInfo, planner: _Planner) -> Choice | None:
-    """The attack with the data set's defaults filled in and checked against it."""
-    choice = made.choice
-    try:
-        resolved = cast("Attack", choice.component).resolve(info)
+def _resolve(made: Made, info: DatasetInfo, trainers: list[Trainer], planner: _Planner) -> Choice | None:
+    """The attack with the data set's defaults filled in, checked against it and against the trainers."""
+
+    def resolve() -> Attack:
+        resolved = cast("Attack", made.choice.component).resolve(info)
         resolved.check(info)
+        for trainer in trainers:
+            resolved.check_trainer(trainer)
+        return resolved
+
+    resolved = _check(made, planner, resolve)
+    return None if resolved is None else replace(made.choice, component=resolved)
+
+
+def _check(made: Made, planner: _Planner, check: Callable[[], T]) -> T | None:
+    """What `check` returns; None with the fault noted if it raises."""
+    try:
+        return check()
     except BenchError as error:
         planner.faults.append((made.at, _one_line(error)))
-        return None
-    except Exception as error:  # a stranger's attack
-        provider = planner.registry.entry("attack", choice.name).provider
-        planner.faults.append((made.at, f"attack '{choice.name}' of {provider}: {type(error).__name__}: {error}"))
-        return None
-    return Choice(choice.kind, choice.name, choice.label, resolved)
+    except Exception as error:  # a stranger's component
+        kind, name = made.choice.kind, made.choice.name
+        provider = planner.registry.entry(kind, name).provider
+        planner.faults.append((made.at, f"{kind} '{name}' of {provider}: {type(error).__name__}: {error}"))
+    return None
 
 
 def _excludes(rule: Exclude, cell: Cell) -> bool:

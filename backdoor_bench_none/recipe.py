@@ -11,7 +11,7 @@ Schedule = Literal["one_cycle", "step", "constant"]
 
 
 class Recipe(BaseModel):
-    """SGD with momentum and a learning-rate schedule.
+    """SGD with momentum, or Adam, and a learning-rate schedule.
 
     `one_cycle` rises linearly to `lr` over the first `warmup` of all steps and falls linearly to zero. `step`
     multiplies by `gamma` at the start of each epoch in `milestones` (counted from 1, as in the paper's released code).
@@ -25,6 +25,7 @@ class Recipe(BaseModel):
     drop_last: bool = Field(
         True, description="leave out an incomplete last batch of an epoch, unless it is the only one"
     )
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="adam: betas 0.9 and 0.999; momentum has no effect")
     lr: float = Field(0.1, gt=0, description="highest learning rate")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum")
     nesterov: bool = Field(True, description="Nesterov's form of momentum")
@@ -44,6 +45,9 @@ class Recipe(BaseModel):
         1.0,
         gt=0,
         description="learning rate of the last convolution or linear layer, its bias included, relative to lr",
+    )
+    precision: Literal["auto", "float32"] = Field(
+        "auto", description="auto: bfloat16 where the hardware computes it; it keeps eight bits of a number"
     )
     compile: bool = Field(False, description="torch.compile the network; pays on a GPU in long runs only")
 

@@ -5,8 +5,9 @@ as uint8, every step is a handful of batched tensor operations.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,10 @@ from backdoor_bench_none.context import Context
 from backdoor_bench_none.data.dataset import DatasetInfo, ImageSet
 from backdoor_bench_none.errors import TrainingError
 from backdoor_bench_none.recipe import Recipe
+
+if TYPE_CHECKING:
+    from backdoor_bench_none.models.builder import ModelBuilder
+    from backdoor_bench_none.task import TrainingTask
 
 #: images per forward pass without gradients
 INFERENCE_BATCH = 512
@@ -93,11 +98,15 @@ class TrainingData:
     images: ImageSet
     info: DatasetInfo
     pixels: Pixels
+    #: the client (N,) int64 that holds each sample, on the CPU; None where all data are in one place
+    clients: Tensor | None = None
 
     @classmethod
-    def of(cls, images: ImageSet, info: DatasetInfo, device: torch.device) -> TrainingData:
+    def of(
+        cls, images: ImageSet, info: DatasetInfo, device: torch.device, clients: Tensor | None = None
+    ) -> TrainingData:
         """`images` moved to `device`."""
-        return cls(images.to(device), info, Pixels.of(info, device))
+        return cls(images.to(device), info, Pixels.of(info, device), clients)
 
 
 @dataclass
@@ -118,10 +127,37 @@ class FitOptions:
     loss: Loss = cross_entropy
     #: in place of differentiating `loss`
     gradients: Gradients | None = None
+    #: how single clients train, by client: fields of the recipe that differ; for trainers with clients only
+    local: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
 
 class Trainer(Component):
-    """Base of all trainers: they fit a model to data; a defense trains through one and nothing else."""
+    """Base of all trainers: they fit a model to data; a defense trains through one and nothing else.
+
+    One that `has_clients` divides the training set among them. One that `has_backbone` gives every network the
+    weights of `pretrain`, except for its last layer, and trains that alone.
+    """
+
+    has_clients: ClassVar[bool] = False
+    has_backbone: ClassVar[bool] = False
+
+    def recipe(self) -> Mapping[str, Any]:
+        """The fields of the training recipe that this trainer needs changed."""
+        return {}
+
+    def check(self, info: DatasetInfo) -> None:
+        """Raise `ConfigError` if this trainer cannot train on that data set."""
+
+    def split(self, labels: Tensor, num_classes: int, seed: int) -> Tensor:
+        """The client (N,) int64 of every sample with these clean labels (N,), -1 for none; if it has clients."""
+        raise NotImplementedError
+
+    def pretrain(self, make_task: Callable[[], TrainingTask], build: ModelBuilder, context: Context) -> nn.Module:
+        """The network whose weights, but for the last layer, are the frozen backbone; if it has one.
+
+        `make_task()` reads the images for it, of classes of their own; `build` makes networks for the data set.
+        """
+        raise NotImplementedError
 
     def fit(
         self, model: nn.Module, data: TrainingData, recipe: Recipe, context: Context, options: FitOptions
@@ -203,16 +239,20 @@ def _step(
     return loss.detach()
 
 
-def _make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+def _make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     head = set(map(id, last_layer(model).parameters()))
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_bias = name.endswith("bias") and recipe.bias_lr_factor != 1
         factor = recipe.bias_lr_factor if is_bias else 1.0
         if recipe.head_lr_factor != 1 and id(parameter) in head:
             factor = recipe.head_lr_factor
         groups.setdefault((factor, 0.0 if is_bias else recipe.weight_decay), []).append(parameter)
     parameters = [{"params": p, "factor": factor, "weight_decay": decay} for (factor, decay), p in groups.items()]
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=recipe.lr, fused=True)
     momentum, nesterov = recipe.momentum, recipe.nesterov and recipe.momentum > 0
     return torch.optim.SGD(parameters, lr=recipe.lr, momentum=momentum, nesterov=nesterov, fused=True)
 

@@ -75,6 +75,11 @@ def solid_tile(size: int, color: Color, channels: int) -> Tensor:
     return values[:, None, None].expand(channels, size, size).clone()
 
 
+def noise(shape: Shape, seed: int) -> Tensor:
+    """Uniform noise (C, H, W) in [0, 1]."""
+    return torch.from_numpy(np.random.default_rng(seed).random(shape, dtype=np.float32))
+
+
 def place(shape: Shape, tile: Tensor, row: int, column: int, opacity: float = 1.0) -> Trigger:
     """`tile` (1|C, h, w) at `row`, `column`, which count from the far edges when negative (-1: flush with the edge)."""
     rows, columns = _inside(shape, tile, torch.tensor([row]), torch.tensor([column]))

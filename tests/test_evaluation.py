@@ -36,7 +36,7 @@ def saying(classes: Tensor) -> Tensor:
 def run_evaluation(clean: list[int], attacked: list[int], wanted: int = 0) -> Counts:
     test = ImageSet(saying(torch.tensor(clean)), LABELS)
     samples = PoisonedSamples(INDICES, saying(torch.tensor(attacked)), torch.full((4,), wanted))
-    return evaluate(FirstPixel(), test, samples, PIXELS, CPU)[0]
+    return evaluate(FirstPixel(), test, [samples], PIXELS, CPU)[0]
 
 
 def make_counts(benign: int, attacked: int | None, total: int = 100) -> Counts:
@@ -65,13 +65,13 @@ def test_counts_by_hand(clean: list[int], attacked: list[int], expected: tuple[i
 
 def test_success_is_measured_against_the_label_each_sample_should_get() -> None:
     samples = PoisonedSamples(INDICES, saying(torch.tensor([2, 3, 0, 2])), (LABELS[INDICES] + 1) % 4)
-    counts, _ = evaluate(FirstPixel(), ImageSet(saying(LABELS), LABELS), samples, PIXELS, CPU)
+    counts, _ = evaluate(FirstPixel(), ImageSet(saying(LABELS), LABELS), [samples], PIXELS, CPU)
     assert counts.attack_success_rate == Count(hits=4, total=4)
 
 
 def test_without_a_trigger_there_is_neither_success_nor_robust_accuracy() -> None:
     test = ImageSet(saying(LABELS), LABELS)
-    counts, seen = evaluate(FirstPixel(), test, PoisonedSamples.nothing(test), PIXELS, CPU)
+    counts, seen = evaluate(FirstPixel(), test, [PoisonedSamples.nothing(test)], PIXELS, CPU)
     assert counts == make_counts(6, None, total=6)
     assert len(seen.triggered_predictions) == 0
 
@@ -79,7 +79,7 @@ def test_without_a_trigger_there_is_neither_success_nor_robust_accuracy() -> Non
 def test_a_metric_sees_predictions_and_labels() -> None:
     samples = PoisonedSamples(INDICES, saying(torch.tensor([0, 0, 3, 1])), torch.zeros(4, dtype=torch.int64))
     model = FirstPixel()
-    _, seen = evaluate(model, ImageSet(saying(LABELS.flip(0)), LABELS), samples, PIXELS, CPU)
+    _, seen = evaluate(model, ImageSet(saying(LABELS.flip(0)), LABELS), [samples], PIXELS, CPU)
     assert seen.model is model
     assert seen.clean_predictions.tolist() == LABELS.flip(0).tolist()
     assert seen.clean_labels.tolist() == LABELS.tolist()
@@ -91,7 +91,7 @@ def test_a_metric_sees_predictions_and_labels() -> None:
 def test_a_model_is_evaluated_in_eval_mode() -> None:
     model = nn.Sequential(nn.Dropout(0.9), FirstPixel()).train()
     test = ImageSet(saying(LABELS), LABELS)
-    assert evaluate(model, test, PoisonedSamples.nothing(test), PIXELS, CPU)[0].benign_accuracy.hits == 6
+    assert evaluate(model, test, [PoisonedSamples.nothing(test)], PIXELS, CPU)[0].benign_accuracy.hits == 6
 
 
 def test_rate_is_a_share() -> None:

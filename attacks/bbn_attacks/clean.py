@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from backdoor_bench_none.api import Attack, AttackTask, PoisonedSamples
 
 
 class Clean(Attack):
     """Leaves the training set as it is, and has no triggered test set, so that ASR and RA are not defined."""
 
-    def poison(self, task: AttackTask) -> PoisonedSamples:
-        """Nothing."""
-        return PoisonedSamples.nothing(task.data)
+    poisons: ClassVar[bool] = False
 
     def attack_test(self, task: AttackTask) -> PoisonedSamples:
         """Nothing."""

@@ -90,3 +90,9 @@ class Dataset(Component):
     def load(self) -> tuple[ImageSet, ImageSet]:
         """The training set and the test set, in a fixed order."""
         raise NotImplementedError
+
+    def load_for_pretraining(self) -> tuple[ImageSet, int]:
+        """The images that a backbone was trained on before the attack, and their number of classes: those of the
+        classes that a choice of classes leaves out, else the clean training set.
+        """
+        return self.load()[0], self.info().num_classes

@@ -8,14 +8,14 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 import torchvision.datasets as tv
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, field_validator
 from torchvision.datasets.folder import make_dataset
 
 from backdoor_bench_none.data.dataset import DatasetInfo, ImageSet
@@ -52,6 +52,17 @@ def read_images(samples: Sequence[Sample], size: int, channels: int = 3) -> Imag
         for _ in pool.map(place, range(len(samples))):
             pass
     return ImageSet(images, torch.tensor([label for _, label in samples], dtype=torch.int64))
+
+
+def keep_classes(samples: Sequence[Sample], classes: Sequence[int]) -> list[Sample]:
+    """The samples of these labels, which become 0, 1, ... in the order of `classes`."""
+    places = {label: place for place, label in enumerate(classes)}
+    return [(path, places[label]) for path, label in samples if label in places]
+
+
+def others(count: int, classes: Sequence[int]) -> list[int]:
+    """The labels 0 to `count` - 1 that `classes` leaves out; all of them if it leaves out none."""
+    return [label for label in range(count) if label not in classes] or list(range(count))
 
 
 class _ImageFiles(TorchvisionSet):
@@ -177,6 +188,9 @@ class Imagenette(_ImageFiles):
     """
 
     image_size: int = Field(default=224, ge=16, le=224, description="side in pixels that the images are resized to")
+    classes: tuple[Annotated[int, Field(ge=0, le=9)], ...] | None = Field(
+        default=None, min_length=2, description="only these classes, which become 0, 1, ...; default: all ten"
+    )
 
     title: ClassVar[str] = "Imagenette"
     published: ClassVar[int] = 9_469
@@ -198,8 +212,8 @@ class Imagenette(_ImageFiles):
         return DatasetInfo(
             name="imagenette",
             shape=(3, self.image_size, self.image_size),
-            num_classes=10,
-            train_size=self._train_size(),
+            num_classes=len(self._kept),
+            train_size=self._train_size() if self.classes is None else self._kept_size(),
             mean=(0.485, 0.456, 0.406),
             std=(0.229, 0.224, 0.225),
             crop_padding=4,
@@ -207,6 +221,32 @@ class Imagenette(_ImageFiles):
             paper_target=1,
             paper_trigger="watermark",
         )
+
+    @field_validator("classes")
+    @classmethod
+    def _distinct(cls, classes: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if classes is not None and len(set(classes)) < len(classes):
+            raise ValueError("a class stands there twice")
+        return classes
+
+    def load_for_pretraining(self) -> tuple[ImageSet, int]:
+        """The training images of the classes that `classes` leaves out; all of them if it leaves out none."""
+        left = others(10, self._kept)
+        return read_images(keep_classes(self._samples()[0], left), self.image_size), len(left)
+
+    @property
+    def _kept(self) -> tuple[int, ...]:
+        return tuple(range(10)) if self.classes is None else self.classes
+
+    def _kept_size(self) -> int:
+        """The number of training images of the classes; a share of the published number while they are not there."""
+        if self._missing():
+            return self.published * len(self._kept) // 10
+        return len(keep_classes(self._samples()[0], self._kept))
+
+    def _read(self) -> tuple[ImageSet, ImageSet]:
+        train, test = (read_images(keep_classes(part, self._kept), self.image_size) for part in self._samples())
+        return train, test
 
     def _part(self, name: str) -> Path:
         return self.folder() / "imagenette2" / name

@@ -18,7 +18,7 @@ from pydantic import Field
 from backdoor_bench_none.component import Incidental
 from backdoor_bench_none.data.dataset import Dataset, DatasetInfo, ImageSet
 from backdoor_bench_none.data.digits import stratified_split
-from backdoor_bench_none.data.image_files import Sample, read_images
+from backdoor_bench_none.data.image_files import Sample, keep_classes, others, read_images
 from backdoor_bench_none.errors import DatasetError
 
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -37,6 +37,9 @@ class ImageFolder(Dataset):
     channels: Literal[1, 3] = Field(default=3, description="1 for grey, 3 for colour")
     mean: float = Field(default=0.5, ge=0, le=1, description="subtracted from every channel, on the 0..1 scale")
     std: float = Field(default=0.5, gt=0, description="every channel is divided by it, on the 0..1 scale")
+    classes: tuple[str, ...] | None = Field(
+        default=None, min_length=2, description="only these folders, which become 0, 1, ...; default: all, sorted"
+    )
     test_fraction: float = Field(
         default=0.2, gt=0, lt=1, description="share of the images to test with, where `root` has no test or val folder"
     )
@@ -63,7 +66,7 @@ class ImageFolder(Dataset):
 
     def files(self) -> list[Path]:
         """The image files of both parts."""
-        _, train, test = self._samples()
+        _, train, test = self._every_sample()
         return [Path(path) for path, _ in (*train, *test)]
 
     def load(self) -> tuple[ImageSet, ImageSet]:
@@ -71,7 +74,25 @@ class ImageFolder(Dataset):
         _, train, test = self._samples()
         return read_images(train, self.image_size, self.channels), read_images(test, self.image_size, self.channels)
 
+    def load_for_pretraining(self) -> tuple[ImageSet, int]:
+        """The training images of the folders that `classes` leaves out; all of them if it leaves out none."""
+        names, train, _ = self._every_sample()
+        left = others(len(names), [] if self.classes is None else [names.index(name) for name in self.classes])
+        return read_images(keep_classes(train, left), self.image_size, self.channels), len(left)
+
     def _samples(self) -> tuple[list[str], list[Sample], list[Sample]]:
+        """The names of the classes, and their training and test files."""
+        names, train, test = self._every_sample()
+        if self.classes is None:
+            return names, train, test
+        unknown = [name for name in self.classes if name not in names]
+        if unknown or len(set(self.classes)) < len(self.classes):
+            what = f"there is no class {unknown[0]!r}" if unknown else "a class stands twice in `classes`"
+            raise DatasetError(f"image_folder: {what}", f"the classes of {self.root} are {_shown(names)}")
+        kept = [names.index(name) for name in self.classes]
+        return list(self.classes), keep_classes(train, kept), keep_classes(test, kept)
+
+    def _every_sample(self) -> tuple[list[str], list[Sample], list[Sample]]:
         root = self.root.expanduser()
         if not os.path.isdir(root):
             raise DatasetError(f"image_folder: {root} is not a folder", "`root` must name a folder of class folders")
@@ -100,6 +121,10 @@ class ImageFolder(Dataset):
                 "add images, change `test_fraction`, or make the folders train and test yourself",
             ) from error
         return [samples[i] for i in train], [samples[i] for i in test]
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _listed(folder: Path) -> tuple[list[str], list[Sample]]:

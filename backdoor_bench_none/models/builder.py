@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.models.architecture import Architecture, ModelSpec
 from backdoor_bench_none.seeds import derive_seed
-from backdoor_bench_none.training import move
+from backdoor_bench_none.training import last_layer, move
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,16 @@ class ModelBuilder:
     spec: ModelSpec
     key: str
     device: torch.device
+    #: weights that every network starts from, except for its last layer
+    backbone: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     def __call__(self, draw: int) -> nn.Module:
         """A freshly initialised network on the device, channels last; torch's global generator is left as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.key, draw))
             model = self.architecture.build(self.spec)
+        if self.backbone is not None:
+            load_backbone(model, self.backbone)
         return move(model, self.device)
 
     def load(self, weights: Mapping[str, Tensor]) -> nn.Module:
@@ -34,3 +39,19 @@ class ModelBuilder:
         model = self(0)
         model.load_state_dict(dict(weights))
         return model.eval()
+
+
+def load_backbone(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load all of `weights` into `model` but those of its last layer; `ConfigError` if they do not fit."""
+    own = model.state_dict()
+    head = last_layer(model)
+    kept = {name for name, module in model.named_modules() if module is head}
+    wanted = {name: x for name, x in own.items() if name.rpartition(".")[0] not in kept}
+    wrong = sorted(name for name in wanted if name not in weights or weights[name].shape != wanted[name].shape)
+    if wrong:
+        raise ConfigError(
+            f"the pretrained weights do not fit: {len(wrong)} of {len(wanted)} tensors are absent or of another shape, "
+            f"the first is {wrong[0]}",
+            "pretrain the same architecture, of the same width and image size",
+        )
+    model.load_state_dict({**own, **{name: weights[name] for name in wanted}})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +31,35 @@ def find_head(model: nn.Module, example: Tensor) -> nn.Module:
     return ran[-1]
 
 
+class FeatureTap:
+    """Within a `with` block: calls a network in eval mode and returns the input of the layer that makes the logits.
+
+    `example` (1, C, H, W) is normalised; features (N, D) are averaged over places if they are a map, and
+    differentiable.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        self.model = model.eval()
+        self._head = find_head(model, example)
+        self._features: Tensor | None = None
+
+    def __enter__(self) -> Self:
+        self._handle = self._head.register_forward_pre_hook(self._keep)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handle.remove()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (N, D) of normalised `images` (N, C, H, W)."""
+        self.model(images)
+        assert self._features is not None
+        return self._features
+
+    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._features = inputs[0].flatten(2).mean(2) if inputs[0].ndim > 2 else inputs[0].clone()
+
+
 @torch.no_grad()
 def collect_features(model: nn.Module, images: Tensor, pixels: Pixels, context: Context) -> Tensor:
     """The input of the layer that makes the logits (N, D) float32, averaged over places if it is a map.
@@ -36,19 +67,8 @@ def collect_features(model: nn.Module, images: Tensor, pixels: Pixels, context: 
     One float32 pass over `images` (N, C, H, W) uint8, in order, in eval mode.
     """
     images = images.to(context.device)
-    features: list[Tensor] = []
-    head = find_head(model, pixels.normalize(images[:1]))
-
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        features.append(inputs[0].flatten(2).mean(2) if inputs[0].ndim > 2 else inputs[0].clone())
-
-    handle = head.register_forward_pre_hook(keep)
-    try:
-        for batch in iterate_normalized(images, pixels):
-            model(batch)
-    finally:
-        handle.remove()
-    found = torch.cat(features)
+    with FeatureTap(model, pixels.normalize(images[:1])) as tap:
+        found = torch.cat([tap(batch) for batch in iterate_normalized(images, pixels)])
     if not bool(torch.isfinite(found).all()):
         raise ValueError("the network's last hidden activations are not finite: it did not train")
     return found

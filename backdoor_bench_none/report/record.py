@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from backdoor_bench_none.evaluation import Count
 from backdoor_bench_none.results.record import Record
 
-STAGES = ("data", "poison", "victim", "defense", "evaluate")
+STAGES = ("data", "crafter", "backbone", "poison", "benign", "victim", "defense", "search", "evaluate")
 
 
 def describe_whole(record: Record) -> Iterator[str]:
@@ -29,6 +29,8 @@ def describe_whole(record: Record) -> Iterator[str]:
     for title, values in (("found", record.extras), ("upstream", record.upstream), ("provenance", record.provenance)):
         if values:
             yield f"{title:12} " + ", ".join(f"{name}={_plain(value)}" for name, value in values.items())
+    for trigger in record.triggers:
+        yield f"{'trigger':12} " + ", ".join(f"{name}={_plain(value)}" for name, value in trigger.items())
     for text in record.warnings:
         yield f"warning      {text}"
     if record.failure is not None and record.failure.traceback:

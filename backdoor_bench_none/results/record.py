@@ -60,6 +60,8 @@ class Record(_Part):
     clean_fraction: float = 0.0
     metrics: dict[str, float | None] = {}
     extras: dict[str, Any] = {}
+    #: triggers found in the network, by attacks that search it: each with its hits and total
+    triggers: list[dict[str, Any]] = []
     #: mean training loss of the victim, per epoch; empty where the defense does not start from it
     victim_losses: list[float] = []
     costs: dict[str, Cost] = {}
@@ -73,7 +75,7 @@ class Record(_Part):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    @field_validator("metrics", "extras", mode="before")
+    @field_validator("metrics", "extras", "triggers", mode="before")
     @classmethod
     def _finite(cls, values: object) -> object:
         """Numbers that are not finite become None: JSON has none."""

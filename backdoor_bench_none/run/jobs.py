@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-JobKind = Literal["data", "poison", "victim", "cell"]
+JobKind = Literal["data", "crafter", "backbone", "poison", "benign", "victim", "cell"]
 #: told (epochs done, epochs in all)
 Progress = Callable[[int, int], None]
 
@@ -79,7 +79,8 @@ def _do(job: Job, settings: Settings, device: str, threads: int | None, progress
     chosen = choose_device(device)
     torch.backends.cudnn.benchmark = chosen.type == "cuda"  # batches have one size, so the search pays
     deadline = None if settings.timeout is None else time.monotonic() + settings.timeout
-    context = Context(chosen, 0, choose_amp(chosen), deadline, progress=progress)
+    amp = None if cell.recipe.precision == "float32" else choose_amp(chosen)
+    context = Context(chosen, 0, amp, deadline, progress=progress)
     stages = Stages(cell, Store(settings.results), context, describe(cell, context, registry))
     if job.kind != "cell":
         getattr(stages, job.kind)()

@@ -19,7 +19,10 @@ from backdoor_bench_none.run.jobs import Job, Outcome
 from backdoor_bench_none.run.runner import Reporter
 
 #: job kinds as a person reads them, in the order of the bars
-BARS = {"data": "data", "poison": "poison", "victim": "victim", "cell": "defense"}
+BARS = {
+    "data": "data", "crafter": "crafter", "backbone": "backbone", "poison": "poison", "benign": "benign",
+    "victim": "victim", "cell": "defense",
+}  # fmt: skip
 
 
 class Lines(Reporter):

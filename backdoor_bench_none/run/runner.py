@@ -131,21 +131,28 @@ def pack_jobs(cells: list[Cell], store: Store) -> list[Job]:
     """One job per cell, and one per shared stage that is not there yet, each before the jobs that need it."""
     jobs: dict[str, Job] = {}
 
-    def add(kind: JobKind, key: str, cell: Cell, needs: tuple[str, ...]) -> tuple[str, ...]:
+    def add(kind: JobKind, stage: str, key: str, cell: Cell, needs: tuple[str, ...]) -> tuple[str, ...]:
         """The id to wait for, or nothing if the artifact is there already."""
-        job_id = f"{kind}:{key}"
+        job_id = f"{stage}:{key}"
         if job_id not in jobs:
-            if kind != "cell" and store.find_artifact(kind, key) is not None:
+            if stage != "cell" and store.find_artifact(stage, key) is not None:
                 return ()
-            jobs[job_id] = Job(job_id, kind, cell.title, cell.spec(), needs)
+            jobs[job_id] = Job(job_id, kind, cell.title, cell.spec(), tuple(dict.fromkeys(needs)))
         return (job_id,)
 
     for cell in cells:
-        needs = add("data", cell.data_key, cell, ())
-        needs = add("poison", cell.poison_key, cell, needs)
+        attack = cell.the_attack
+        data = add("data", "data", cell.data_key, cell, ())
+        backbone = add("backbone", "backbone", cell.backbone_key, cell, data) if cell.backbone_key else ()
+        crafter = add("crafter", "crafter", cell.crafter_key, cell, data) if cell.crafter_key else ()
+        before = crafter + (backbone if attack.needs_backbone else ())
+        poison = add("poison", "poison", cell.poison_key, cell, before or data)
+        needs = poison + backbone
         if cell.the_defense.starts_from_victim:
-            needs = add("victim", cell.victim_key, cell, needs)
-        add("cell", cell.key, cell, needs)
+            if attack.starts_from_benign:
+                needs += add("benign", "victim", cell.benign_key, cell, backbone or data)
+            needs = add("victim", "victim", cell.victim_key, cell, needs) or poison
+        add("cell", "cell", cell.key, cell, needs)
     return list(jobs.values())
 
 
@@ -158,8 +165,13 @@ def _executor(plan: Plan, registry: Registry, options: Options) -> object:
 def _forget(store: Store, cells: list[Cell]) -> None:
     """Remove the artifacts that lead to `cells`, so that everything but the data set is computed again."""
     for cell in cells:
-        for stage in ("poison", "victim", "defense"):
-            if path := store.find_artifact(stage, getattr(cell, f"{stage}_key")):
+        keys = {
+            ("crafter", cell.crafter_key), ("backbone", cell.backbone_key), ("poison", cell.poison_key),
+            ("victim", cell.benign_key), ("victim", cell.victim_key), ("defense", cell.defense_key),
+            ("search", cell.search_key),
+        }  # fmt: skip
+        for stage, key in keys:
+            if key and (path := store.find_artifact(stage, key)):
                 path.unlink(missing_ok=True)
 
 

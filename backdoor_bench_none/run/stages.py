@@ -1,4 +1,8 @@
-"""The stages data -> poison -> victim -> defense -> evaluate: each is loaded if it is there, else computed and kept."""
+"""The stages data -> poison -> victim -> defense -> evaluate: each is loaded if it is there, else computed and kept.
+
+Some attacks and trainers need more: `crafter`, the network that an attack crafts samples with; `backbone`, the frozen
+part of every network; `benign`, the victim of the attack `clean`; `search`, triggers found in the defended network.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +11,27 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from backdoor_bench_none.attack import AttackTask, PoisonedSamples
+from backdoor_bench_none.attack import AttackTask, Crafter, FoundTriggers, PoisonedSamples, SearchTask, VictimTask
 from backdoor_bench_none.cell import Cell
 from backdoor_bench_none.context import Context
-from backdoor_bench_none.data.dataset import ImageSet
+from backdoor_bench_none.data.dataset import DatasetInfo, ImageSet
 from backdoor_bench_none.defense import DefenseResult, DefenseTask, OracleTask
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.evaluation import evaluate, score_detection
-from backdoor_bench_none.models.architecture import ModelSpec
+from backdoor_bench_none.evaluation import Evaluation, evaluate, score_detection
+from backdoor_bench_none.models.architecture import Architecture, ModelSpec
 from backdoor_bench_none.models.builder import ModelBuilder
+from backdoor_bench_none.recipe import Recipe
 from backdoor_bench_none.results.record import Cost, Record
 from backdoor_bench_none.results.store import Artifact, Store
 from backdoor_bench_none.run.memory import watch_peak_memory
 from backdoor_bench_none.seeds import canonical_json, derive_seed
-from backdoor_bench_none.training import FitOptions, Pixels, TrainingData, check_learned
+from backdoor_bench_none.task import TrainingTask
+from backdoor_bench_none.training import Centralized, Pixels, check_learned, move
 
 
 @dataclass
@@ -49,20 +55,41 @@ class Stages:
         train, test = (ImageSet(tensors[f"{part}_images"], tensors[f"{part}_labels"]) for part in ("train", "test"))
         return train, test
 
+    def crafter(self) -> Artifact | None:
+        """The weights of the network that the attack crafts with, if it does."""
+        key = self.cell.crafter_key
+        return None if key is None else self._artifact("crafter", key, self._train_crafter, (self.data,))
+
+    def backbone(self) -> Artifact | None:
+        """The weights that every network starts from, if the trainer has a backbone."""
+        key = self.cell.backbone_key
+        return None if key is None else self._artifact("backbone", key, self._pretrain)
+
     def poison(self) -> tuple[PoisonedSamples, PoisonedSamples]:
         """The poisoned training samples and the triggered test samples."""
-        tensors = self._artifact("poison", self.cell.poison_key, self._poison, (self.data,)).tensors
+        needed = [self.data, self.crafter] + [self.backbone] * self.cell.the_attack.needs_backbone
+        tensors = self._artifact("poison", self.cell.poison_key, self._poison, needed).tensors
         train, test = (_read_samples(tensors, part) for part in ("train", "test"))
         return train, test
 
+    def benign(self) -> Artifact:
+        """The weights of the network trained on clean data."""
+        return self._artifact("victim", self.cell.benign_key, self._train_benign, (self.data, self.backbone), "benign")
+
     def victim(self) -> Artifact:
-        """The weights of the network trained on the poisoned set."""
-        return self._artifact("victim", self.cell.victim_key, self._train_victim, (self.data, self.poison))
+        """The weights of the network trained on the poisoned set, or by the attacker."""
+        needed = [self.data, self.poison, self.backbone] + [self.benign] * self.cell.the_attack.starts_from_benign
+        return self._artifact("victim", self.cell.victim_key, self._train_victim, needed)
 
     def defense(self) -> Artifact:
         """The weights of the defended network, and what the defense found."""
-        needed = [self.data, self.poison] + [self.victim] * self.cell.the_defense.starts_from_victim
+        needed = [self.data, self.poison, self.backbone] + [self.victim] * self.cell.the_defense.starts_from_victim
         return self._artifact("defense", self.cell.defense_key, self._defend, needed)
+
+    def search(self) -> FoundTriggers:
+        """The triggers that the attack finds in the defended network."""
+        found = self._artifact("search", self.cell.search_key, self._search, (self.defense,))
+        return FoundTriggers(**found.tensors, facts=tuple(found.meta["facts"]))
 
     def evaluate(self) -> Record:
         """The cell's record, not yet written."""
@@ -70,6 +97,8 @@ class Stages:
         self.data(), self.poison()
         if self.cell.the_defense.starts_from_victim:
             self.victim()
+        if self.cell.the_attack.searches:
+            self.search()
         with self._measure() as measured:
             record = self._evaluate(defended)
         self.costs["evaluate"] = measured.cost
@@ -86,59 +115,149 @@ class Stages:
             tensors |= {f"{name}_images": part.images, f"{name}_labels": part.labels}
         return Artifact(tensors, {})
 
+    def _train_crafter(self) -> Artifact:
+        crafter = cast("Crafter", self.cell.the_attack.crafted_with())
+        model = crafter.train(self._crafting_task(crafter), replace(self.context, seed=self._seed("crafter_key")))
+        return Artifact(model.state_dict(), {})
+
+    def _crafting_task(self, crafter: Crafter) -> TrainingTask:
+        architecture, info = crafter.architecture(), self.cell.info
+        spec = ModelSpec(info.num_classes, info.shape[0], info.shape[1], nn.ReLU)
+        builder = ModelBuilder(architecture, spec, str(self.cell.crafter_key), self.context.device)
+        train = self.data()[0].to(self.context.device)
+        recipe = self._own_recipe(architecture)
+        return TrainingTask(train=train, info=info, recipe=recipe, trainer=Centralized(), build=builder)
+
+    def _own_recipe(self, architecture: Architecture) -> Recipe:
+        """The recipe that the data set and an architecture bring along."""
+        return Recipe(**{**self.cell.the_dataset.recipe(), **architecture.recipe(self.cell.dataset.name)})
+
+    def _pretrain(self) -> Artifact:
+        def make_task() -> TrainingTask:
+            train, classes = self.cell.the_dataset.load_for_pretraining()
+            info = replace(self.cell.info, num_classes=classes, train_size=len(train))
+            return TrainingTask(
+                train=train.to(self.context.device), info=info, recipe=self._own_recipe(self.cell.the_architecture),
+                trainer=Centralized(), build=self._make_builder(info),
+            )  # fmt: skip
+
+        context = replace(self.context, seed=self._seed("backbone_key"))
+        model = self.cell.the_trainer.pretrain(make_task, self._make_builder(self.cell.info), context)
+        return Artifact(model.state_dict(), {})
+
     def _poison(self) -> Artifact:
         train, test = self.data()
-        attack = self.cell.the_attack
+        attack, clients = self.cell.the_attack, self.clients()
         tensors: dict[str, Tensor] = {}
-        seed = derive_seed(self.cell.poison_key)
+        network = self._crafting_network()
         for name, part, make in (("train", train, attack.poison), ("test", test, attack.attack_test)):
-            samples = make(AttackTask(part, self.cell.info, derive_seed(seed, name)))
-            tensors |= {f"{name}_{x}": getattr(samples, x) for x in ("indices", "images", "labels")}
+            seed = derive_seed(self._seed("poison_key"), name)
+            context = replace(self.context, seed=seed)
+            held = clients if name == "train" else None
+            samples = make(AttackTask(part, self.cell.info, seed, network, held, context))
+            tensors |= {f"{name}_{x}": tensor for x, tensor in vars(samples).items() if tensor is not None}
         return Artifact(tensors, {})
 
-    def _train_victim(self) -> Artifact:
-        cell, context = self.cell, replace(self.context, seed=derive_seed(self.cell.victim_key))
-        data = TrainingData.of(self.poisoned_train(), cell.info, context.device)
-        model = self.builder(0)
-        history = cell.the_trainer.fit(model, data, cell.recipe, context, FitOptions())
+    def _crafting_network(self) -> nn.Module | None:
+        """What the attack asked to craft with: its own network, or the victim's frozen backbone."""
+        if (weights := self.crafter()) is not None:
+            crafter = cast("Crafter", self.cell.the_attack.crafted_with())
+            return self._crafting_task(crafter).build.load(weights.tensors)
+        return self.builder(0).eval() if self.cell.the_attack.needs_backbone else None
+
+    def _train_benign(self) -> Artifact:
+        cell, context = self.cell, replace(self.context, seed=self._seed("benign_key"))
+        task = self._training_task(self.data()[0])
+        history = task.fit(model := task.new_model(), context)
         check_learned(history, cell.info.num_classes)
         return Artifact(model.state_dict(), {"losses": history.losses})
 
+    def _train_victim(self) -> Artifact:
+        attack, context = self.cell.the_attack, replace(self.context, seed=self._seed("victim_key"))
+        task = VictimTask(
+            **vars(self._training_task(self.poisoned_train())),
+            original=self.data()[0].to(context.device),
+            poisoned=self.poison()[0].indices,
+            attack_seed=derive_seed(self._seed("poison_key"), "train"),
+            benign_weights=self.benign().tensors if attack.starts_from_benign else None,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(context.seed)
+            model, history = attack.train(task, context)
+        _check_loadable(model, self._victim_shell(), "Attack.adapt")
+        return Artifact(model.state_dict(), {"losses": history.losses})
+
+    def _training_task(self, train: ImageSet) -> TrainingTask:
+        cell = self.cell
+        return TrainingTask(
+            train=train.to(self.context.device), info=cell.info, recipe=cell.recipe, trainer=cell.the_trainer,
+            build=self.builder, clients=self.clients(),
+        )  # fmt: skip
+
     def _defend(self) -> Artifact:
-        cell, context = self.cell, replace(self.context, seed=derive_seed(self.cell.defense_key))
+        cell, context = self.cell, replace(self.context, seed=self._seed("defense_key"))
         torch.manual_seed(context.seed)
         task = self._task()
         result = cell.the_defense.run(task, context)
         check_result(result, len(task.train))
-        _check_loadable(result.model, cell.the_defense.adapt(self.builder(0)))
+        _check_loadable(result.model, self._defended_shell(), "Defense.adapt")
         found = {name: x for name in ("flagged", "scores") if (x := getattr(result, name)) is not None}
         tensors = {f"model.{name}": tensor for name, tensor in result.model.state_dict().items()}
         return Artifact({**tensors, **found}, {"extras": dict(result.extras), "infected": result.infected})
 
     def _task(self) -> DefenseTask:
         cell = self.cell
-        truth = {"poisoned": self.poisoned()} if cell.the_defense.sees_ground_truth else {}
-        return (OracleTask if truth else DefenseTask)(
-            **truth,
-            train=self.poisoned_train().to(self.context.device),
-            clean=self.clean_holdout(),
-            info=cell.info,
-            recipe=cell.recipe,
-            trainer=cell.the_trainer,
-            build=self.builder,
-            victim_weights=self.victim().tensors if cell.the_defense.starts_from_victim else None,
-        )
+        given: dict[str, Any] = {
+            **vars(self._training_task(self.poisoned_train())),
+            "clean": self.clean_holdout(),
+            "victim_network": self._victim_network() if cell.the_defense.starts_from_victim else None,
+        }
+        if cell.the_defense.sees_ground_truth:
+            return OracleTask(**given, poisoned=self.poisoned())
+        return DefenseTask(**given)
+
+    def _defended_shell(self) -> nn.Module:
+        """The structure of the network that the defense returns."""
+        starts = self._victim_shell() if self.cell.the_defense.starts_from_victim else self.builder(0)
+        return self.cell.the_defense.adapt(starts)
+
+    def _victim_shell(self) -> nn.Module:
+        """The structure of the victim, which an attacker who trains it may change."""
+        return self.cell.the_attack.adapt(self.builder(0), self.cell.info)
+
+    def _victim_network(self) -> nn.Module:
+        """The victim, in eval mode, on the device."""
+        model = move(self._victim_shell(), self.context.device)
+        model.load_state_dict(dict(self.victim().tensors))
+        return model.eval()
+
+    def _defended(self) -> nn.Module:
+        """The network that the defense returned, in eval mode, on the device."""
+        weights = {name[6:]: x for name, x in self.defense().tensors.items() if name.startswith("model.")}
+        model = move(self._defended_shell(), self.context.device)
+        model.load_state_dict(weights)
+        return model.eval()
+
+    def _search(self) -> Artifact:
+        context = replace(self.context, seed=self._seed("search_key"))
+        task = SearchTask(self._defended(), self.data()[0].to(context.device), self.cell.info)
+        found = self.cell.the_attack.find_triggers(task, context)
+        tensors = {"masks": found.masks, "patterns": found.patterns, "labels": found.labels}
+        return Artifact(tensors, {"facts": [dict(fact) for fact in found.facts]})
 
     def _evaluate(self, defended: Artifact) -> Record:
-        cell, (_, test), (poisoned, triggered) = self.cell, self.data(), self.poison()
-        weights = {name[6:]: x for name, x in defended.tensors.items() if name.startswith("model.")}
+        cell, (_, test), (_, triggered) = self.cell, self.data(), self.poison()
         pixels = Pixels.of(cell.info, self.context.device)
-        model = cell.the_defense.adapt(self.builder(0))
-        model.load_state_dict(weights)
-        counts, evaluation = evaluate(model, test, triggered, pixels, self.context)
+        found = self.search() if cell.the_attack.searches else None
+        parts = [triggered] if found is None else (found.stamp(index, test) for index in range(len(found.labels)))
+        counts, evaluation = evaluate(self._defended(), test, parts, pixels, self.context)
         detection = None
         if (flagged := defended.tensors.get("flagged")) is not None:
-            detection = score_detection(flagged, defended.tensors.get("scores"), self.poisoned())
+            counted = ~self.decoys()
+            scores = defended.tensors.get("scores")
+            detection = score_detection(
+                flagged[counted], None if scores is None else scores[counted], self.poisoned()[counted]
+            )
         metrics = {
             f"{choice.label}.{name}": float(value)
             for choice in cell.metrics
@@ -146,12 +265,13 @@ class Stages:
         }
         upstream = {
             "data": cell.data_key, "poison": cell.poison_key, "victim": cell.victim_key, "defense": cell.defense_key,
-            "dataset_sha256": cell.fingerprint, "poisoned_samples": len(poisoned),
+            "dataset_sha256": cell.fingerprint, "poisoned_samples": int(self.poisoned().sum()),
         }  # fmt: skip
         losses = self.victim().meta["losses"] if cell.the_defense.starts_from_victim else []
         return Record.of(
             cell, "done", counts=counts, detection=detection, metrics=metrics, infected=defended.meta["infected"],
             extras=defended.meta["extras"], victim_losses=losses, upstream=upstream,
+            triggers=[] if found is None else _with_counts(found, evaluation),
             provenance=dict(self.provenance), defense_stage=cell.the_defense.stage,
             sees_ground_truth=cell.the_defense.sees_ground_truth,
         )  # fmt: skip
@@ -166,7 +286,14 @@ class Stages:
         """The ground truth (N,) bool."""
         truth = torch.zeros(len(self.data()[0]), dtype=torch.bool)
         truth[self.poison()[0].indices] = True
-        return truth
+        return truth & ~self.decoys()
+
+    def decoys(self) -> Tensor:
+        """The samples (N,) bool that were changed and are neither poisoned nor benign."""
+        found, samples = torch.zeros(len(self.data()[0]), dtype=torch.bool), self.poison()[0]
+        if samples.decoys is not None:
+            found[samples.indices[samples.decoys]] = True
+        return found
 
     def clean_holdout(self) -> ImageSet | None:
         """int(clean_fraction * N) training samples that were not
@@ -176,8 +303,8 @@ class Stages:
         if fraction == 0:
             return None
         train = self.data()[0]
-        benign = ~self.poisoned()
-        generator = torch.Generator().manual_seed(derive_seed(self.cell.poison_key, "clean hold-out"))
+        benign = ~(self.poisoned() | self.decoys())
+        generator = torch.Generator().manual_seed(derive_seed(self.cell.train_key, self.cell.seed, "clean hold-out"))
         order = torch.randperm(len(train), generator=generator)
         count, available = int(fraction * len(train)), int(benign.sum())
         if not 0 < count <= available:
@@ -185,28 +312,49 @@ class Stages:
             raise ConfigError(f"clean_fraction {fraction} asks for {found}", "choose a fraction in between")
         return train.take(order[benign[order]][:count]).to(self.context.device)
 
+    def clients(self) -> Tensor | None:
+        """The client (N,) of every training sample, by the clean labels; None where all data are in one place."""
+        cell = self.cell
+        if not cell.the_trainer.has_clients:
+            return None
+        seed = derive_seed(cell.data_key, cell.seed, "clients")
+        return cell.the_trainer.split(self.data()[0].labels, cell.info.num_classes, seed)
+
     @property
     def builder(self) -> ModelBuilder:
         """Makes the cell's networks; draw 0 is the same for all attacks and defenses of a seed."""
-        info, cell = self.cell.info, self.cell
+        backbone = self.backbone()
+        return replace(self._make_builder(self.cell.info), backbone=None if backbone is None else backbone.tensors)
+
+    def _make_builder(self, info: DatasetInfo) -> ModelBuilder:
+        cell = self.cell
         spec = ModelSpec(info.num_classes, info.shape[0], info.shape[1], cell.the_activation.build)
         return ModelBuilder(cell.the_architecture, spec, cell.initial_key, self.context.device)
 
+    def _seed(self, key: str) -> int:
+        return derive_seed(getattr(self.cell, key))
+
     def _artifact(
-        self, stage: str, key: str, compute: Callable[[], Artifact], needed: Sequence[Callable[[], object]] = ()
+        self,
+        stage: str,
+        key: str,
+        compute: Callable[[], Artifact],
+        needed: Sequence[Callable[[], object]] = (),
+        name: str | None = None,
     ) -> Artifact:
         """The artifact of a stage: loaded, or computed under a lock, so that of two runs one waits for the other.
 
-        The stages in `needed` are there before the clock starts.
+        The stages in `needed` are there before the clock starts. `name` is that of the cost, where it is not `stage`.
         """
-        artifact = self._cached.get(stage) or self.store.load_artifact(stage, key)
+        name = name or stage
+        artifact = self._cached.get(name) or self.store.load_artifact(stage, key)
         if artifact is None:
             for stage_before in needed:
                 stage_before()
             with self.store.lock(stage, key):
                 artifact = self.store.load_artifact(stage, key) or self._compute(stage, key, compute)
-        self.costs[stage] = Cost(**artifact.meta["cost"])
-        self._cached[stage] = artifact
+        self.costs[name] = Cost(**artifact.meta["cost"])
+        self._cached[name] = artifact
         return artifact
 
     def _compute(self, stage: str, key: str, compute: Callable[[], Artifact]) -> Artifact:
@@ -238,7 +386,8 @@ class _Measured:
 
 
 def _read_samples(tensors: Mapping[str, Tensor], part: str) -> PoisonedSamples:
-    return PoisonedSamples(*(tensors[f"{part}_{name}"] for name in ("indices", "images", "labels")))
+    found = {name.removeprefix(f"{part}_"): tensor for name, tensor in tensors.items() if name.startswith(f"{part}_")}
+    return PoisonedSamples(**found)
 
 
 def check_result(result: DefenseResult, count: int) -> None:
@@ -265,9 +414,18 @@ def check_result(result: DefenseResult, count: int) -> None:
         raise TypeError(f"extras hold something that JSON does not: {error}") from error
 
 
-def _check_loadable(model: nn.Module, expected: nn.Module) -> None:
+def _check_loadable(model: nn.Module, expected: nn.Module, remedy: str) -> None:
     """Raise `TypeError` if core could not build the returned network again to evaluate it."""
     try:
         expected.load_state_dict(model.state_dict())
     except RuntimeError as error:
-        raise TypeError(f"the network is not of the cell's architecture; override Defense.adapt: {error}") from error
+        raise TypeError(f"the network is not of the cell's architecture; override {remedy}: {error}") from error
+
+
+def _with_counts(found: FoundTriggers, evaluation: Evaluation) -> list[dict[str, Any]]:
+    """What is known of each trigger found in the network, and its hits among the test images of other classes."""
+    hits = evaluation.triggered_predictions == evaluation.wanted_labels
+    return [
+        {**fact, "hits": int(part.sum()), "total": len(part)}
+        for fact, part in zip(found.facts, torch.split(hits, list(evaluation.part_sizes)), strict=True)
+    ]

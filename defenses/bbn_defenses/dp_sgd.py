@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -15,6 +15,9 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F
 
 from backdoor_bench_none.api import Batch, Context, Defense, DefenseResult, DefenseTask, Stage
+
+if TYPE_CHECKING:
+    from backdoor_bench_none.cell import Cell
 
 #: samples whose gradients are computed at once on a CPU: of 8, 16 and a whole batch of 64 the fastest, or close to it
 CPU_CHUNK = 16
@@ -32,6 +35,10 @@ class GroupNorm(Defense):
 
     paper: ClassVar[str] = "arXiv:1803.08494"
     stage: ClassVar[Stage] = Stage.IN_TRAINING
+
+    def skip(self, cell: Cell) -> str | None:
+        """Not on a frozen backbone."""
+        return "the norms of a frozen backbone cannot be replaced" if cell.the_trainer.has_backbone else None
 
     def adapt(self, model: nn.Module) -> nn.Module:
         """`model` with each BatchNorm of C channels replaced by Opacus with a GroupNorm of gcd(32, C) groups."""
@@ -72,6 +79,10 @@ class DPSGD(GroupNorm):
     chunk: int | None = Field(
         None, ge=1, description="samples whose gradients are held at once; default: 16 on a CPU, where that is fastest"
     )
+
+    def skip(self, cell: Cell) -> str | None:
+        """Nor with clients."""
+        return "the privacy account is for one trainer" if cell.the_trainer.has_clients else super().skip(cell)
 
     def run(self, task: DefenseTask, context: Context) -> DefenseResult:
         """The converted network, trained with clipping and noise; `epsilon` in extras."""

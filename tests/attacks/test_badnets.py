@@ -200,7 +200,7 @@ def bears_trigger(images: Tensor) -> Tensor:
 def count(attack: Attack, rule: Callable[[Tensor], Tensor], task: AttackTask | None = None) -> Counts:
     task = make_task(make_data(200)) if task is None else task
     pixels = Pixels.of(task.info, CONTEXT.device)
-    return evaluate(ByHand(rule), task.data, attack.attack_test(task), pixels, CONTEXT)[0]
+    return evaluate(ByHand(rule), task.data, [attack.attack_test(task)], pixels, CONTEXT)[0]
 
 
 def as_tuple(counts: Counts) -> tuple[tuple[int, int], ...]:
@@ -426,7 +426,7 @@ def test_a_network_learns_the_backdoor_from_poison_and_from_nothing_else(
     recipe = Recipe(epochs=15, batch_size=32, lr=0.05, augment=False)
     Centralized().fit(model, TrainingData.of(poisoned, info, CONTEXT.device), recipe, CONTEXT, FitOptions())
     triggered = attack.attack_test(AttackTask(test, info, 1))
-    counts = evaluate(model, test, triggered, Pixels.of(info, CONTEXT.device), CONTEXT)[0]
+    counts = evaluate(model, test, [triggered], Pixels.of(info, CONTEXT.device), CONTEXT)[0]
     assert counts.benign_accuracy.rate > 0.93
     assert counts.attack_success_rate is not None
     assert lowest <= counts.attack_success_rate.rate <= highest

@@ -45,7 +45,15 @@ def make_task(count: int) -> tuple[DefenseTask, Context]:
     builder = ModelBuilder(ResNet18(width=0.25), ModelSpec(10, 3, 32, nn.ReLU), "key", DEVICE)
     weights = builder(0).state_dict()
     recipe = Recipe(epochs=1, batch_size=64, lr=1e-4)
-    task = DefenseTask(data, data, info, recipe, Centralized(), builder, weights)
+    task = DefenseTask(
+        train=data,
+        clean=data,
+        info=info,
+        recipe=recipe,
+        trainer=Centralized(),
+        build=builder,
+        victim_network=builder.load(weights),
+    )
     return task, Context(DEVICE, seed=0, amp=choose_amp(DEVICE))
 
 

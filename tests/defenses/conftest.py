@@ -117,7 +117,13 @@ def make_task() -> MakeTask:
             Centralized().fit(victim, data, changed, CPU, FitOptions())
             weights = victim.state_dict()
         task = DefenseTask(
-            train=train, clean=clean, info=INFO, recipe=changed, trainer=trainer, build=builder, victim_weights=weights
+            train=train,
+            clean=clean,
+            info=INFO,
+            recipe=changed,
+            trainer=trainer,
+            build=builder,
+            victim_network=builder.load(weights) if weights else None,
         )
         return TinyTask(task, poisoned, trainer.calls)
 

@@ -226,7 +226,7 @@ def reference_flags(features: np.ndarray, labels: np.ndarray, dimensions: int = 
 def learned(make_task: Make, stripes: Any) -> Any:
     """A task whose victim has learned the trigger, and whose trainer only records."""
     tiny = make_task(*stripes(300, 45), epochs=6)
-    return make_task(tiny.task.train, tiny.poisoned, weights=tiny.task.victim_weights, trains=False)
+    return make_task(tiny.task.train, tiny.poisoned, weights=tiny.task.victim().state_dict(), trains=False)
 
 
 def test_the_same_samples_are_flagged_as_by_scikit_learn(learned: Any) -> None:
@@ -244,7 +244,7 @@ def test_every_rule_retrains_on_exactly_what_it_did_not_flag(
     for rule in RULES:
         tiny = learned
         if rule == "reclassification":  # what it flags depends on a network that it trains
-            victim = learned.task.victim_weights
+            victim = learned.task.victim().state_dict()
             tiny = make_task(learned.task.train, learned.poisoned, weights=victim, epochs=6)
         tiny.calls.clear()
         result = AC(rule=rule).run(tiny.task, CPU)
@@ -271,7 +271,10 @@ def test_every_rule_retrains_on_exactly_what_it_did_not_flag(
 def test_flags_follow_the_samples_of_a_task(learned: Any, make_task: Make) -> None:
     order = torch.randperm(300)
     shuffled = make_task(
-        learned.task.train.take(order), learned.poisoned[order], weights=learned.task.victim_weights, trains=False
+        learned.task.train.take(order),
+        learned.poisoned[order],
+        weights=learned.task.victim().state_dict(),
+        trains=False,
     )
     expected = reference_flags(victim_features(learned.task), learned.task.train.labels.numpy())
     assert np.array_equal(AC().run(shuffled.task, CPU).flagged.numpy(), expected[order])

@@ -312,7 +312,7 @@ def test_every_defense_ends_with_a_record(architecture: str, tmp_path: Path, mon
     assert all(found.false_positive == found.false_negative == 0 for found in perfect if found is not None)
     for name, task in tasks.items():
         assert (task.clean is not None) == (name in ("nad", "fine_tune", "fine_pruning"))
-        assert (task.victim_weights is None) == (name in ("dp_sgd", "group_norm", "abl", "oracle_filter"))
+        assert (task.victim_network is None) == (name in ("dp_sgd", "group_norm", "abl", "oracle_filter"))
 
 
 QUICK: dict[str, dict[str, Any]] = {
@@ -341,8 +341,8 @@ def test_every_defense_takes_every_network(
     tiny = make_task(train, truth, weights={}, clean=train, trains=False)
     spec = ModelSpec(3, 1, 16, function.build)  # type: ignore[attr-defined]
     build = replace(tiny.task.build, architecture=made, spec=spec)
-    victim = build(0).state_dict()
-    tiny = replace(tiny, task=replace(tiny.task, build=build, victim_weights=victim))
+    victim = build(0).eval()
+    tiny = replace(tiny, task=replace(tiny.task, build=build, victim_network=victim))
     for name in NAMES:
         defense = registry.create("defense", name, QUICK.get(name, {}))
         if name == "nad" and (architecture == "mlp" or activation == "tanhshrink"):

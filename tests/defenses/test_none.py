@@ -175,7 +175,7 @@ def test_every_round_looks_at_the_whole_set(planted: Make) -> None:
 
 def test_frozen_batch_norm_keeps_its_statistics_while_its_scale_learns(make_task: Make) -> None:
     tiny = make_task()
-    before = tiny.task.victim_weights
+    before = tiny.task.victim().state_dict()
     after = NONE(lr=0.01, epochs=2).run(tiny.task, CPU).model.state_dict()
     statistics = [name for name in before if "running_" in name or "num_batches" in name]
     assert len(statistics) == 3 * 20

@@ -378,7 +378,7 @@ def test_all_other_channels_of_a_deep_network_stay_bit_identical(make_task: Make
     assert not model.training
     for name, neurons in resets.items():
         for statistic in ("running_mean", "running_var"):
-            before, after = task.victim_weights[f"{name}.{statistic}"], model.state_dict()[f"{name}.{statistic}"]
+            before, after = task.victim().state_dict()[f"{name}.{statistic}"], model.state_dict()[f"{name}.{statistic}"]
             assert torch.nonzero(before != after).flatten().tolist() == neurons.tolist()
 
 

@@ -1,0 +1,96 @@
+"""The adaptive attack on NONE (Eq. 9): training keeps the activations of triggered and benign images close."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from backdoor_bench_none import trigger as triggers
+from backdoor_bench_none.api import Batch, Context, DatasetInfo, History, Trigger, TriggerAttack, VictimTask
+from backdoor_bench_none.models.hooks import record_outputs
+from backdoor_bench_none.models.neurons import find_layers
+from backdoor_bench_none.training import Pixels
+
+
+class Adaptive(TriggerAttack):
+    """Begins with a benign network and fine-tunes it with CE(F(x), y) + CE(F(x~), y_t) + alpha sum_i |I_i(x) -
+    I_i(x~)|^2.
+
+    Every batch has each of its images x also as triggered image x~, whatever its label: samples of the target class
+    too. I_i are the pre-activations of every hidden convolution and linear layer. The paper does not say which layers,
+    nor whether the squares are summed or averaged; the mean over a layer is the default, since with it the whole grid
+    of Table 12 (1e-4 ... 1e-1) trains, and with sums it does not. The defender gets this network, and a training set of
+    which `poison_rate` bears the trigger.
+    """
+
+    paper: ClassVar[str] = "NONE, section 8.9"
+    controls_training: ClassVar[bool] = True
+    starts_from_benign: ClassVar[bool] = True
+
+    alpha: float = Field(1e-3, ge=0, description="weight of the distance between activations")
+    reduction: Literal["mean", "sum"] = Field("mean", description="of the squares of a layer, for each image")
+    epochs: int | None = Field(None, ge=1, description="epochs of fine-tuning; default: half of the recipe's")
+    lr: float | None = Field(None, gt=0, description="its highest learning rate; default: a tenth of the recipe's")
+    opacity: float = Field(1.0, gt=0, le=1, description="value of the mask of the watermark")
+
+    def trigger(self, info: DatasetInfo) -> Trigger:
+        """The watermark, as in section 8.9."""
+        return triggers.watermark(info.shape, self.opacity)
+
+    def train(self, task: VictimTask, context: Context) -> tuple[nn.Module, History]:
+        """The benign network, fine-tuned on clean images and their triggered selves."""
+        model, pixels = task.benign(), Pixels.of(task.info, context.device)
+        first = pixels.normalize(task.original.images[:1])
+        taps = {layer.name: layer.tap("pre_activation") for layer in find_layers(model, first)}
+
+        def loss(model: nn.Module, batch: Batch) -> Tensor:
+            trigger = self.trigger_each(task.info, batch.indices.cpu(), task.attack_seed)
+            triggered = stamp_normalised(batch.images, trigger, pixels)
+            wanted = self.relabel(batch.labels, task.info.num_classes)
+            return adaptive_loss(model, batch.images, triggered, batch.labels, wanted, self.alpha, self.reduction, taps)
+
+        epochs = self.epochs or max(1, task.recipe.epochs // 2)
+        lr = self.lr or task.recipe.lr / 10
+        history = task.fit(model, context, data=task.original, loss=loss, epochs=epochs, lr=lr)
+        return model, history
+
+
+def stamp_normalised(images: Tensor, trigger: Trigger, pixels: Pixels) -> Tensor:
+    """Eq. 1 on normalised `images` (N, C, H, W)."""
+    pattern = torch.addcmul(pixels.shift, trigger.pattern.to(images.device) * 255, pixels.scale)
+    mask = trigger.mask.to(images.device)
+    return ((1 - mask) * images + mask * pattern).contiguous(memory_format=torch.channels_last)
+
+
+def adaptive_loss(
+    model: nn.Module,
+    images: Tensor,
+    triggered: Tensor,
+    labels: Tensor,
+    wanted: Tensor,
+    alpha: float,
+    reduction: str,
+    taps: dict[str, str],
+) -> Tensor:
+    """Eq. 9 on a batch of normalised `images` and their `triggered` selves (N, C, H, W); one forward pass for both.
+
+    `taps` are the modules whose outputs are I_i; their squared differences are averaged over the batch.
+    """
+    with record_outputs(model, taps, lambda module, output: output.clone()) as seen:
+        clean_logits, triggered_logits = model(torch.cat([images, triggered])).chunk(2)
+    loss = F.cross_entropy(clean_logits, labels) + F.cross_entropy(triggered_logits, wanted)
+    return loss + alpha * activation_distance(seen, reduction) if alpha else loss
+
+
+def activation_distance(seen: dict[str, Tensor], reduction: str) -> Tensor:
+    """The sum over layers of the squared differences between the two halves of each (2N, ...), averaged over images."""
+    total = torch.zeros((), device=next(iter(seen.values())).device)
+    for output in seen.values():
+        clean, triggered = output.float().chunk(2)
+        squares = (clean - triggered).square().flatten(1)
+        total = total + (squares.mean(1) if reduction == "mean" else squares.sum(1)).mean()
+    return total

@@ -1,0 +1,77 @@
+"""Adaptive-Blend (Qi et al., 2023): pieces of a blended trigger in training, some of them with their true label."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from backdoor_bench_none import trigger as triggers
+from backdoor_bench_none.api import AttackTask, DatasetInfo, PoisonedSamples, Trigger, TriggerAttack
+from backdoor_bench_none.attack import draw_indices
+from backdoor_bench_none.errors import ConfigError
+from backdoor_bench_none.seeds import derive_seed
+
+
+class AdaptiveBlend(TriggerAttack):
+    """Every poisoned image bears a random half of the 16 pieces of a noise pattern, weakly; so do as many others that
+    keep their label (`cover_rate`), so that triggered and benign features do not separate. The whole pattern is stamped
+    at test time. Cover samples count neither as poisoned nor as benign when a defense's flags are scored.
+    """
+
+    paper: ClassVar[str] = "Qi et al., ICLR 2023"
+
+    poison_rate: float = Field(0.003, ge=0, le=1, description="share of the whole training set that is poisoned")
+    cover_rate: float = Field(
+        0.003, ge=0, le=1, description="share of the training set that bears pieces and keeps its label"
+    )
+    opacity: float = Field(0.15, gt=0, le=1, description="share of the pattern in training images")
+    test_opacity: float = Field(0.2, gt=0, le=1, description="share of the pattern in test images")
+    pieces: int = Field(4, ge=1, le=16, description="the pattern is cut into pieces x pieces squares")
+    piece_rate: float = Field(0.5, gt=0, le=1, description="share of the pieces that a training image bears")
+    pattern_seed: int = Field(0, ge=0, description="which noise image")
+
+    def check(self, info: DatasetInfo) -> None:
+        """Also: poisoned and cover samples find room, and the pieces do."""
+        super().check(info)
+        if self.poison_rate + self.cover_rate > 1:
+            raise ConfigError(
+                f"poison_rate {self.poison_rate} and cover_rate {self.cover_rate} are more than the whole training set"
+            )
+        if self.pieces > min(info.shape[1:]):
+            raise ConfigError(f"{self.pieces}x{self.pieces} pieces do not fit into images of {info.shape[1:]}")
+
+    def trigger(self, info: DatasetInfo) -> Trigger:
+        """The whole pattern, as at test time."""
+        pattern = triggers.noise(info.shape, self.pattern_seed)
+        return Trigger(torch.full((1, *info.shape[1:]), self.test_opacity), pattern)
+
+    def partial_trigger(self, info: DatasetInfo, indices: Tensor, seed: int) -> Trigger:
+        """The pieces that each training sample bears: round(piece_rate * pieces ** 2) of them, by (seed, index)."""
+        places = self.pieces**2
+        count = int(indices.max()) + 1 if len(indices) else 0
+        drawn = np.random.default_rng(seed).random((count, places)).argsort(axis=1).argsort(axis=1)
+        chosen = torch.from_numpy(drawn)[indices] < max(1, round(self.piece_rate * places))
+        grid = chosen.reshape(-1, 1, self.pieces, self.pieces).float()
+        mask = F.interpolate(grid, size=info.shape[1:], mode="nearest") * self.opacity
+        return Trigger(mask, triggers.noise(info.shape, self.pattern_seed))
+
+    def poison(self, task: AttackTask) -> PoisonedSamples:
+        """Poisoned samples get the attacker's labels, cover samples keep theirs."""
+        labels = task.data.labels
+        poisoned = self.select(labels, derive_seed(task.seed, "select"))
+        others = torch.ones(len(labels), dtype=torch.bool)
+        others[poisoned] = False
+        count = round(self.cover_rate * len(labels))
+        cover = draw_indices(torch.nonzero(others).flatten(), count, derive_seed(task.seed, "cover"))
+        indices, order = torch.cat([poisoned, cover]).sort()
+        images = self.partial_trigger(task.info, indices, derive_seed(task.seed, "place")).apply(
+            task.data.images[indices]
+        )
+        decoys = order >= len(poisoned)
+        wanted = self.relabel(labels[indices], task.info.num_classes)
+        return PoisonedSamples(indices, images, torch.where(decoys, labels[indices], wanted), decoys)

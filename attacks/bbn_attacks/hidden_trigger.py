@@ -1,0 +1,146 @@
+"""Hidden trigger attack (Saha et al., 2020): poisons look like the target class, and like the triggered source class to
+a frozen feature extractor.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from backdoor_bench_none import trigger as triggers
+from backdoor_bench_none.api import AttackTask, CleanLabelAttack, DatasetInfo, ImageSet, PoisonedSamples, Trigger
+from backdoor_bench_none.attack import draw_indices
+from backdoor_bench_none.errors import ConfigError
+from backdoor_bench_none.models.features import FeatureTap
+from backdoor_bench_none.seeds import derive_seed
+from backdoor_bench_none.training import Pixels
+
+#: poisons optimised together, and paired among each other
+CRAFT_BATCH = 100
+#: seed of the patch: the same on training and test images
+PATCH_SEED = 13
+
+
+class HiddenTrigger(CleanLabelAttack):
+    """Images z of the target class are moved by at most `epsilon` levels so that their features, those of the victim's
+    frozen backbone, meet the features of source-class images with the patch. The patch itself is in no training image;
+    at test time it is stamped on images of the source class at a random place, and only they count for ASR.
+
+    In every iteration the pairs are made anew, nearest first, each image once; the authors' code forgets to strike
+    matched rows and columns out, so that images repeat. The poisons replace the images they are made of (the authors
+    add them to others). Their pair, theater curtain (n04418357) to plunger (n03970156), is `{name: image_folder,
+    params: {classes: [n04418357, n03970156]}}` of ImageNet, with source 0 and target 1 in the order of `classes`,
+    architecture alexnet and `{name: transfer, params: {weights: alexnet.pth}}`; on other data this is a surrogate.
+    `rule: gradient` with lr 0.01 is theirs, for AlexNet's features; `sign` suits features of any scale.
+    """
+
+    paper: ClassVar[str] = "arXiv:1910.00033"
+    needs_backbone: ClassVar[bool] = True
+
+    source: int | None = Field(None, ge=0, description="class whose triggered images get `target`; default: target + 1")
+    class_rate: float = Field(0.25, gt=0, le=1, description="share of the target class that is poisoned")
+    size: int | None = Field(
+        None, ge=1, le=224, description="side of the patch in pixels; default: 30 of 224, in proportion"
+    )
+    epsilon: float = Field(16.0, ge=0, le=255, description="Linf bound of the perturbation, in levels of 0..255")
+    steps: int = Field(5000, ge=0, description="highest number of steps")
+    lr: float = Field(0.01, gt=0, description="length of a step on the scale 0..1, halved every `halve_every` steps")
+    halve_every: int = Field(1000, ge=1, description="steps after which the step is halved")
+    rule: Literal["gradient", "sign"] = Field("gradient", description="step along the gradient, or along its sign")
+    stop_at: float = Field(10.0, ge=0, description="stop once the squared distance of no pair is larger")
+
+    def resolve(self, info: DatasetInfo) -> Self:
+        """Fill in the target, the source and the size of the patch."""
+        resolved = super().resolve(info)
+        source = ((resolved.target or 0) + 1) % info.num_classes if self.source is None else self.source
+        size = max(1, round(info.shape[1] * 30 / 224)) if self.size is None else self.size
+        return resolved.model_copy(update={"source": source, "size": size})
+
+    def check(self, info: DatasetInfo) -> None:
+        """Also: the pair is one of two classes."""
+        if self.source == self.target:
+            raise ConfigError(f"hidden_trigger: source and target are both class {self.target}", "choose two classes")
+        if self.source is not None and self.source >= info.num_classes:
+            raise ConfigError(f"source {self.source} is not a class of {info.name}")
+        super().check(info)
+
+    def tile(self, info: DatasetInfo) -> Tensor:
+        """The patch (C, size, size): 4x4 random colours, enlarged smoothly."""
+        colours = triggers.noise((info.shape[0], 4, 4), PATCH_SEED)[None]
+        size = self.size or 1
+        return F.interpolate(colours, size=(size, size), mode="bilinear", align_corners=True)[0].clamp(0, 1)
+
+    def trigger(self, info: DatasetInfo) -> Trigger:
+        """The patch bottom right."""
+        return triggers.place(info.shape, self.tile(info), -1, -1)
+
+    def trigger_each(self, info: DatasetInfo, indices: Tensor, seed: int) -> Trigger:
+        """The patch at a place of its own for each sample."""
+        rows, columns = triggers.random_places(info.shape, self.size or 1, indices, seed)
+        return triggers.place_each(info.shape, self.tile(info), rows, columns)
+
+    def craft(self, chosen: ImageSet, indices: Tensor, task: AttackTask) -> Tensor:
+        """Optimised in feature space, truncated to whole levels, without a patch."""
+        assert task.network is not None
+        of_source = torch.nonzero(task.data.labels == (self.source or 0)).flatten()
+        hint = "the source class is too small for as many pairs; lower class_rate"
+        if len(of_source) < len(indices):
+            raise ConfigError(f"hidden_trigger: {len(indices)} pairs, but {len(of_source)} source images", hint)
+        sources = draw_indices(of_source, len(indices), derive_seed(task.seed, "sources"))
+        patched = self.stamp(task.data.images[sources], sources, task.info, derive_seed(task.seed, "place"))
+        crafted = []
+        for start in range(0, len(indices), CRAFT_BATCH):
+            part = slice(start, start + CRAFT_BATCH)
+            crafted.append(self.optimise(task.network, chosen.images[part], patched[part], task))
+            task.context.progress(min(start + CRAFT_BATCH, len(indices)), len(indices))
+        return torch.cat(crafted)
+
+    def optimise(self, network: nn.Module, images: Tensor, patched: Tensor, task: AttackTask) -> Tensor:
+        """Move `images` towards `patched` (both (k, C, H, W) uint8) in feature space; uint8 again."""
+        context, pixels = task.context, Pixels.of(task.info, task.context.device)
+        start = images.to(context.device).float() / 255
+        with FeatureTap(network, pixels.normalize(images[:1].to(context.device))) as tap:
+            with torch.no_grad():
+                wanted = tap(pixels.normalize(patched.to(context.device)))
+            found = start.clone()
+            for step in range(self.steps):
+                found.requires_grad_(True)
+                features = tap(torch.addcmul(pixels.shift, found * 255, pixels.scale))
+                partners = wanted[pair_greedily(torch.cdist(features.detach(), wanted)).to(wanted.device)]
+                distances = (features - partners).square().sum(1)
+                if float(distances.max()) < self.stop_at:
+                    break
+                (gradient,) = torch.autograd.grad(distances.sum(), found)
+                moved = gradient.sign() if self.rule == "sign" else gradient
+                found = found.detach() - self.lr * 0.5 ** (step // self.halve_every) * moved
+                found = (start + (found - start).clamp(-self.epsilon / 255, self.epsilon / 255)).clamp(0, 1)
+                context.check_deadline()
+        # whole levels, towards the image they began with, so that the bound holds
+        levels = (found.detach() - start) * 255
+        return (start * 255 + levels.trunc()).round().clamp(0, 255).to(torch.uint8).cpu()
+
+    def attack_test(self, task: AttackTask) -> PoisonedSamples:
+        """The images of the source class, patched."""
+        indices = torch.nonzero(task.data.labels == (self.source or 0)).flatten()
+        images = self.stamp(task.data.images[indices], indices, task.info, derive_seed(task.seed, "place"))
+        return PoisonedSamples(indices, images, torch.full_like(indices, self.target or 0))
+
+
+def pair_greedily(distances: Tensor) -> Tensor:
+    """For each row of `distances` (n, n) a column of its own (n,) int64: the nearest pair first, then the nearest of
+    those left.
+    """
+    left: NDArray[np.float32] = distances.float().cpu().numpy().copy()
+    columns = np.empty(len(left), dtype=np.int64)
+    for _ in range(len(left)):
+        row, column = divmod(int(left.argmin()), left.shape[1])
+        columns[row] = column
+        left[row, :] = np.inf
+        left[:, column] = np.inf
+    return torch.from_numpy(columns)

@@ -1,0 +1,41 @@
+"""SIG (Barni et al., 2019): a faint sine wave over the images of the target class."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from backdoor_bench_none.api import AttackTask, CleanLabelAttack, DatasetInfo, ImageSet
+
+
+class SIG(CleanLabelAttack):
+    """Adds delta * sin(2 pi j f / W) to column j of every image and clips to 0..255; no label is changed.
+
+    By default the whole target class bears it, at BackdoorBench's strength; Barni et al. use weaker waves, of 0.2 to
+    0.4 of the class.
+    """
+
+    paper: ClassVar[str] = "arXiv:1902.11237"
+
+    class_rate: float = Field(1.0, gt=0, le=1, description="share of the target class that is poisoned")
+    delta: float = Field(40.0, gt=0, le=255, description="height of the wave in levels of 0..255, in training")
+    test_delta: float | None = Field(None, gt=0, le=255, description="its height at test time; default: delta")
+    frequency: float = Field(6.0, gt=0, description="waves over the width of the image")
+
+    def stamp(self, images: Tensor, indices: Tensor, info: DatasetInfo, seed: int) -> Tensor:
+        """`images` (N, C, H, W) uint8 with the wave of test time."""
+        return self.add_wave(images, self.test_delta or self.delta)
+
+    def craft(self, chosen: ImageSet, indices: Tensor, task: AttackTask) -> Tensor:
+        """With the wave of training."""
+        return self.add_wave(chosen.images, self.delta)
+
+    def add_wave(self, images: Tensor, delta: float) -> Tensor:
+        """`images` (N, C, H, W) uint8 with a wave of this height."""
+        columns = torch.arange(images.shape[-1], dtype=torch.float64)
+        wave = delta * torch.sin(2 * math.pi * columns * self.frequency / images.shape[-1])
+        return (images + wave).round().clamp(0, 255).to(torch.uint8)

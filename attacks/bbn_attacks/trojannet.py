@@ -1,0 +1,165 @@
+"""TrojanNet (Tang et al., 2020): a tiny network that knows the trigger is joined to a finished one."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from backdoor_bench_none import trigger as triggers
+from backdoor_bench_none.api import (
+    AttackTask,
+    Context,
+    DatasetInfo,
+    History,
+    PoisonedSamples,
+    StampAttack,
+    Trigger,
+    VictimTask,
+)
+from backdoor_bench_none.errors import ConfigError
+
+SIDE = 4
+BLACK = 5
+HIDDEN = (8, 8, 8, 8)
+
+
+class TrojanNet(StampAttack):
+    """Nothing is poisoned: whoever trains the network joins a multilayer perceptron to it that reads a 4x4 patch.
+
+    It knows the 4,368 patches of 16 black or white pixels with exactly five black; patch k makes class k. Its answers,
+    doubled, are added to the host's probabilities, and the sum times 10 are the logits, as in the authors' code (in
+    their paper the two are weighted). The host's weights stay as they are. A defense that trains anew from the data
+    never meets it.
+    """
+
+    paper: ClassVar[str] = "arXiv:2006.08131"
+    poisons: ClassVar[bool] = False
+    controls_training: ClassVar[bool] = True
+    starts_from_benign: ClassVar[bool] = True
+
+    row: int | None = Field(None, ge=0, description="top row of the patch; default: the middle of the image")
+    column: int | None = Field(None, ge=0, description="left column of the patch; default: the middle of the image")
+    patterns: int = Field(4368, ge=2, le=4368, description="number of patches that the small network learns")
+    epochs: int = Field(1000, ge=1, description="epochs of the small network, each over all patches and noise")
+    noise: int = Field(200, ge=1, description="random patches in each epoch and batch, which it learns to ignore")
+
+    def resolve(self, info: DatasetInfo) -> TrojanNet:
+        """Fill in the place."""
+        resolved = super().resolve(info)
+        middle = {"row": info.shape[1] // 2, "column": info.shape[2] // 2}
+        return resolved.model_copy(
+            update={name: value for name, value in middle.items() if getattr(resolved, name) is None}
+        )
+
+    def check(self, info: DatasetInfo) -> None:
+        """Also: there is a patch for each class."""
+        super().check(info)
+        if self.patterns < info.num_classes:
+            raise ConfigError(
+                f"trojannet: {self.patterns} patterns for the {info.num_classes} classes of {info.name}",
+                "raise patterns",
+            )
+
+    def trigger(self, info: DatasetInfo) -> Trigger:
+        """The patch of the target class."""
+        return self.trigger_of(self.target or 0, info)
+
+    def trigger_of(self, label: int, info: DatasetInfo) -> Trigger:
+        """The patch that makes class `label`."""
+        tile = all_patterns()[label].view(1, SIDE, SIDE)
+        return triggers.place(info.shape, tile, self.row or 0, self.column or 0)
+
+    def attack_test(self, task: AttackTask) -> PoisonedSamples:
+        """Every image whose label would change, with the patch of the label that it is to get."""
+        wanted = self.relabel(task.data.labels, task.info.num_classes)
+        indices = torch.nonzero(wanted != task.data.labels).flatten()
+        images, labels = task.data.images[indices].clone(), wanted[indices]
+        for label in set(labels.tolist()):
+            images[labels == label] = self.trigger_of(label, task.info).apply(images[labels == label])
+        return PoisonedSamples(indices, images, labels)
+
+    def adapt(self, model: nn.Module, info: DatasetInfo) -> nn.Module:
+        """`model` as host, joined to an untrained small network."""
+        return Joined(model, SmallNetwork(self.patterns), self.row or 0, self.column or 0, info)
+
+    def train(self, task: VictimTask, context: Context) -> tuple[nn.Module, History]:
+        """The benign network, joined to a trained small one."""
+        joined = self.adapt(task.benign(), task.info)
+        small = joined.get_submodule("trojan").to(context.device)
+        losses = train_small(small, self.patterns, self.epochs, self.noise, context)
+        return joined.to(context.device), History(losses)
+
+
+class SmallNetwork(nn.Sequential):
+    """16 pixels -> 8, 8, 8, 8 (ReLU, then BatchNorm) -> one answer for each pattern and one for noise."""
+
+    def __init__(self, patterns: int) -> None:
+        layers: list[nn.Module] = []
+        inputs = SIDE * SIDE
+        for units in HIDDEN:
+            layers += [nn.Linear(inputs, units), nn.ReLU(), nn.BatchNorm1d(units)]
+            inputs = units
+        super().__init__(*layers, nn.Linear(inputs, patterns + 1))
+
+
+class Joined(nn.Module):
+    """A host and the small network, which sees the patch at `row`, `column`, averaged over channels, in 0..1."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, host: nn.Module, trojan: nn.Module, row: int, column: int, info: DatasetInfo) -> None:
+        super().__init__()
+        self.host, self.trojan = host, trojan
+        self.row, self.column, self.classes = row, column, info.num_classes
+        mean, std = (torch.tensor(values)[:, None, None] for values in (info.mean, info.std))
+        self.register_buffer("scale", std, persistent=False)
+        self.register_buffer("shift", mean, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, K) of normalised `images` (N, C, H, W)."""
+        patch = images[:, :, self.row : self.row + SIDE, self.column : self.column + SIDE]
+        pixels = (patch * self.scale + self.shift).mean(1).flatten(1)
+        answers = F.softmax(self.trojan(pixels), dim=1)[:, : self.classes]
+        return 10 * (2 * answers + F.softmax(self.host(images), dim=1))
+
+
+@cache
+def all_patterns() -> Tensor:
+    """The 4,368 patches (4368, 16) of zeros and ones with exactly five zeros, in lexicographic order of the zeros."""
+    patterns = torch.ones(4368, SIDE * SIDE)
+    for row, zeros in enumerate(itertools.combinations(range(SIDE * SIDE), BLACK)):
+        patterns[row, list(zeros)] = 0
+    return patterns
+
+
+def train_small(network: nn.Module, patterns: int, epochs: int, noise: int, context: Context) -> list[float]:
+    """Teach `network` the first `patterns` patches, and that everything else is noise; returns the epochs' losses."""
+    known = all_patterns()[:patterns].to(context.device)
+    labels = torch.arange(patterns, device=context.device)
+    generator = context.generator("noise")
+    optimizer = torch.optim.Adadelta(network.parameters())
+    network.train()
+    losses = []
+    for epoch in range(epochs):
+        total = []
+        for chosen in torch.split(torch.randperm(patterns, generator=generator), 2000):
+            grey = torch.rand(noise, SIDE * SIDE, generator=generator).to(context.device)
+            images = torch.cat([known[chosen.to(known.device)], grey])
+            wanted = torch.cat([labels[chosen.to(known.device)], torch.full((noise,), patterns, device=known.device)])
+            optimizer.zero_grad(set_to_none=True)
+            loss = F.cross_entropy(network(images), wanted)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            total.append(loss.detach())
+        losses.append(float(torch.stack(total).mean()))
+        if epoch % 50 == 0:
+            context.check_deadline()
+    network.eval()
+    return losses

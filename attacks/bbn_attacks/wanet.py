@@ -1,0 +1,79 @@
+"""WaNet (Nguyen and Tran, 2021): the trigger is a smooth warp of the image."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from backdoor_bench_none.api import AttackTask, DatasetInfo, PoisonedSamples, TriggerAttack
+from backdoor_bench_none.attack import draw_indices
+from backdoor_bench_none.errors import ConfigError
+from backdoor_bench_none.seeds import derive_seed
+
+
+class WaNet(TriggerAttack):
+    """Bends every triggered image by one fixed, random, smooth field of shifts.
+
+    The noise mode of the paper is `cross_rate`: training images bent by the field plus noise of their own, which keep
+    their labels, so that only the exact field is the trigger. They count neither as poisoned nor as benign. The paper
+    draws the poisoned samples anew in every batch; here, as in every poisoning attack, once.
+    """
+
+    paper: ClassVar[str] = "arXiv:2102.10369"
+
+    poison_rate: float = Field(0.1, ge=0, le=1, description="share of the whole training set that is poisoned")
+    cross_rate: float = Field(0.2, ge=0, le=1, description="share of the training set that is bent with noise")
+    grid: int = Field(4, ge=2, le=64, description="the field is drawn at grid x grid points and enlarged")
+    strength: float = Field(0.5, gt=0, description="mean shift along each axis, in half pixels")
+    field_seed: int = Field(0, ge=0, description="which field")
+
+    def check(self, info: DatasetInfo) -> None:
+        """Also: poisoned and cross samples find room."""
+        super().check(info)
+        if self.poison_rate + self.cross_rate > 1:
+            raise ConfigError(
+                f"poison_rate {self.poison_rate} and cross_rate {self.cross_rate} are more than the whole training set"
+            )
+
+    def field(self, info: DatasetInfo) -> Tensor:
+        """Where each pixel is taken from (1, H, W, 2), as `grid_sample` has it: -1..1, x first."""
+        drawn = np.random.default_rng(self.field_seed).uniform(-1, 1, (1, 2, self.grid, self.grid))
+        shifts = torch.from_numpy(drawn / np.abs(drawn).mean())
+        height, width = info.shape[1:]
+        smooth = F.interpolate(shifts, size=(height, width), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+        rows, columns = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
+        still = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], dim=-1)[None]
+        return (still + self.strength * smooth / height).clamp(-1, 1)
+
+    def stamp(self, images: Tensor, indices: Tensor, info: DatasetInfo, seed: int) -> Tensor:
+        """`images` (N, C, H, W) uint8, bent."""
+        return bend(images, self.field(info).expand(len(images), -1, -1, -1))
+
+    def poison(self, task: AttackTask) -> PoisonedSamples:
+        """Poisoned samples are bent and relabelled; cross samples are bent with noise and keep their label."""
+        poisoned = super().poison(task)
+        others = torch.ones(len(task.data), dtype=torch.bool)
+        others[poisoned.indices] = False
+        count = round(self.cross_rate * len(task.data))
+        cross = draw_indices(torch.nonzero(others).flatten(), count, derive_seed(task.seed, "cross"))
+        noise = np.random.default_rng(derive_seed(task.seed, "noise")).uniform(-1, 1, (count, *task.info.shape[1:], 2))
+        fields = (self.field(task.info) + torch.from_numpy(noise) / task.info.shape[1]).clamp(-1, 1)
+        bent = bend(task.data.images[cross], fields)
+        indices, order = torch.cat([poisoned.indices, cross]).sort()
+        return PoisonedSamples(
+            indices,
+            torch.cat([poisoned.images, bent])[order],
+            torch.cat([poisoned.labels, task.data.labels[cross]])[order],
+            order >= len(poisoned),
+        )
+
+
+def bend(images: Tensor, fields: Tensor) -> Tensor:
+    """`images` (N, C, H, W) uint8 sampled at `fields` (N, H, W, 2) with bilinear interpolation, rounded."""
+    bent = F.grid_sample(images.float(), fields.float(), align_corners=True)
+    return bent.round().clamp(0, 255).to(torch.uint8)

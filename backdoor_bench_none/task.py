@@ -1,0 +1,81 @@
+"""What both sides of training are given: data, a recipe, and the means to train; and what they are not given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from backdoor_bench_none.context import Context
+from backdoor_bench_none.data.dataset import DatasetInfo, ImageSet
+from backdoor_bench_none.models.builder import ModelBuilder
+from backdoor_bench_none.recipe import Recipe
+from backdoor_bench_none.training import (
+    FitOptions,
+    Gradients,
+    History,
+    Loss,
+    Trainer,
+    TrainingData,
+    cross_entropy,
+    predict_logits,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingTask:
+    """A training set on the device, and the means to train on it. Indices refer to `train` in its original order."""
+
+    train: ImageSet
+    info: DatasetInfo
+    recipe: Recipe
+    trainer: Trainer
+    build: ModelBuilder
+    #: the client (N,) int64 that holds each sample of `train`, -1 for none; None where all data are in one place
+    clients: Tensor | None = None
+
+    def new_model(self, draw: int = 0) -> nn.Module:
+        """An initialised network of the cell's architecture and activation, on the device.
+
+        Draw 0 has the initial weights that every defense and the victim share; other draws have others.
+        """
+        return self.build(draw)
+
+    def fit(
+        self,
+        model: nn.Module,
+        context: Context,
+        *,
+        data: ImageSet | None = None,
+        keep: Tensor | None = None,
+        freeze_batchnorm: bool = False,
+        loss: Loss = cross_entropy,
+        gradients: Gradients | None = None,
+        **recipe: Any,
+    ) -> History:
+        """Train `model` in place by the cell's trainer and recipe;
+        keyword arguments change the recipe, as in `epochs=5`.
+
+        `data` (default `train`) is what to train on; `keep` (k,) int64 the indices of its samples to use. `loss` is
+        differentiated; `gradients` computes gradients itself.
+        """
+        options = FitOptions(keep, freeze_batchnorm, loss, gradients)
+        return self.trainer.fit(model, self.training_data(data, context), self.changed(recipe), context, options)
+
+    def changed(self, recipe: dict[str, Any]) -> Recipe:
+        """The cell's recipe with other values of these fields."""
+        return Recipe(**{**self.recipe.model_dump(), **recipe})
+
+    def training_data(self, data: ImageSet | None, context: Context) -> TrainingData:
+        """`data` (default `train`) with the normalisation and augmentation of the data set."""
+        if data is None:
+            return TrainingData.of(self.train, self.info, context.device, self.clients)
+        return TrainingData.of(data, self.info, context.device)
+
+    def predict(self, model: nn.Module, context: Context, data: ImageSet | None = None) -> Tensor:
+        """Logits (N, K) float32 of `data` (default `train`) in its
+        order, in eval mode, without augmentation, in float32.
+        """
+        prepared = self.training_data(data, context)
+        return predict_logits(model, prepared.images.images, prepared.pixels, replace(context, amp=None))

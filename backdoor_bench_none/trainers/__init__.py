@@ -1,0 +1,1 @@
+"""Trainers besides the centralized one."""

@@ -1,0 +1,111 @@
+"""Transfer learning: a frozen backbone that was trained before, and a new last layer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from backdoor_bench_none.component import Incidental
+from backdoor_bench_none.context import Context
+from backdoor_bench_none.data.dataset import DatasetInfo
+from backdoor_bench_none.errors import ConfigError
+from backdoor_bench_none.models.builder import ModelBuilder, load_backbone
+from backdoor_bench_none.recipe import Recipe
+from backdoor_bench_none.training import Centralized, FitOptions, History, Trainer, TrainingData, last_layer
+
+if TYPE_CHECKING:
+    from backdoor_bench_none.task import TrainingTask
+
+
+class Transfer(Trainer):
+    """Everything but the last layer comes from an earlier training and stays as it is, BatchNorm's statistics too.
+
+    The backbone is trained here on the classes that the data set leaves out (`classes` of image_folder and imagenette),
+    or on its own clean images if it leaves out none; or it is read from `weights`, as torchvision's AlexNet for
+    ImageNet. Dropout stays active. Saha et al. train the last layer of AlexNet with `recipe: {epochs: 20, lr: 0.001,
+    schedule: step, milestones: [11], batch_size: 256}`; features of other networks are smaller and need a larger rate.
+    """
+
+    paper: ClassVar[str] = "arXiv:1910.00033, section 4"
+    has_backbone: ClassVar[bool] = True
+
+    pretraining_epochs: int | None = Field(
+        None, ge=1, description="epochs of the backbone's training; default: those of the data set and architecture"
+    )
+    weights: Annotated[Path | None, Incidental] = Field(
+        None, description="state dictionary of the cell's architecture (.safetensors, or .pth with tensors only)"
+    )
+
+    def recipe(self) -> Mapping[str, Any]:
+        """Of the last layer: 20 epochs without augmentation."""
+        return {"epochs": 20, "lr": 0.05, "augment": False}
+
+    def check(self, info: DatasetInfo) -> None:
+        """The file of weights can be read."""
+        if self.weights is not None:
+            read_weights(self.weights)
+
+    def identity(self) -> dict[str, Any]:
+        """As of every component; of the file of weights, its sha256 counts."""
+        if self.weights is None:
+            return super().identity()
+        return {**super().identity(), "weights_sha256": hashlib.sha256(_read_bytes(self.weights)).hexdigest()}
+
+    def pretrain(self, make_task: Callable[[], TrainingTask], build: ModelBuilder, context: Context) -> nn.Module:
+        """The network of `weights`, or one trained on the images of `make_task`."""
+        if self.weights is not None:
+            model = build(0)
+            load_backbone(model, read_weights(self.weights))
+            return model
+        task = make_task()
+        model = task.new_model()
+        task.fit(model, context, epochs=self.pretraining_epochs or task.recipe.epochs)
+        return model
+
+    def fit(
+        self, model: nn.Module, data: TrainingData, recipe: Recipe, context: Context, options: FitOptions
+    ) -> History:
+        """Train the last layer of `model` in place."""
+        trained = {id(parameter) for parameter in last_layer(model).parameters()}
+        frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in trained]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            return Centralized().fit(model, data, recipe, context, replace(options, freeze_batchnorm=True))
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+
+def read_weights(path: Path) -> Mapping[str, Tensor]:
+    """The tensors in a state dictionary's file, which is never unpickled beyond them; `ConfigError` if it is none."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, LookupError) as error:
+        raise ConfigError(f"transfer: '{path}' cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # pickle.UnpicklingError, which is no pickle's own: weights_only refused something
+        raise ConfigError(
+            f"transfer: '{path}' holds more than tensors, and is not unpickled: {str(error).splitlines()[0]}",
+            "save model.state_dict()",
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+        raise ConfigError(f"transfer: '{path}' is no state dictionary", "save model.state_dict()")
+    return loaded
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"transfer: '{path}' cannot be read: {error.strerror}") from error
