@@ -7,17 +7,20 @@ from pathlib import Path
 import click
 
 from backdoor_bench_none.errors import ConfigError, ExitCode
+from backdoor_bench_none.paper import benchmark_text
 
 
 @click.command("init")
 @click.argument("file", default="benchmark.yaml", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--from", "origin", metavar="NAME", help="Write that of a table or figure of the paper, as table4.")
 @click.option("--force", is_flag=True, help="Overwrite a file that is there.")
-def init_command(file: Path, force: bool) -> int:
-    """Write a commented benchmark file that runs in minutes on a CPU."""
+def init_command(file: Path, origin: str | None, force: bool) -> int:
+    """Write a commented benchmark file that runs in minutes on a CPU, or one of the paper's."""
+    text = default_benchmark() if origin is None else benchmark_text(origin)
     if file.exists() and not force:
         raise ConfigError(f"'{file}' is there already", "--force overwrites it")
     try:
-        file.write_text(default_benchmark(), encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"'{file}' cannot be written: {error.strerror}") from error
     click.echo(f"wrote {file}; run it: bbn run {file}")

@@ -22,6 +22,7 @@ VERBS = {
     "status": "status",
     "table": "table",
     "results": "results",
+    "paper": "paper",
     "doctor": "doctor",
 }
 

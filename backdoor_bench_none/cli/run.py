@@ -54,9 +54,11 @@ def plan_command(file: Path | None, results: Path | None, only: Only, selection:
         for cell in plan.cells:
             state = "skip" if cell.key in plan.skipped else "run" if cell.key in pending else "done"
             click.echo(f"  {state:4} {cell.key}  {cell.title}")
-    kinds = Counter(job.kind for job in pack_jobs(todo, store))
+    kinds = Counter[str](job.kind for job in pack_jobs(todo, store))
     click.echo(f"  done        {count_done(plan, store)} cells")
-    shared = f"{kinds['poison']} poisoned sets and {kinds['victim']} victims"
+    shared = f"{kinds['poison']} poisoned sets and {kinds['victim'] + kinds['benign']} victims"
+    for kind, word in (("crafter", "crafting networks"), ("backbone", "backbones")):
+        shared = f"{kinds[kind]} {word}, {shared}" if kinds[kind] else shared
     click.echo(f"  to do       {kinds['cell']} cells, and {shared} that they share")
     click.echo(f"Nothing was run. To run it: {_again('bbn run', file, results)}")
     return ExitCode.OK

@@ -231,7 +231,7 @@ class Stages:
         model.load_state_dict(dict(self.victim().tensors))
         return model.eval()
 
-    def _defended(self) -> nn.Module:
+    def network(self) -> nn.Module:
         """The network that the defense returned, in eval mode, on the device."""
         weights = {name[6:]: x for name, x in self.defense().tensors.items() if name.startswith("model.")}
         model = move(self._defended_shell(), self.context.device)
@@ -240,7 +240,7 @@ class Stages:
 
     def _search(self) -> Artifact:
         context = replace(self.context, seed=self._seed("search_key"))
-        task = SearchTask(self._defended(), self.data()[0].to(context.device), self.cell.info)
+        task = SearchTask(self.network(), self.data()[0].to(context.device), self.cell.info)
         found = self.cell.the_attack.find_triggers(task, context)
         tensors = {"masks": found.masks, "patterns": found.patterns, "labels": found.labels}
         return Artifact(tensors, {"facts": [dict(fact) for fact in found.facts]})
@@ -250,7 +250,7 @@ class Stages:
         pixels = Pixels.of(cell.info, self.context.device)
         found = self.search() if cell.the_attack.searches else None
         parts = [triggered] if found is None else (found.stamp(index, test) for index in range(len(found.labels)))
-        counts, evaluation = evaluate(self._defended(), test, parts, pixels, self.context)
+        counts, evaluation = evaluate(self.network(), test, parts, pixels, self.context)
         detection = None
         if (flagged := defended.tensors.get("flagged")) is not None:
             counted = ~self.decoys()

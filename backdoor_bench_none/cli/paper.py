@@ -1,0 +1,84 @@
+"""bbn paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from backdoor_bench_none.errors import BenchError, ExitCode
+
+if TYPE_CHECKING:
+    from backdoor_bench_none.cell import Cell
+    from backdoor_bench_none.paper.regions import Panel
+    from backdoor_bench_none.results.record import Record
+    from backdoor_bench_none.results.store import Store
+
+
+@click.command("paper")
+@click.argument("figure", type=click.Choice(["fig6", "fig7"]))
+@click.option(
+    "--output", type=click.Path(path_type=Path, dir_okay=False), help="File to write; default: <figure>.png; or .pdf."
+)
+@click.option(
+    "--results", type=click.Path(path_type=Path, file_okay=False), default=Path("results"), help="Results folder."
+)
+@click.option("-j", "--slots", type=click.IntRange(min=1), help="Jobs at the same time.")
+def paper_command(figure: str, output: Path | None, results: Path, slots: int | None) -> int:
+    """Draw a figure of the paper: run its benchmark, as far as that has not been done, and write a picture.
+
+    `bbn init --from NAME` writes the benchmark files of the paper's tables and figures.
+    """
+    from backdoor_bench_none.config import parse_config
+    from backdoor_bench_none.paper import benchmark_text
+    from backdoor_bench_none.paper.regions import draw_panels, with_ideal_trojan
+    from backdoor_bench_none.plan import plan_config
+    from backdoor_bench_none.registry import Registry
+    from backdoor_bench_none.report.tables import open_console
+    from backdoor_bench_none.results.store import Store
+    from backdoor_bench_none.run.progress import Lines
+    from backdoor_bench_none.run.runner import Options, run_plan
+
+    config, source = parse_config(benchmark_text(figure), f"{figure}.yaml")
+    registry = Registry.default()
+    plan = plan_config(config, source, registry)
+    summary = run_plan(plan, registry, Options(results, slots=slots), Lines(open_console()))
+    if summary.failed or summary.interrupted or summary.not_run:
+        raise BenchError(f"{figure} needs all of its cells", "the same command goes on where it stopped")
+    store = Store(results)
+    panels = [draw_regions(cell, store) for cell in plan.cells]
+    trojan = plan.cells[-1].the_attack.model_dump()
+    if figure == "fig6":
+        panels[0] = with_ideal_trojan(panels[0], trojan["value"], trojan["target"])
+    path = output or Path(f"{figure}.png")
+    draw_panels(panels, plan.cells[0].the_dataset.load()[1], trojan["value"], path)
+    click.echo(f"wrote {path}")
+    return ExitCode.OK
+
+
+def draw_regions(cell: Cell, store: Store) -> Panel:
+    """The label that the cell's finished network gives to every point of the plane."""
+    import torch
+
+    from backdoor_bench_none.context import Context
+    from backdoor_bench_none.paper.regions import LEVELS, Panel, plane
+    from backdoor_bench_none.run.stages import Stages
+    from backdoor_bench_none.training import Pixels, predict_logits
+
+    context = Context(torch.device("cpu"), 0)
+    logits = predict_logits(
+        Stages(cell, store, context).network(), plane(), Pixels.of(cell.info, context.device), context
+    )
+    record = store.read_record(cell.key)
+    return Panel(_title(cell, record), logits.argmax(1).reshape(LEVELS, LEVELS).numpy())
+
+
+def _title(cell: Cell, record: Record | None) -> str:
+    params = cell.the_attack.model_dump()
+    parts = [cell.defense.label] if cell.defense.name != "no_defense" else []
+    parts += [f"{100 * params['poison_rate']:g} % poisoned"] if "poison_rate" in params else ["clean"]
+    counts = record.counts if record else None
+    if counts is not None and counts.attack_success_rate is not None:
+        parts.append(f"\nBA {counts.benign_accuracy.rate:.3f}  ASR {counts.attack_success_rate.rate:.3f}")
+    return ", ".join(parts).replace(", \n", "\n")

@@ -1,0 +1,21 @@
+"""The paper's experiments: benchmark files for its tables and figures, and what draws the figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from backdoor_bench_none.errors import ConfigError, did_you_mean
+
+FOLDER = Path(__file__).parent / "benchmarks"
+
+
+def benchmark_names() -> list[str]:
+    """The tables and figures that have a benchmark file."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def benchmark_text(name: str) -> str:
+    """The benchmark file of a table or figure, as `table4`; `ConfigError` if it has none."""
+    if name not in benchmark_names():
+        raise ConfigError(f"there is no benchmark file '{name}' of the paper", did_you_mean(name, benchmark_names()))
+    return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
