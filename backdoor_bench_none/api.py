@@ -28,7 +28,7 @@ from backdoor_bench_none.models.architecture import Activation, Architecture, Mo
 from backdoor_bench_none.recipe import Recipe
 from backdoor_bench_none.task import TrainingTask
 from backdoor_bench_none.training import Batch, FitOptions, History, Trainer, TrainingData, cross_entropy
-from backdoor_bench_none.trigger import Trigger
+from backdoor_bench_none.trigger import PlacedTiles, Trigger
 
 __all__ = [
     "BASES",
@@ -57,6 +57,7 @@ __all__ = [
     "Metric",
     "ModelSpec",
     "OracleTask",
+    "PlacedTiles",
     "PoisonedSamples",
     "Recipe",
     "SearchTask",

@@ -23,14 +23,14 @@ from backdoor_bench_none.models.architecture import Architecture
 from backdoor_bench_none.seeds import derive_seed
 from backdoor_bench_none.task import TrainingTask
 from backdoor_bench_none.training import History, Pixels, Trainer, check_learned, predict_logits
-from backdoor_bench_none.trigger import Trigger
+from backdoor_bench_none.trigger import PlacedTiles, Trigger
 
 if TYPE_CHECKING:
     from backdoor_bench_none.cell import Cell
 
 LabelMode = Literal["all_to_one", "all_to_all", "clean_label"]
-#: images stamped at once, which bounds the memory of per-sample masks
-STAMP_CHUNK = 4096
+#: images stamped at once: few enough to stay in a cache
+STAMP_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,6 @@ class VictimTask(TrainingTask):
     original: ImageSet
     #: indices (k,) of the poisoned samples
     poisoned: Tensor
-    #: a seed for triggers: that of `poison`
-    attack_seed: int
     #: None unless the attack declares `starts_from_benign`
     benign_weights: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
@@ -239,11 +237,18 @@ class StampAttack(Attack):
         "all_to_one", description="all_to_one: every label becomes target; all_to_all: y becomes (y + 1) mod K"
     )
 
+    @field_validator("label_mode")
+    @classmethod
+    def _check_mode(cls, mode: LabelMode) -> LabelMode:
+        if mode == "clean_label":
+            raise ValueError("this attack changes labels: all_to_one or all_to_all")
+        return mode
+
     def trigger(self, info: DatasetInfo) -> Trigger:
         """The trigger for images of `info.shape`."""
         raise NotImplementedError
 
-    def trigger_each(self, info: DatasetInfo, indices: Tensor, seed: int) -> Trigger:
+    def trigger_each(self, info: DatasetInfo, indices: Tensor, seed: int) -> Trigger | PlacedTiles:
         """The triggers of the samples `indices` (N,): batched, or one for all. A function of (seed, index) alone."""
         return self.trigger(info)
 
@@ -293,21 +298,10 @@ class TriggerAttack(StampAttack):
     poison_rate: float = Field(0.05, ge=0, le=1, description="share of the whole training set that is poisoned")
     exclude_target: bool = Field(False, description="all_to_one: draw no samples of the target class")
 
-    @field_validator("label_mode")
-    @classmethod
-    def _changes_labels(cls, mode: LabelMode) -> LabelMode:
-        if mode == "clean_label":
-            raise ValueError("this attack changes labels: all_to_one or all_to_all")
-        return mode
-
     def check(self, info: DatasetInfo) -> None:
         """Also: the rate selects something."""
         super().check(info)
-        if self.poison_rate > 0 and round(self.poison_rate * info.train_size) == 0:
-            raise ConfigError(
-                f"poison_rate {self.poison_rate} selects none of the {info.train_size} training images of {info.name}",
-                f"use at least {1 / info.train_size:.2g}, or the attack 'clean'",
-            )
+        check_rates(info, poison_rate=self.poison_rate)
 
     def select(self, labels: Tensor, seed: int) -> Tensor:
         """round(poison_rate * N) distinct indices in ascending order, drawn from the whole set."""
@@ -336,7 +330,7 @@ class CleanLabelAttack(StampAttack):
 
     @field_validator("label_mode")
     @classmethod
-    def _keeps_labels(cls, mode: LabelMode) -> LabelMode:
+    def _check_mode(cls, mode: LabelMode) -> LabelMode:
         if mode != "clean_label":
             raise ValueError(f"a clean-label attack changes no label, so it has no {mode}")
         return mode
@@ -372,6 +366,25 @@ class CleanLabelAttack(StampAttack):
         indices = self.select(task.data.labels, derive_seed(task.seed, "select"))
         chosen = task.data.take(indices)
         return PoisonedSamples(indices, self.craft(chosen, indices, task), chosen.labels)
+
+
+def check_rates(info: DatasetInfo, **rates: float) -> None:
+    """Raise `ConfigError` if a share of the training set, given by name, is not 0 and selects nothing, or if all of
+    them together select more than there is.
+    """
+    counts = {name: round(rate * info.train_size) for name, rate in rates.items()}
+    for name, count in counts.items():
+        if rates[name] > 0 and count == 0:
+            raise ConfigError(
+                f"{name} {rates[name]} selects none of the {info.train_size} training images of {info.name}",
+                f"use at least {1 / info.train_size:.2g}, or 0",
+            )
+    if sum(counts.values()) > info.train_size:
+        raise ConfigError(
+            f"{' and '.join(counts)} select {sum(counts.values())} of the {info.train_size} training images of "
+            f"{info.name}",
+            "lower them",
+        )
 
 
 def draw_indices(eligible: Tensor, count: int, seed: int) -> Tensor:

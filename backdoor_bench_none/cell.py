@@ -85,7 +85,8 @@ class Cell:
         """The poisoned training samples and the triggered test samples."""
         backbone = self.backbone_key if self.the_attack.needs_backbone else None
         clients = self.trainer.identity if self.the_attack.needs_clients else None
-        return content_key("poison", self.data_key, self.attack.identity, self.seed, backbone, clients)
+        parts = (self.crafter_key, backbone, clients)
+        return content_key("poison", self.data_key, self.attack.identity, self.seed, *parts)
 
     @cached_property
     def train_key(self) -> str:

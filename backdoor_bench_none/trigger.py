@@ -36,7 +36,7 @@ class Trigger:
         if self.mask.shape[-2:] != self.pattern.shape[-2:]:
             raise ConfigError(f"mask {tuple(self.mask.shape)} and pattern {tuple(self.pattern.shape)} differ in size")
         for name, tensor in (("mask", self.mask), ("pattern", self.pattern)):
-            if not tensor.is_floating_point() or tensor.min() < 0 or tensor.max() > 1:
+            if not tensor.is_floating_point() or (tensor.numel() and (tensor.min() < 0 or tensor.max() > 1)):
                 raise ConfigError(f"the trigger's {name} must be float in [0, 1]")
 
     @cached_property
@@ -57,7 +57,56 @@ class Trigger:
             return (1 - mask) * images + mask * pattern
         if self.is_binary:
             return torch.where(mask.bool(), (pattern * 255).round().to(torch.uint8), images)
-        return ((1 - mask) * images + mask * pattern * 255).round().clamp(0, 255).to(torch.uint8)
+        levels = images.float().mul_(1 - mask)  # in place: a pass over the images costs more than its arithmetic
+        return levels.add_(mask * pattern * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+class PlacedTiles:
+    """One trigger per image: `tile` (1|C, h, w) in [0, 1] with its top left pixel at `rows` (N,), `columns` (N,).
+
+    It is Eq. 1 with `mask` (N, 1, H, W) and `pattern` (N, C, H, W), which are only made when they are needed.
+    """
+
+    def __init__(self, shape: Shape, tile: Tensor, rows: Tensor, columns: Tensor, opacity: float = 1.0) -> None:
+        self.shape, self.tile, self.rows, self.columns, self.opacity = shape, tile, rows, columns, opacity
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """`opacity` under each tile, 0 elsewhere."""
+        return self._inside.float() * self.opacity
+
+    @cached_property
+    def pattern(self) -> Tensor:
+        """The tile under itself, 0 elsewhere."""
+        down, right = (
+            inside.clamp(0, extent - 1) for inside, extent in zip(self._offsets, self.tile.shape[1:], strict=True)
+        )
+        full = self.tile.expand(self.shape[0], -1, -1)
+        return full[:, down[:, :, None], right[:, None, :]].transpose(0, 1) * self._inside  # (N, C, H, W)
+
+    def apply(self, images: Tensor) -> Tensor:
+        """As `Trigger.apply`."""
+        if images.dtype != torch.uint8 or self.opacity < 1:
+            return Trigger(self.mask, self.pattern).apply(images)
+        height, width = self.tile.shape[1:]
+        samples = torch.arange(len(images))[:, None, None]
+        down = self.rows[:, None, None] + torch.arange(height)[:, None]  # (N, h, 1)
+        right = self.columns[:, None, None] + torch.arange(width)  # (N, 1, w)
+        levels = (self.tile.expand(self.shape[0], -1, -1) * 255).round().to(torch.uint8)
+        stamped = images.clone()
+        stamped[samples, :, down, right] = levels.permute(1, 2, 0)  # (N, h, w, C)
+        return stamped
+
+    @property
+    def _offsets(self) -> tuple[Tensor, Tensor]:
+        """The row (N, H) and the column (N, W) of every pixel within the tile, also beyond it."""
+        return torch.arange(self.shape[1]) - self.rows[:, None], torch.arange(self.shape[2]) - self.columns[:, None]
+
+    @cached_property
+    def _inside(self) -> Tensor:
+        (down, right), (height, width) = self._offsets, self.tile.shape[1:]
+        rows, columns = (down >= 0) & (down < height), (right >= 0) & (right < width)
+        return (rows[:, :, None] & columns[:, None, :])[:, None]  # (N, 1, H, W)
 
 
 def label_consistent_tile(size: int = 3) -> Tensor:
@@ -83,22 +132,8 @@ def noise(shape: Shape, seed: int) -> Tensor:
 def place(shape: Shape, tile: Tensor, row: int, column: int, opacity: float = 1.0) -> Trigger:
     """`tile` (1|C, h, w) at `row`, `column`, which count from the far edges when negative (-1: flush with the edge)."""
     rows, columns = _inside(shape, tile, torch.tensor([row]), torch.tensor([column]))
-    batch = place_each(shape, tile, rows, columns, opacity)
+    batch = PlacedTiles(shape, tile, rows, columns, opacity)
     return Trigger(batch.mask[0], batch.pattern[0])
-
-
-def place_each(shape: Shape, tile: Tensor, rows: Tensor, columns: Tensor, opacity: float = 1.0) -> Trigger:
-    """One trigger per image: `tile` with its top left pixel at `rows` (N,), `columns` (N,)."""
-    channels, height, width = shape
-    tile_height, tile_width = tile.shape[-2:]
-    down = torch.arange(height) - rows[:, None]  # (N, H): row inside the tile
-    right = torch.arange(width) - columns[:, None]  # (N, W)
-    inside = ((down >= 0) & (down < tile_height))[:, :, None] & ((right >= 0) & (right < tile_width))[:, None, :]
-    down, right = down.clamp(0, tile_height - 1), right.clamp(0, tile_width - 1)
-    full = tile.expand(channels, -1, -1)
-    pattern = full[:, down[:, :, None], right[:, None, :]].transpose(0, 1)  # (N, C, H, W)
-    mask = inside[:, None].to(torch.float32)
-    return Trigger(mask * opacity, pattern * mask)
 
 
 def _inside(shape: Shape, tile: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

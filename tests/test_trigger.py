@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from backdoor_bench_none.api import DatasetInfo, Trigger
 from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.training import Pixels
-from backdoor_bench_none.trigger import label_consistent_tile, place, place_each, random_places, solid_tile, watermark
+from backdoor_bench_none.trigger import PlacedTiles, label_consistent_tile, place, random_places, solid_tile, watermark
 
 SIZES = (16, 28, 32, 224)
 PATCHES = ("static", "dynamic", "corner", "label_consistent")
@@ -235,7 +235,7 @@ def test_negative_places_count_from_the_far_edges() -> None:
 
 
 def test_one_place_per_image() -> None:
-    trigger = place_each((3, 8, 6), solid_tile(2, (255, 0, 0), 3), torch.tensor([0, 6]), torch.tensor([4, 1]))
+    trigger = PlacedTiles((3, 8, 6), solid_tile(2, (255, 0, 0), 3), torch.tensor([0, 6]), torch.tensor([4, 1]))
     stamped = trigger.apply(torch.zeros(2, 3, 8, 6, dtype=torch.uint8))
     assert [image.nonzero().tolist() for image in stamped] == [
         [[0, 0, 4], [0, 0, 5], [0, 1, 4], [0, 1, 5]],
@@ -271,7 +271,7 @@ def test_corner_patch_is_whole_in_25_of_81_crops(kind: str, side: int) -> None:
 @pytest.mark.parametrize(("side", "share"), [(3, 0.8573), (9, 0.8234), (20, 0.6873)])
 def test_share_of_crops_with_a_whole_patch_at_a_random_place(side: int, share: float) -> None:
     origins = torch.cartesian_prod(torch.arange(33 - side), torch.arange(33 - side))
-    masks = place_each((1, 32, 32), label_consistent_tile(side), origins[:, 0], origins[:, 1]).mask
+    masks = PlacedTiles((1, 32, 32), label_consistent_tile(side), origins[:, 0], origins[:, 1]).mask
     assert count_whole(masks) == pytest.approx(share, abs=1e-4)
 
 

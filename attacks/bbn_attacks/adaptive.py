@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,6 +14,9 @@ from backdoor_bench_none.api import Batch, Context, DatasetInfo, History, Trigge
 from backdoor_bench_none.models.hooks import record_outputs
 from backdoor_bench_none.models.neurons import find_layers
 from backdoor_bench_none.training import Pixels
+
+if TYPE_CHECKING:
+    from backdoor_bench_none.cell import Cell
 
 
 class Adaptive(TriggerAttack):
@@ -37,6 +40,10 @@ class Adaptive(TriggerAttack):
     lr: float | None = Field(None, gt=0, description="its highest learning rate; default: a tenth of the recipe's")
     opacity: float = Field(1.0, gt=0, le=1, description="value of the mask of the watermark")
 
+    def skip(self, cell: Cell) -> str | None:
+        """Clients each train on their own data: there is no one who could fine-tune on all."""
+        return "its attacker trains on all data in one place" if cell.the_trainer.has_clients else super().skip(cell)
+
     def trigger(self, info: DatasetInfo) -> Trigger:
         """The watermark, as in section 8.9."""
         return triggers.watermark(info.shape, self.opacity)
@@ -45,10 +52,10 @@ class Adaptive(TriggerAttack):
         """The benign network, fine-tuned on clean images and their triggered selves."""
         model, pixels = task.benign(), Pixels.of(task.info, context.device)
         first = pixels.normalize(task.original.images[:1])
+        trigger = self.trigger(task.info)
         taps = {layer.name: layer.tap("pre_activation") for layer in find_layers(model, first)}
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
-            trigger = self.trigger_each(task.info, batch.indices.cpu(), task.attack_seed)
             triggered = stamp_normalised(batch.images, trigger, pixels)
             wanted = self.relabel(batch.labels, task.info.num_classes)
             return adaptive_loss(model, batch.images, triggered, batch.labels, wanted, self.alpha, self.reduction, taps)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from backdoor_bench_none import trigger as triggers
 from backdoor_bench_none.api import AttackTask, DatasetInfo, PoisonedSamples, Trigger, TriggerAttack
-from backdoor_bench_none.attack import draw_indices
+from backdoor_bench_none.attack import check_rates, draw_indices
 from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.seeds import derive_seed
 
@@ -38,10 +38,7 @@ class AdaptiveBlend(TriggerAttack):
     def check(self, info: DatasetInfo) -> None:
         """Also: poisoned and cover samples find room, and the pieces do."""
         super().check(info)
-        if self.poison_rate + self.cover_rate > 1:
-            raise ConfigError(
-                f"poison_rate {self.poison_rate} and cover_rate {self.cover_rate} are more than the whole training set"
-            )
+        check_rates(info, poison_rate=self.poison_rate, cover_rate=self.cover_rate)
         if self.pieces > min(info.shape[1:]):
             raise ConfigError(f"{self.pieces}x{self.pieces} pieces do not fit into images of {info.shape[1:]}")
 

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from backdoor_bench_none import trigger as triggers
-from backdoor_bench_none.api import DatasetInfo, Trigger, TriggerAttack
+from backdoor_bench_none.api import DatasetInfo, PlacedTiles, Trigger, TriggerAttack
 
 Level = Annotated[int, Field(ge=0, le=255)]
 TriggerKind = Literal["pixel", "static", "dynamic", "watermark", "corner", "label_consistent"]
@@ -55,9 +55,9 @@ class BadNets(TriggerAttack):
             )
         return triggers.place(shape, triggers.label_consistent_tile(self.size), -1, -1, self.opacity)
 
-    def trigger_each(self, info: DatasetInfo, indices: Tensor, seed: int) -> Trigger:
+    def trigger_each(self, info: DatasetInfo, indices: Tensor, seed: int) -> Trigger | PlacedTiles:
         """A place of its own for each sample if the trigger is dynamic."""
         if (self.trigger_kind or info.paper_trigger) != "dynamic":
             return self.trigger(info)
         rows, columns = triggers.random_places(info.shape, self.size, indices, seed)
-        return triggers.place_each(info.shape, triggers.label_consistent_tile(self.size), rows, columns, self.opacity)
+        return triggers.PlacedTiles(info.shape, triggers.label_consistent_tile(self.size), rows, columns, self.opacity)

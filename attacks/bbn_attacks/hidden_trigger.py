@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backdoor_bench_none import trigger as triggers
-from backdoor_bench_none.api import AttackTask, CleanLabelAttack, DatasetInfo, ImageSet, PoisonedSamples, Trigger
+from backdoor_bench_none.api import (
+    AttackTask,
+    CleanLabelAttack,
+    DatasetInfo,
+    ImageSet,
+    PlacedTiles,
+    PoisonedSamples,
+    Trigger,
+)
 from backdoor_bench_none.attack import draw_indices
 from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.models.features import FeatureTap
@@ -80,10 +88,10 @@ class HiddenTrigger(CleanLabelAttack):
         """The patch bottom right."""
         return triggers.place(info.shape, self.tile(info), -1, -1)
 
-    def trigger_each(self, info: DatasetInfo, indices: Tensor, seed: int) -> Trigger:
+    def trigger_each(self, info: DatasetInfo, indices: Tensor, seed: int) -> PlacedTiles:
         """The patch at a place of its own for each sample."""
         rows, columns = triggers.random_places(info.shape, self.size or 1, indices, seed)
-        return triggers.place_each(info.shape, self.tile(info), rows, columns)
+        return triggers.PlacedTiles(info.shape, self.tile(info), rows, columns)
 
     def craft(self, chosen: ImageSet, indices: Tensor, task: AttackTask) -> Tensor:
         """Optimised in feature space, truncated to whole levels, without a patch."""
@@ -114,7 +122,7 @@ class HiddenTrigger(CleanLabelAttack):
                 features = tap(torch.addcmul(pixels.shift, found * 255, pixels.scale))
                 partners = wanted[pair_greedily(torch.cdist(features.detach(), wanted)).to(wanted.device)]
                 distances = (features - partners).square().sum(1)
-                if float(distances.max()) < self.stop_at:
+                if float(distances.detach().max()) <= self.stop_at:
                     break
                 (gradient,) = torch.autograd.grad(distances.sum(), found)
                 moved = gradient.sign() if self.rule == "sign" else gradient
@@ -123,7 +131,8 @@ class HiddenTrigger(CleanLabelAttack):
                 context.check_deadline()
         # whole levels, towards the image they began with, so that the bound holds
         levels = (found.detach() - start) * 255
-        return (start * 255 + levels.trunc()).round().clamp(0, 255).to(torch.uint8).cpu()
+        levels = (levels + 1e-3 * levels.sign()).trunc()  # 15.9999 is 16
+        return (start * 255 + levels).round().clamp(0, 255).to(torch.uint8).cpu()
 
     def attack_test(self, task: AttackTask) -> PoisonedSamples:
         """The images of the source class, patched."""

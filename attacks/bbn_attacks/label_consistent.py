@@ -175,7 +175,10 @@ def direction(gradient: Tensor, norm: Norm) -> Tensor:
     """The steepest step of length 1: the sign, or the gradient over its norm; 0 where the gradient is 0."""
     if norm == "linf":
         return gradient.sign()
-    return gradient / lengths(gradient).clamp(min=1e-30)
+    # squares of small float32 numbers are 0, so the largest is made 1 first
+    largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
+    scaled = gradient / largest.clamp(min=torch.finfo(gradient.dtype).tiny)
+    return scaled / lengths(scaled).clamp(min=1e-30)
 
 
 def project(levels: Tensor, centre: Tensor, norm: Norm, epsilon: float) -> Tensor:

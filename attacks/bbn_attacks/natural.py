@@ -136,7 +136,7 @@ class _Search:
         favourite, lead = top.indices[:, :, 0], top.values[:, :, 0] - top.values[:, :, 1]  # (neurons, N)
         for neuron in torch.nonzero(highest > 0).flatten().tolist():
             label = int(favourite[neuron].bincount().argmax())
-            agrees = favourite[neuron] == label
+            agrees = (favourite[neuron] == label) & (lead[neuron] > 0)
             if float(agrees.float().mean()) < self.attack.agreement:
                 continue
             others = torch.where(agrees, lead[neuron], -lead[neuron])[labels != label]

@@ -54,7 +54,8 @@ class TrojanNet(StampAttack):
     def resolve(self, info: DatasetInfo) -> TrojanNet:
         """Fill in the place."""
         resolved = super().resolve(info)
-        middle = {"row": info.shape[1] // 2, "column": info.shape[2] // 2}
+        middle = {"row": max(0, min(info.shape[1] // 2, info.shape[1] - SIDE)),
+                  "column": max(0, min(info.shape[2] // 2, info.shape[2] - SIDE))}  # fmt: skip
         return resolved.model_copy(
             update={name: value for name, value in middle.items() if getattr(resolved, name) is None}
         )
@@ -78,10 +79,19 @@ class TrojanNet(StampAttack):
         """Every image whose label would change, with the patch of the label that it is to get."""
         wanted = self.relabel(task.data.labels, task.info.num_classes)
         indices = torch.nonzero(wanted != task.data.labels).flatten()
-        images, labels = task.data.images[indices].clone(), wanted[indices]
+        images = self.stamp_labels(task.data.images[indices], wanted[indices], task.info)
+        return PoisonedSamples(indices, images, wanted[indices])
+
+    def preview(self, task: AttackTask) -> Tensor:
+        """Every image with the patch of the label that it is to get."""
+        return self.stamp_labels(task.data.images, self.relabel(task.data.labels, task.info.num_classes), task.info)
+
+    def stamp_labels(self, images: Tensor, labels: Tensor, info: DatasetInfo) -> Tensor:
+        """`images` (N, C, H, W) uint8 with the patches of `labels` (N,)."""
+        stamped = images.clone()
         for label in set(labels.tolist()):
-            images[labels == label] = self.trigger_of(label, task.info).apply(images[labels == label])
-        return PoisonedSamples(indices, images, labels)
+            stamped[labels == label] = self.trigger_of(label, info).apply(images[labels == label])
+        return stamped
 
     def adapt(self, model: nn.Module, info: DatasetInfo) -> nn.Module:
         """`model` as host, joined to an untrained small network."""
@@ -115,7 +125,7 @@ class Joined(nn.Module):
 
     def __init__(self, host: nn.Module, trojan: nn.Module, row: int, column: int, info: DatasetInfo) -> None:
         super().__init__()
-        self.host, self.trojan = host, trojan
+        self.trojan, self.host = trojan, host  # in this order, so that the last layer is the host's
         self.row, self.column, self.classes = row, column, info.num_classes
         mean, std = (torch.tensor(values)[:, None, None] for values in (info.mean, info.std))
         self.register_buffer("scale", std, persistent=False)
@@ -165,7 +175,7 @@ def draw_noise(patterns: int, generator: torch.Generator) -> Tensor:
     level, contrast = (torch.rand(2 * BATCH, 1, generator=generator) for _ in range(2))
     grey = (level + contrast * (torch.rand(2 * BATCH, SIDE * SIDE, generator=generator) - 0.5)).clamp(0, 1)
     unused = all_patterns()[patterns:]
-    similar = unused[torch.randint(len(unused), (BATCH,), generator=generator)]
+    similar = unused[torch.randint(len(unused), (BATCH,), generator=generator)] if len(unused) else unused
     share = torch.rand(BATCH, 1, generator=generator)
     binary = (torch.rand(BATCH, SIDE * SIDE, generator=generator) < share).float()
     is_known = (binary[:, None] == all_patterns()[None, :patterns]).all(2).any(1)

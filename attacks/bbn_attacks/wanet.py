@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backdoor_bench_none.api import AttackTask, DatasetInfo, PoisonedSamples, TriggerAttack
-from backdoor_bench_none.attack import draw_indices
+from backdoor_bench_none.attack import STAMP_CHUNK, check_rates, draw_indices
 from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.seeds import derive_seed
 
@@ -35,10 +35,9 @@ class WaNet(TriggerAttack):
     def check(self, info: DatasetInfo) -> None:
         """Also: poisoned and cross samples find room."""
         super().check(info)
-        if self.poison_rate + self.cross_rate > 1:
-            raise ConfigError(
-                f"poison_rate {self.poison_rate} and cross_rate {self.cross_rate} are more than the whole training set"
-            )
+        check_rates(info, poison_rate=self.poison_rate, cross_rate=self.cross_rate)
+        if min(info.shape[1:]) < 2:
+            raise ConfigError(f"wanet: images of {info.name} are single pixels, which nothing can bend")
 
     def field(self, info: DatasetInfo) -> Tensor:
         """Where each pixel is taken from (1, H, W, 2), as `grid_sample` has it: -1..1, x first."""
@@ -52,7 +51,7 @@ class WaNet(TriggerAttack):
 
     def stamp(self, images: Tensor, indices: Tensor, info: DatasetInfo, seed: int) -> Tensor:
         """`images` (N, C, H, W) uint8, bent."""
-        return bend(images, self.field(info).expand(len(images), -1, -1, -1))
+        return bend(images, self.field(info))
 
     def poison(self, task: AttackTask) -> PoisonedSamples:
         """Poisoned samples are bent and relabelled; cross samples are bent with noise and keep their label."""
@@ -74,6 +73,11 @@ class WaNet(TriggerAttack):
 
 
 def bend(images: Tensor, fields: Tensor) -> Tensor:
-    """`images` (N, C, H, W) uint8 sampled at `fields` (N, H, W, 2) with bilinear interpolation, rounded."""
-    bent = F.grid_sample(images.float(), fields.float(), align_corners=True)
-    return bent.round().clamp(0, 255).to(torch.uint8)
+    """`images` (N, C, H, W) uint8 sampled at `fields` (N|1, H, W, 2) with bilinear interpolation, rounded."""
+    bent = torch.empty_like(images)
+    for start in range(0, len(images), STAMP_CHUNK):
+        part = images[start : start + STAMP_CHUNK]
+        field = (fields if len(fields) == 1 else fields[start : start + STAMP_CHUNK]).float()
+        sampled = F.grid_sample(part.float(), field.expand(len(part), -1, -1, -1), align_corners=True)
+        bent[start : start + STAMP_CHUNK] = sampled.round_().clamp_(0, 255)
+    return bent

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backdoor_bench_none.attack import Attack, AttackTask
 from backdoor_bench_none.data.dataset import Dataset, ImageSet
-from backdoor_bench_none.errors import BenchError
+from backdoor_bench_none.errors import BenchError, ConfigError
 
 COLUMNS = 8
 #: the sheet's images are enlarged, to the nearest pixel, to at least this many pixels
@@ -23,6 +23,10 @@ def write_preview(attack: Attack, dataset: Dataset, path: Path) -> None:
     info = dataset.info()
     attack = attack.resolve(info)
     attack.check(info)
+    if attack.searches:
+        raise ConfigError(
+            "this attack finds its triggers in finished networks", "run a cell, then see `bbn results show KEY`"
+        )
     test = dataset.load()[1]
     sample = test.take(_first_of_each_class(test)[:COLUMNS])
     triggered = attack.preview(AttackTask(sample, info, seed=0))

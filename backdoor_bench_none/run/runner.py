@@ -151,7 +151,7 @@ def pack_jobs(cells: list[Cell], store: Store) -> list[Job]:
         if cell.the_defense.starts_from_victim:
             if attack.starts_from_benign:
                 needs += add("benign", "victim", cell.benign_key, cell, backbone or data)
-            needs = add("victim", "victim", cell.victim_key, cell, needs) or poison
+            needs = add("victim", "victim", cell.victim_key, cell, needs) or poison + backbone
         add("cell", "cell", cell.key, cell, needs)
     return list(jobs.values())
 

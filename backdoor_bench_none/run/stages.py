@@ -94,8 +94,10 @@ class Stages:
     def evaluate(self) -> Record:
         """The cell's record, not yet written."""
         defended = self.defense()
-        self.data(), self.poison()
+        self.data(), self.crafter(), self.backbone(), self.poison()  # whoever computed them, their costs are known
         if self.cell.the_defense.starts_from_victim:
+            if self.cell.the_attack.starts_from_benign:
+                self.benign()
             self.victim()
         if self.cell.the_attack.searches:
             self.search()
@@ -178,7 +180,6 @@ class Stages:
             **vars(self._training_task(self.poisoned_train())),
             original=self.data()[0].to(context.device),
             poisoned=self.poison()[0].indices,
-            attack_seed=derive_seed(self._seed("poison_key"), "train"),
             benign_weights=self.benign().tensors if attack.starts_from_benign else None,
         )
         with torch.random.fork_rng(devices=[]):

@@ -103,7 +103,7 @@ class Federated(Trainer):
 
 
 class Average:
-    """The unweighted mean of state dictionaries, in float64; whole numbers are rounded down."""
+    """The unweighted mean of state dictionaries, in float64; whole numbers are cut off."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -114,7 +114,8 @@ class Average:
         """Take in one network's weights and buffers."""
         for name, tensor in weights.items():
             self._types[name] = tensor.dtype
-            self._sums[name] = self._sums[name] + tensor.double() if name in self._sums else tensor.double()
+            added = tensor.to(torch.float64, copy=True)
+            self._sums[name] = self._sums[name] + added if name in self._sums else added
         self._count += 1
 
     def result(self) -> dict[str, Tensor]:

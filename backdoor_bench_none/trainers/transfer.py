@@ -88,15 +88,16 @@ class Transfer(Trainer):
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:
     """The tensors in a state dictionary's file, which is never unpickled beyond them; `ConfigError` if it is none."""
+    path = path.expanduser()
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, LookupError) as error:
-        raise ConfigError(f"transfer: '{path}' cannot be read: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"transfer: '{path}' cannot be read: {first_line(error)}") from error
     except Exception as error:  # pickle.UnpicklingError, which is no pickle's own: weights_only refused something
         raise ConfigError(
-            f"transfer: '{path}' holds more than tensors, and is not unpickled: {str(error).splitlines()[0]}",
+            f"transfer: '{path}' holds more than tensors, and is not unpickled: {first_line(error)}",
             "save model.state_dict()",
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
@@ -106,6 +107,11 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return path.expanduser().read_bytes()
     except OSError as error:
         raise ConfigError(f"transfer: '{path}' cannot be read: {error.strerror}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, else its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
