@@ -126,7 +126,7 @@ def test_digits_size_has_bounds(size: int) -> None:
 def test_root_and_download_stay_out_of_the_identity(kind: Any, tmp_path: Path) -> None:
     assert all(Incidental in kind.model_fields[name].metadata for name in ("root", "download"))
     assert kind().identity() == kind(root=tmp_path, download=False).identity()
-    assert set(kind().identity()["params"]) <= {"image_size"}
+    assert set(kind().identity()["params"]) <= {"image_size", "classes"}
 
 
 def test_only_the_place_of_users_files_stays_out_of_the_identity(tmp_path: Path) -> None:

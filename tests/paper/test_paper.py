@@ -1,0 +1,126 @@
+"""The paper's benchmark files can be planned and written, and the figures of the plane are drawn from what was run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from backdoor_bench_none import paper
+from backdoor_bench_none.config import parse_config
+from backdoor_bench_none.data.blobs import Blobs
+from backdoor_bench_none.errors import BenchError, ConfigError
+from backdoor_bench_none.paper import benchmark_names, benchmark_text
+from backdoor_bench_none.paper.regions import Panel, draw_panels, plane, with_ideal_trojan
+from backdoor_bench_none.plan import plan_config
+from backdoor_bench_none.plugins import Plugins
+from backdoor_bench_none.registry import Registry
+
+#: table -> number of cells
+CELLS = {"table2": 12, "table4": 12, "table5": 18, "table6": 8, "table11": 4, "table12": 8, "fig6": 4, "fig7": 3}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_benchmarks_of_the_paper_can_be_planned(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BBN_DATA", str(tmp_path))
+    config, source = parse_config(benchmark_text(name), f"{name}.yaml")
+    plan = plan_config(config, source, Registry(Plugins(external=False)))
+    assert len(plan.cells) == CELLS[name]
+    assert not plan.skipped
+
+
+def test_sweeps_are_the_papers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BBN_DATA", str(tmp_path))
+
+    def swept(name: str, parameter: str) -> list[Any]:
+        config, source = parse_config(benchmark_text(name))
+        cells = plan_config(config, source, Registry(Plugins(external=False))).cells
+        return list(dict.fromkeys(getattr(cell.the_attack, parameter) for cell in cells))
+
+    assert swept("table4", "size") == [3, 5, 7, 9, 15, 20]
+    assert swept("table5", "trigger_kind") == ["dynamic", "static", "watermark"]
+    assert swept("table6", "poison_rate") == [0.005, 0.05, 0.1, 0.2]
+    assert swept("table12", "alpha") == [1e-4, 1e-3, 1e-2, 1e-1]
+
+
+def test_every_benchmark_is_known_here() -> None:
+    assert set(benchmark_names()) == {*CELLS, "hidden_trigger"}
+
+
+def test_imagenet_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, source = parse_config(benchmark_text("hidden_trigger"))
+    with pytest.raises(ConfigError, match=r"alexnet.pth' cannot be read|imagenet is not a folder"):
+        plan_config(config, source, Registry(Plugins(external=False)))
+
+
+def test_init_writes_them(bbn: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "table4.yaml"
+    assert bbn("init", path, "--from", "table4").code == 0
+    assert path.read_text(encoding="utf-8") == benchmark_text("table4")
+    said = bbn("init", tmp_path / "b.yaml", "--from", "table44")
+    assert said.code == 2
+    assert "table4" in said.err
+
+
+# the plane
+
+
+def test_the_plane_has_every_point_once() -> None:
+    points = plane()
+    assert points.shape == (65536, 2, 1, 1)
+    assert points.dtype == torch.uint8
+    x, y = points[256 * 7 + 9].flatten().tolist()
+    assert (x, y) == (9, 7)
+
+
+def test_the_ideal_trojan_is_its_line() -> None:
+    benign = Panel("benign", np.zeros((256, 256), dtype=np.int64))
+    ideal = with_ideal_trojan(benign, 0.6, 3)
+    assert sorted(set(np.nonzero(ideal.regions)[0].tolist())) == [152, 153, 154]
+    assert ideal.regions[153].tolist() == [3] * 256
+    assert not benign.regions.any()
+
+
+def test_regions_are_drawn_where_they_are(tmp_path: Path) -> None:
+    """The lower left quarter is class 3, the rest class 0."""
+    regions = np.zeros((256, 256), dtype=np.int64)
+    regions[:128, :128] = 3
+    draw_panels([Panel("one", regions)], Blobs(per_class=2).load()[1], 0.6, tmp_path / "a" / "out.png")
+    with Image.open(tmp_path / "a" / "out.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    red = np.argwhere((pixels[:, :, 0] > 200) & (pixels[:, :, 1] < 180) & (pixels[:, :, 2] < 150))
+    blue = np.argwhere((pixels[:, :, 2] > 190) & (pixels[:, :, 0] < 130))
+    assert len(red) > 1000
+    assert len(blue) > 3 * len(red) * 0.7
+    assert red[:, 0].mean() > blue[:, 0].mean()  # below
+    assert red[:, 1].mean() < blue[:, 1].mean()  # left
+    assert not plt.get_fignums()
+
+
+def test_an_unknown_form_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="cannot be written"):
+        draw_panels(
+            [Panel("one", np.zeros((256, 256), np.int64))], Blobs(per_class=2).load()[1], 0.6, tmp_path / "a.xyz"
+        )
+
+
+def test_figures_are_run_and_drawn(bbn: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fig. 6 with fewer points and epochs, twice: the second time nothing is trained."""
+    short = benchmark_text("fig6").replace(
+        "dataset: [blobs]", "dataset: [{name: blobs, params: {per_class: 60}, recipe: {epochs: 4, lr: 0.01}}]"
+    )
+    monkeypatch.setattr(paper, "benchmark_text", lambda name: short)
+    monkeypatch.chdir(tmp_path)
+    assert bbn("paper", "fig6", "--output", "a.svg", "-j", 1).code == 0
+    again = bbn("paper", "fig6", "--output", "b.png")
+    assert "0 cells to run, 4 done before" in again.out
+    assert "<svg" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+    with Image.open(tmp_path / "b.png") as picture:
+        assert picture.size[0] > 1000
