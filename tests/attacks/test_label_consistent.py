@@ -352,9 +352,14 @@ def test_parameters_are_checked(params: dict[str, object]) -> None:
         ("class_rate: 0", "class_rate: .*greater than 0"),
         ("class_rate: 1.5", "class_rate: .*less than or equal to 1"),
         ("label_mode: all_to_all", "label_mode: .*a clean-label attack changes no label, so it has no all_to_all"),
-        ("crafter: {epochs: 0}", "crafter.epochs: "),
     ],
 )
-def test_faults_are_found_when_planning(params: str, message: str, tiny_plan: Callable[..., Plan]) -> None:
+@pytest.mark.parametrize("name", ["label_consistent", "sig"])
+def test_faults_are_found_when_planning(name: str, params: str, message: str, tiny_plan: Callable[..., Plan]) -> None:
     with pytest.raises(ConfigError, match=message):
-        tiny_plan(attack=f"{{name: label_consistent, params: {{{params}}}}}")
+        tiny_plan(attack=f"{{name: {name}, params: {{{params}}}}}")
+
+
+def test_faults_of_the_crafter_are_found_when_planning(tiny_plan: Callable[..., Plan]) -> None:
+    with pytest.raises(ConfigError, match=r"crafter\.epochs: "):
+        tiny_plan(attack="{name: label_consistent, params: {crafter: {epochs: 0}}}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -293,22 +293,6 @@ def test_a_crafter_of_another_revision_makes_other_poison(
 # what a defender is told
 
 
-def reach(thing: object, seen: dict[int, object]) -> Iterator[object]:
-    """Everything that hangs on `thing` by attributes, closures, bound methods and containers."""
-    if id(thing) in seen or isinstance(thing, (str, bytes, int, float, type)):
-        return
-    seen[id(thing)] = thing
-    yield thing
-    if isinstance(thing, Tensor):
-        return
-    inner = [*thing.values()] if isinstance(thing, Mapping) else list(getattr(thing, "__dict__", {}).values())
-    inner += thing if isinstance(thing, (list, tuple, set)) else []
-    inner += [getattr(thing, name, None) for name in ("__self__", "__func__", "func", "args", "keywords")]
-    inner += [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
-    for each in inner:
-        yield from reach(each, seen)
-
-
 @pytest.mark.parametrize(
     "axes",
     [
@@ -320,7 +304,11 @@ def reach(thing: object, seen: dict[int, object]) -> Iterator[object]:
     ids=str,
 )
 def test_a_defense_is_not_told_by_attackers_who_train(
-    axes: dict[str, str], one: Callable[..., Cell], store: Store, monkeypatch: pytest.MonkeyPatch
+    axes: dict[str, str],
+    one: Callable[..., Cell],
+    store: Store,
+    reachable: Callable[[object], list[object]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tasks: list[DefenseTask] = []
 
@@ -331,7 +319,7 @@ def test_a_defense_is_not_told_by_attackers_who_train(
     monkeypatch.setattr(NoDefense, "run", run)
     made = stages(one(**axes), store)
     made.evaluate()
-    found = list(reach(tasks[0], {}))
+    found = reachable(tasks[0])
     assert [each for each in found if isinstance(each, (Stages, Store, Cell, Attack, PoisonedSamples, Trigger))] == []
     tensors = [each for each in found if isinstance(each, Tensor) and each.ndim]
     assert len(tensors) >= 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -172,24 +172,11 @@ def test_no_clean_data_without_asking(cells: Callable[..., list[Cell]], store: S
     assert stages(cells(defense="none")[0], store).clean_holdout() is None
 
 
-def reach(thing: object, seen: dict[int, object]) -> Iterator[object]:
-    """Everything that hangs on `thing` by attributes, closures, bound methods and containers."""
-    if id(thing) in seen or isinstance(thing, (str, bytes, int, float, type)):
-        return
-    seen[id(thing)] = thing
-    yield thing
-    if isinstance(thing, Tensor):
-        return
-    inner = [*thing.values()] if isinstance(thing, Mapping) else list(getattr(thing, "__dict__", {}).values())
-    inner += thing if isinstance(thing, (list, tuple, set)) else []
-    inner += [getattr(thing, name, None) for name in ("__self__", "__func__", "func", "args", "keywords")]
-    inner += [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
-    for each in inner:
-        yield from reach(each, seen)
-
-
 def test_a_defense_is_not_told_what_is_poisoned(
-    cells: Callable[..., list[Cell]], store: Store, monkeypatch: pytest.MonkeyPatch
+    cells: Callable[..., list[Cell]],
+    store: Store,
+    reachable: Callable[[object], list[object]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tasks: list[DefenseTask] = []
 
@@ -199,7 +186,7 @@ def test_a_defense_is_not_told_what_is_poisoned(
 
     monkeypatch.setattr(NoDefense, "run", run)
     stages(cells(defense="no_defense")[0], store).evaluate()
-    found = list(reach(tasks[0], {}))
+    found = reachable(tasks[0])
     secrets = (Stages, Store, Cell, Attack, PoisonedSamples)
     assert [thing for thing in found if isinstance(thing, secrets)] == []
     tensors = [thing for thing in found if isinstance(thing, Tensor)]
