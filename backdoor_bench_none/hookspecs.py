@@ -49,7 +49,7 @@ def bbn_datasets() -> Mapping[str, type[Dataset] | str]:
 
 @hookspec
 def bbn_trainers() -> Mapping[str, type[Trainer] | str]:
-    """Ways to fit a model: centralized, and what a plugin adds."""
+    """Ways to fit a model: centralized, federated, transfer, and what a plugin adds."""
 
 
 @hookspec

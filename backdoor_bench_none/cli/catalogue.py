@@ -133,14 +133,26 @@ def describe_component(entry: Entry, component: type[Component]) -> list[str]:
     lines.append(f"provider    {provider}, {component.__module__}:{component.__qualname__}")
     lines.append(f"source      {module}:{inspect.getsourcelines(component)[1]}")
     lines.append(f"revision    {component.revision}")
-    properties = component.model_json_schema()["properties"] if component.model_fields else {}
-    properties = {name: schema for name, schema in properties.items() if not _is_fixed(schema)}
+    properties = _properties(component.model_json_schema()) if component.model_fields else {}
     lines += ["", "parameters:" if properties else "no parameters"]
     width = max((len(name) for name in properties), default=0)
     for name, schema in properties.items():
         default = "required" if "default" not in schema else f"default {json.dumps(schema['default'])}"
         lines.append(f"  {name:{width}}  {_type_of(schema)}, {default}: {schema.get('description', '')}")
     return lines
+
+
+def _properties(schema: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that can be chosen; behind one with parameters of its own, these as `outer.inner`."""
+    found: dict[str, Any] = {}
+    for name, part in schema["properties"].items():
+        if "$ref" in part:
+            inner = schema["$defs"][part["$ref"].rpartition("/")[2]]
+            found[name] = {**part, "type": "mapping"}
+            found |= {f"{name}.{below}": value for below, value in inner["properties"].items()}
+        elif not _is_fixed(part):
+            found[name] = part
+    return found
 
 
 def _is_fixed(schema: dict[str, Any]) -> bool:

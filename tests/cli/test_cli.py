@@ -663,3 +663,9 @@ def test_console_help_names_every_verb(tmp_path: Path) -> None:
     assert said.code == 0
     for verb in ("init", "list", "show", "plan", "run", "status", "table", "results", "doctor"):
         assert re.search(rf"^  {verb} ", said.out, re.MULTILINE)
+
+
+def test_show_lists_the_parameters_of_a_parameter(bbn: Callable[..., Said]) -> None:
+    out = bbn("show", "label_consistent").out
+    assert re.search(r"crafter\.epsilon +0 ≤ number ≤ 255, default 8\.0: Linf bound", out)
+    assert re.search(r"crafter +mapping, default .*: the adversarially trained network", out)
