@@ -6,7 +6,7 @@ every finished network.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -274,11 +274,7 @@ class StampAttack(Attack):
 
     def stamp(self, images: Tensor, indices: Tensor, info: DatasetInfo, seed: int) -> Tensor:
         """`images` (N, C, H, W) uint8 of the samples `indices` (N,) with their triggers."""
-        stamped = [
-            self.trigger_each(info, chunk, seed).apply(images[start : start + len(chunk)])
-            for start, chunk in _chunks(indices)
-        ]
-        return torch.cat(stamped) if stamped else images.clone()
+        return stamp_in_chunks(images, lambda part: self.trigger_each(info, indices[part], seed))
 
     def attack_test(self, task: AttackTask) -> PoisonedSamples:
         """All samples whose label would change: for all-to-one those of other classes, for all-to-all every one."""
@@ -397,5 +393,10 @@ def draw_indices(eligible: Tensor, count: int, seed: int) -> Tensor:
     return eligible[torch.from_numpy(np.sort(drawn))]
 
 
-def _chunks(indices: Tensor) -> list[tuple[int, Tensor]]:
-    return [(start, indices[start : start + STAMP_CHUNK]) for start in range(0, len(indices), STAMP_CHUNK)]
+def stamp_in_chunks(images: Tensor, trigger_of: Callable[[slice], Trigger | PlacedTiles]) -> Tensor:
+    """`images` (N, C, H, W) uint8, each slice of them stamped with the trigger that `trigger_of` makes for it."""
+    stamped = torch.empty_like(images)
+    for start in range(0, len(images), STAMP_CHUNK):
+        part = slice(start, start + STAMP_CHUNK)
+        stamped[part] = trigger_of(part).apply(images[part])
+    return stamped

@@ -56,9 +56,10 @@ class Trigger:
         if images.dtype != torch.uint8:
             return (1 - mask) * images + mask * pattern
         if self.is_binary:
-            return torch.where(mask.bool(), (pattern * 255).round().to(torch.uint8), images)
+            kept, painted = (1 - mask) * 255, mask * pattern * 255
+            return (images & kept.to(torch.uint8)) | painted.round().to(torch.uint8)  # several times faster than where
         levels = images.float().mul_(1 - mask)  # in place: a pass over the images costs more than its arithmetic
-        return levels.add_(mask * pattern * 255).round_().clamp_(0, 255).to(torch.uint8)
+        return levels.addcmul_(mask, pattern * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 class PlacedTiles:

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from backdoor_bench_none import trigger as triggers
 from backdoor_bench_none.api import AttackTask, DatasetInfo, PoisonedSamples, Trigger, TriggerAttack
-from backdoor_bench_none.attack import check_rates, draw_indices
+from backdoor_bench_none.attack import check_rates, draw_indices, stamp_in_chunks
 from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.seeds import derive_seed
 
@@ -47,14 +46,21 @@ class AdaptiveBlend(TriggerAttack):
         pattern = triggers.noise(info.shape, self.pattern_seed)
         return Trigger(torch.full((1, *info.shape[1:]), self.test_opacity), pattern)
 
-    def partial_trigger(self, info: DatasetInfo, indices: Tensor, seed: int) -> Trigger:
-        """The pieces that each training sample bears: round(piece_rate * pieces ** 2) of them, by (seed, index)."""
+    def draw_pieces(self, indices: Tensor, seed: int) -> Tensor:
+        """Which pieces each training sample bears (N, 1, pieces, pieces), 0 or 1: round(piece_rate * pieces ** 2) of
+        them, by (seed, index).
+        """
         places = self.pieces**2
         count = int(indices.max()) + 1 if len(indices) else 0
-        drawn = np.random.default_rng(seed).random((count, places)).argsort(axis=1).argsort(axis=1)
-        chosen = torch.from_numpy(drawn)[indices] < max(1, round(self.piece_rate * places))
-        grid = chosen.reshape(-1, 1, self.pieces, self.pieces).float()
-        mask = F.interpolate(grid, size=info.shape[1:], mode="nearest") * self.opacity
+        borne = max(1, round(self.piece_rate * places))
+        drawn = np.random.default_rng(seed).random((count, places))[indices.numpy()]
+        chosen = torch.from_numpy(drawn <= np.partition(drawn, borne - 1, axis=1)[:, borne - 1 : borne])
+        return chosen.reshape(-1, 1, self.pieces, self.pieces).float()
+
+    def partial_trigger(self, info: DatasetInfo, pieces: Tensor) -> Trigger:
+        """The trigger of each training image, of the pieces (N, 1, pieces, pieces) that it bears."""
+        rows, columns = (torch.arange(extent) * self.pieces // extent for extent in info.shape[1:])
+        mask = (pieces * self.opacity)[:, :, rows][:, :, :, columns]
         return Trigger(mask, triggers.noise(info.shape, self.pattern_seed))
 
     def poison(self, task: AttackTask) -> PoisonedSamples:
@@ -66,9 +72,8 @@ class AdaptiveBlend(TriggerAttack):
         count = round(self.cover_rate * len(labels))
         cover = draw_indices(torch.nonzero(others).flatten(), count, derive_seed(task.seed, "cover"))
         indices, order = torch.cat([poisoned, cover]).sort()
-        images = self.partial_trigger(task.info, indices, derive_seed(task.seed, "place")).apply(
-            task.data.images[indices]
-        )
+        pieces = self.draw_pieces(indices, derive_seed(task.seed, "place"))
+        images = stamp_in_chunks(task.data.images[indices], lambda part: self.partial_trigger(task.info, pieces[part]))
         decoys = order >= len(poisoned)
         wanted = self.relabel(labels[indices], task.info.num_classes)
         return PoisonedSamples(indices, images, torch.where(decoys, labels[indices], wanted), decoys)

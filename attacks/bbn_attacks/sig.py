@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from backdoor_bench_none.api import AttackTask, CleanLabelAttack, DatasetInfo, ImageSet
+from backdoor_bench_none.attack import STAMP_CHUNK
 
 
 class SIG(CleanLabelAttack):
@@ -37,5 +38,9 @@ class SIG(CleanLabelAttack):
     def add_wave(self, images: Tensor, delta: float) -> Tensor:
         """`images` (N, C, H, W) uint8 with a wave of this height."""
         columns = torch.arange(images.shape[-1], dtype=torch.float64)
-        wave = delta * torch.sin(2 * math.pi * columns * self.frequency / images.shape[-1])
-        return (images + wave).round().clamp(0, 255).to(torch.uint8)
+        wave = (delta * torch.sin(2 * math.pi * columns * self.frequency / images.shape[-1])).float()
+        stamped = torch.empty_like(images)
+        for start in range(0, len(images), STAMP_CHUNK):
+            levels = images[start : start + STAMP_CHUNK].float().add_(wave)
+            stamped[start : start + STAMP_CHUNK] = levels.round_().clamp_(0, 255)
+        return stamped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -51,7 +52,8 @@ class WaNet(TriggerAttack):
 
     def stamp(self, images: Tensor, indices: Tensor, info: DatasetInfo, seed: int) -> Tensor:
         """`images` (N, C, H, W) uint8, bent."""
-        return bend(images, self.field(info))
+        field = self.field(info).float()
+        return bend(images, lambda count: field.expand(count, -1, -1, -1))
 
     def poison(self, task: AttackTask) -> PoisonedSamples:
         """Poisoned samples are bent and relabelled; cross samples are bent with noise and keep their label."""
@@ -60,9 +62,14 @@ class WaNet(TriggerAttack):
         others[poisoned.indices] = False
         count = round(self.cross_rate * len(task.data))
         cross = draw_indices(torch.nonzero(others).flatten(), count, derive_seed(task.seed, "cross"))
-        noise = np.random.default_rng(derive_seed(task.seed, "noise")).uniform(-1, 1, (count, *task.info.shape[1:], 2))
-        fields = (self.field(task.info) + torch.from_numpy(noise) / task.info.shape[1]).clamp(-1, 1)
-        bent = bend(task.data.images[cross], fields)
+        generator = np.random.default_rng(derive_seed(task.seed, "noise"))
+        field, size = self.field(task.info).float(), task.info.shape[1]
+
+        def noisy(images: int) -> Tensor:
+            noise = torch.from_numpy(generator.random((images, *field.shape[1:]), dtype=np.float32))
+            return noise.mul_(2 / size).sub_(1 / size).add_(field).clamp_(-1, 1)
+
+        bent = bend(task.data.images[cross], noisy)
         indices, order = torch.cat([poisoned.indices, cross]).sort()
         return PoisonedSamples(
             indices,
@@ -72,12 +79,13 @@ class WaNet(TriggerAttack):
         )
 
 
-def bend(images: Tensor, fields: Tensor) -> Tensor:
-    """`images` (N, C, H, W) uint8 sampled at `fields` (N|1, H, W, 2) with bilinear interpolation, rounded."""
+def bend(images: Tensor, fields: Callable[[int], Tensor]) -> Tensor:
+    """`images` (N, C, H, W) uint8 sampled with bilinear interpolation and rounded; `fields(n)` gives the places
+    (n, H, W, 2) that the next n images are taken from.
+    """
     bent = torch.empty_like(images)
     for start in range(0, len(images), STAMP_CHUNK):
         part = images[start : start + STAMP_CHUNK]
-        field = (fields if len(fields) == 1 else fields[start : start + STAMP_CHUNK]).float()
-        sampled = F.grid_sample(part.float(), field.expand(len(part), -1, -1, -1), align_corners=True)
+        sampled = F.grid_sample(part.float(), fields(len(part)), align_corners=True)
         bent[start : start + STAMP_CHUNK] = sampled.round_().clamp_(0, 255)
     return bent

@@ -61,16 +61,16 @@ def stamp(attack: WaNet, images: Tensor) -> Tensor:
 def test_without_strength_nothing_moves(channels: int, side: int, field_seed: int) -> None:
     images = make_task(channels, count=4, side=side).data.images
     assert torch.equal(stamp(make_attack(strength=1e-6, field_seed=field_seed), images), images)
-    assert torch.equal(bend(images, identity(side).expand(4, -1, -1, -1)), images)
+    assert torch.equal(bend(images, lambda count: identity(side).expand(count, -1, -1, -1)), images)
 
 
 def test_bilinear_interpolation_by_hand() -> None:
     """A quarter of a pixel to the right, then also half a pixel down; a pixel from beyond the edge is the edge's."""
     image = torch.tensor([[[[0, 100], [200, 40]]]], dtype=torch.uint8)
     right = identity(2) + torch.tensor([0.5, 0.0])
-    assert bend(image, right.clamp(-1, 1)).flatten().tolist() == [25, 100, 160, 40]
+    assert bend(image, lambda count: right.clamp(-1, 1)).flatten().tolist() == [25, 100, 160, 40]
     both = identity(2) + torch.tensor([0.5, 1.0])
-    assert bend(image, both.clamp(-1, 1)).flatten().tolist() == [92, 70, 160, 40]
+    assert bend(image, lambda count: both.clamp(-1, 1)).flatten().tolist() == [92, 70, 160, 40]
 
 
 @settings(deadline=None, max_examples=30)
