@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 LabelMode = Literal["all_to_one", "all_to_all", "clean_label"]
 #: images stamped at once: few enough to stay in a cache
-STAMP_CHUNK = 512
+STAMP_CHUNK = 256
 
 
 @dataclass(frozen=True)
