@@ -661,7 +661,7 @@ def test_console_warns_in_one_line(tmp_path: Path) -> None:
 def test_console_help_names_every_verb(tmp_path: Path) -> None:
     said = console("--help", cwd=tmp_path)
     assert said.code == 0
-    for verb in ("init", "list", "show", "plan", "run", "status", "table", "results", "doctor"):
+    for verb in ("init", "list", "show", "plan", "run", "status", "table", "results", "paper", "doctor"):
         assert re.search(rf"^  {verb} ", said.out, re.MULTILINE)
 
 
