@@ -108,14 +108,15 @@ def evaluate(
     labels = test.labels.cpu()
     empty = torch.empty(0, dtype=torch.int64)
     attacked, true, wanted = [empty], [empty], [empty]
+    sizes: list[int] = []
     for part in triggered:
+        sizes.append(len(part))
         if len(part):
             attacked.append(predict_logits(model, part.images, pixels, context).argmax(1).cpu())
             true.append(labels[part.indices])
             wanted.append(part.labels)
-    sizes = tuple(map(len, attacked[1:]))
-    evaluation = Evaluation(model, clean, labels, torch.cat(attacked), torch.cat(true), torch.cat(wanted), sizes)
-    predicted, is_triggered = evaluation.triggered_predictions, bool(sizes)
+    evaluation = Evaluation(model, clean, labels, torch.cat(attacked), torch.cat(true), torch.cat(wanted), tuple(sizes))
+    predicted, is_triggered = evaluation.triggered_predictions, sum(sizes) > 0
     counts = Counts(
         benign_accuracy=_count(clean == labels),
         attack_success_rate=_count(predicted == evaluation.wanted_labels) if is_triggered else None,

@@ -182,3 +182,12 @@ def test_losing_accuracy_lowers_effectiveness() -> None:
 @pytest.mark.parametrize(("before", "after"), [(None, None), (100, None), (None, 100)])
 def test_effectiveness_needs_an_attack(before: int | None, after: int | None) -> None:
     assert defense_effectiveness(make_counts(90, before), make_counts(90, after)) is None
+
+
+def test_a_part_without_images_keeps_its_place() -> None:
+    """A trigger for the only class there is has no image to change: 0 of 0, not the next trigger's numbers."""
+    test = ImageSet(saying(LABELS), LABELS)
+    everything = PoisonedSamples(torch.arange(len(LABELS)), saying(LABELS), LABELS)
+    counts, seen = evaluate(FirstPixel(), test, [PoisonedSamples.nothing(test), everything], PIXELS, CPU)
+    assert seen.part_sizes == (0, len(LABELS))
+    assert counts.attack_success_rate == Count(hits=len(LABELS), total=len(LABELS))

@@ -84,7 +84,8 @@ class DBA(StampAttack):
     def trigger(self, info: DatasetInfo) -> Trigger:
         """All four bars."""
         bars = self.bars(info)
-        return Trigger(sum(bar.mask for bar in bars), sum(bar.pattern for bar in bars))  # type: ignore[arg-type]
+        mask, pattern = (torch.stack([getattr(bar, name) for bar in bars]).sum(0) for name in ("mask", "pattern"))
+        return Trigger(mask, pattern)
 
     def poison(self, task: AttackTask) -> PoisonedSamples:
         """Each malicious client's samples with its bar."""

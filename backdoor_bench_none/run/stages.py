@@ -20,7 +20,7 @@ from backdoor_bench_none.attack import AttackTask, Crafter, FoundTriggers, Poiso
 from backdoor_bench_none.cell import Cell
 from backdoor_bench_none.context import Context
 from backdoor_bench_none.data.dataset import DatasetInfo, ImageSet
-from backdoor_bench_none.defense import DefenseResult, DefenseTask, OracleTask
+from backdoor_bench_none.defense import DefenseTask, OracleTask
 from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.evaluation import Evaluation, evaluate, score_detection
 from backdoor_bench_none.models.architecture import Architecture, ModelSpec
@@ -28,8 +28,9 @@ from backdoor_bench_none.models.builder import ModelBuilder
 from backdoor_bench_none.recipe import Recipe
 from backdoor_bench_none.results.record import Cost, Record
 from backdoor_bench_none.results.store import Artifact, Store
+from backdoor_bench_none.run.checks import check_loadable, check_result
 from backdoor_bench_none.run.memory import watch_peak_memory
-from backdoor_bench_none.seeds import canonical_json, derive_seed
+from backdoor_bench_none.seeds import derive_seed
 from backdoor_bench_none.task import TrainingTask
 from backdoor_bench_none.training import Centralized, Pixels, check_learned, move
 
@@ -185,7 +186,7 @@ class Stages:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
             model, history = attack.train(task, context)
-        _check_loadable(model, self._victim_shell(), "Attack.adapt")
+        check_loadable(model, self._victim_shell(), "Attack.adapt")
         return Artifact(model.state_dict(), {"losses": history.losses})
 
     def _training_task(self, train: ImageSet) -> TrainingTask:
@@ -201,7 +202,7 @@ class Stages:
         task = self._task()
         result = cell.the_defense.run(task, context)
         check_result(result, len(task.train))
-        _check_loadable(result.model, self._defended_shell(), "Defense.adapt")
+        check_loadable(result.model, self._defended_shell(), "Defense.adapt")
         found = {name: x for name in ("flagged", "scores") if (x := getattr(result, name)) is not None}
         tensors = {f"model.{name}": tensor for name, tensor in result.model.state_dict().items()}
         return Artifact({**tensors, **found}, {"extras": dict(result.extras), "infected": result.infected})
@@ -389,38 +390,6 @@ class _Measured:
 def _read_samples(tensors: Mapping[str, Tensor], part: str) -> PoisonedSamples:
     found = {name.removeprefix(f"{part}_"): tensor for name, tensor in tensors.items() if name.startswith(f"{part}_")}
     return PoisonedSamples(**found)
-
-
-def check_result(result: DefenseResult, count: int) -> None:
-    """Raise `TypeError` or `ValueError` if a defense returned something else than it may."""
-    if not isinstance(result, DefenseResult):
-        raise TypeError(f"a defense returns a DefenseResult, not {type(result).__name__}")
-    if not isinstance(result.model, nn.Module):
-        raise TypeError(f"model is {type(result.model).__name__}, not a torch.nn.Module")
-    for name, tensor in (("flagged", result.flagged), ("scores", result.scores)):
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is {type(tensor).__name__}, not a tensor")
-        if tensor.shape != (count,):
-            shape = tuple(tensor.shape)
-            raise ValueError(f"{name} has shape {shape}, not one value for each of the {count} training samples")
-    if result.flagged is not None and result.flagged.dtype != torch.bool:
-        raise TypeError(f"flagged is {result.flagged.dtype}, not bool")
-    if result.scores is not None and not bool(torch.isfinite(result.scores).all()):
-        raise ValueError("scores are not all finite")
-    try:
-        canonical_json(dict(result.extras))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"extras hold something that JSON does not: {error}") from error
-
-
-def _check_loadable(model: nn.Module, expected: nn.Module, remedy: str) -> None:
-    """Raise `TypeError` if core could not build the returned network again to evaluate it."""
-    try:
-        expected.load_state_dict(model.state_dict())
-    except RuntimeError as error:
-        raise TypeError(f"the network is not of the cell's architecture; override {remedy}: {error}") from error
 
 
 def _with_counts(found: FoundTriggers, evaluation: Evaluation) -> list[dict[str, Any]]:

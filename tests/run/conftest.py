@@ -1,11 +1,14 @@
-"""What can be got at from an object."""
+"""What a defense is given, and what can be got at from it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
 import pytest
+from bbn_defenses.no_defense import NoDefense
 from torch import Tensor
+
+from backdoor_bench_none.api import Context, DefenseResult, DefenseTask
 
 
 def reach(thing: object, seen: dict[int, object]) -> Iterator[object]:
@@ -28,3 +31,16 @@ def reach(thing: object, seen: dict[int, object]) -> Iterator[object]:
 def reachable() -> Callable[[object], list[object]]:
     """Lists everything that can be reached from an object."""
     return lambda thing: list(reach(thing, {}))
+
+
+@pytest.fixture
+def given_tasks(monkeypatch: pytest.MonkeyPatch) -> list[DefenseTask]:
+    """The tasks that `no_defense` is given from now on; it returns the victim, as it does anyway."""
+    tasks: list[DefenseTask] = []
+
+    def run(self: NoDefense, task: DefenseTask, context: Context) -> DefenseResult:
+        tasks.append(task)
+        return DefenseResult(task.victim())
+
+    monkeypatch.setattr(NoDefense, "run", run)
+    return tasks

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from bbn_attacks.label_consistent import RobustCrafter
-from bbn_defenses.no_defense import NoDefense
 from torch import Tensor, nn
 
-from backdoor_bench_none.api import Attack, Context, DefenseResult, DefenseTask, PoisonedSamples, Trigger
+from backdoor_bench_none.api import Attack, Context, DefenseTask, PoisonedSamples, Trigger
 from backdoor_bench_none.cell import Cell
 from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.plan import Plan
@@ -308,18 +307,11 @@ def test_a_defense_is_not_told_by_attackers_who_train(
     one: Callable[..., Cell],
     store: Store,
     reachable: Callable[[object], list[object]],
-    monkeypatch: pytest.MonkeyPatch,
+    given_tasks: list[DefenseTask],
 ) -> None:
-    tasks: list[DefenseTask] = []
-
-    def run(self: NoDefense, task: DefenseTask, context: Context) -> DefenseResult:
-        tasks.append(task)
-        return DefenseResult(task.victim())
-
-    monkeypatch.setattr(NoDefense, "run", run)
     made = stages(one(**axes), store)
     made.evaluate()
-    found = reachable(tasks[0])
+    found = reachable(given_tasks[0])
     assert [each for each in found if isinstance(each, (Stages, Store, Cell, Attack, PoisonedSamples, Trigger))] == []
     tensors = [each for each in found if isinstance(each, Tensor) and each.ndim]
     assert len(tensors) >= 4

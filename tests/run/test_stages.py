@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from bbn_defenses.no_defense import NoDefense
 from torch import Tensor, nn
 
 from backdoor_bench_none.api import Attack, Context, DefenseResult, DefenseTask, PoisonedSamples
@@ -17,7 +16,8 @@ from backdoor_bench_none.cell import Cell
 from backdoor_bench_none.plan import Plan
 from backdoor_bench_none.results.record import Record
 from backdoor_bench_none.results.store import DamagedArtifactWarning, Store
-from backdoor_bench_none.run.stages import Stages, check_result
+from backdoor_bench_none.run.checks import check_result
+from backdoor_bench_none.run.stages import Stages
 from backdoor_bench_none.training import Centralized
 
 TRAIN, POISONED, TEST = 1297, 65, 500
@@ -176,17 +176,10 @@ def test_a_defense_is_not_told_what_is_poisoned(
     cells: Callable[..., list[Cell]],
     store: Store,
     reachable: Callable[[object], list[object]],
-    monkeypatch: pytest.MonkeyPatch,
+    given_tasks: list[DefenseTask],
 ) -> None:
-    tasks: list[DefenseTask] = []
-
-    def run(self: NoDefense, task: DefenseTask, context: Context) -> DefenseResult:
-        tasks.append(task)
-        return DefenseResult(task.victim())
-
-    monkeypatch.setattr(NoDefense, "run", run)
     stages(cells(defense="no_defense")[0], store).evaluate()
-    found = reachable(tasks[0])
+    found = reachable(given_tasks[0])
     secrets = (Stages, Store, Cell, Attack, PoisonedSamples)
     assert [thing for thing in found if isinstance(thing, secrets)] == []
     tensors = [thing for thing in found if isinstance(thing, Tensor)]
