@@ -18,6 +18,8 @@ Fault = tuple[Location, str]
 UNION_PART = re.compile(r"(str|int|float|bool|dict)$|.*\[")
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTkmgt])(?:i?B)?")
+BYTES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class _Strict(BaseModel):
@@ -30,6 +32,15 @@ def _seconds(value: object) -> object:
         if match is None:
             raise ValueError(f"'{value}' is not a duration such as 90s, 30m or 2h")
         return float(match[1]) * SECONDS[match[2]]
+    return value
+
+
+def _bytes(value: object) -> object:
+    if isinstance(value, str):
+        match = SIZE.fullmatch(value.strip())
+        if match is None:
+            raise ValueError(f"'{value}' is not a size such as 500M, 4G or 4GiB")
+        return int(float(match[1]) * BYTES[match[2].upper()])
     return value
 
 
@@ -96,9 +107,10 @@ class Exclude(_Strict):
 
 
 class Budget(_Strict):
-    """Limits. `cell_timeout` holds for each stage of a cell on its own."""
+    """Limits for each stage of a cell: seconds, and bytes that its process may allocate (Linux, not with CUDA)."""
 
     cell_timeout: Annotated[float, BeforeValidator(_seconds), Field(gt=0)] | None = None
+    memory: Annotated[int, BeforeValidator(_bytes), Field(gt=0)] | None = None
 
 
 class Config(_Strict):

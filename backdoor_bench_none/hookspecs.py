@@ -63,6 +63,11 @@ def bbn_executors() -> Mapping[str, type[Executor] | str]:
 
 
 @hookspec
+def bbn_commands() -> Mapping[str, str]:
+    """Further verbs of `bbn`: each a `"module:command"` string that names a click command or group."""
+
+
+@hookspec
 def bbn_modify_plan(config: Config, cells: list[Cell]) -> None:
     """Reorder, drop or add cells in place, once the matrix is expanded and before keys are looked up.
 
@@ -99,3 +104,5 @@ COMPONENT_HOOKS: Mapping[str, str] = {
     "bbn_metrics": "metric",
     "bbn_executors": "executor",
 }
+#: all hooks that map names to targets
+NAMING_HOOKS: Mapping[str, str] = {**COMPONENT_HOOKS, "bbn_commands": "command"}

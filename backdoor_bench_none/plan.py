@@ -112,9 +112,9 @@ class _Planner:
     def _make_recipe(self, dataset: Made, architecture: Made, trainer: Made) -> Recipe:
         network = cast("Architecture", architecture.choice.component)
         own = {
-            **cast("Dataset", dataset.choice.component).recipe(),
-            **network.recipe(dataset.choice.name),
-            **cast("Trainer", trainer.choice.component).recipe(),
+            **(_check(dataset, self, cast("Dataset", dataset.choice.component).recipe) or {}),
+            **(_check(architecture, self, partial(network.recipe, dataset.choice.name)) or {}),
+            **(_check(trainer, self, cast("Trainer", trainer.choice.component).recipe) or {}),
         }
         given: list[tuple[Any, Location]] = []
         for choice in (dataset.choice, architecture.choice, trainer.choice):
@@ -344,5 +344,13 @@ def _excludes(rule: Exclude, cell: Cell) -> bool:
 
 
 def _skip_reason(cell: Cell, registry: Registry) -> str | None:
-    reasons = (getattr(cell, axis).component.skip(cell) for axis in AXES)
+    reasons = (_reason_of(getattr(cell, axis), cell, registry) for axis in AXES)
     return next((reason for reason in reasons if reason is not None), None) or registry.plugins.cell_skip(cell)
+
+
+def _reason_of(choice: Choice, cell: Cell, registry: Registry) -> str | None:
+    try:
+        return choice.component.skip(cell)
+    except Exception as error:  # a stranger's component
+        provider = registry.entry(choice.kind, choice.name).provider
+        return f"{choice.kind} '{choice.name}' of plugin {provider}: skip raised {type(error).__name__}: {error}"

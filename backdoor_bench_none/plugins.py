@@ -62,13 +62,12 @@ class Entry:
     target: type[Any] | str
     provider: Provider
 
-    def load(self) -> type[Any]:
-        """The class itself."""
+    def load(self) -> Any:  # noqa: ANN401
+        """The class, or the command, itself."""
         if not isinstance(self.target, str):
             return self.target
         module, _, attribute = self.target.partition(":")
-        loaded: type[Any] = getattr(importlib.import_module(module), attribute)
-        return loaded
+        return getattr(importlib.import_module(module), attribute)
 
 
 class PluginWarning(UserWarning):
@@ -141,7 +140,7 @@ class Plugins:
         warnings.warn(f"plugin {provider} is not loaded: {reason}", PluginWarning, stacklevel=4)
 
     def _entries_of(self, provider: Provider) -> Iterator[Entry]:
-        for hook, kind in hookspecs.COMPONENT_HOOKS.items():
+        for hook, kind in hookspecs.NAMING_HOOKS.items():
             for implementation in getattr(self._manager.hook, hook).get_hookimpls():
                 if implementation.plugin_name != provider.plugin:
                     continue
@@ -151,7 +150,7 @@ class Plugins:
                 for name, target in provided.items():
                     if not isinstance(name, str):
                         raise TypeError(f"{hook}: the name {name!r} is not a string")
-                    if not isinstance(target, (str, type)):
+                    if not isinstance(target, str if kind == "command" else (str, type)):
                         raise TypeError(f"{hook}: '{name}' is neither a class nor a 'module:Class' string")
                     yield Entry(kind, name, target, provider)
 

@@ -43,9 +43,10 @@ class Registry:
 
     def find(self, name: str) -> list[Entry]:
         """The entries of that name, of any kind."""
-        found = [entry for entry in self.plugins.entries if entry.name == name]
+        components = [entry for entry in self.plugins.entries if entry.kind != "command"]
+        found = [entry for entry in components if entry.name == name]
         if not found:
-            raise ConfigError(f"unknown component '{name}'", did_you_mean(name, {e.name for e in self.plugins.entries}))
+            raise ConfigError(f"unknown component '{name}'", did_you_mean(name, {e.name for e in components}))
         return found
 
     def load(self, kind: str, name: str) -> type[Component]:
@@ -53,17 +54,11 @@ class Registry:
         from backdoor_bench_none.api import BASES
 
         entry = self.entry(kind, name)
-        hint = f"update it, or leave it out with BBN_DISABLE_PLUGINS={entry.provider.plugin}"
-        try:
-            loaded = entry.load()
-        except (Exception, SystemExit) as error:  # whatever a stranger's module does on import
-            reason = f"{type(error).__name__}: {error}"
-            raise PluginError(
-                f"{kind} '{name}' of plugin {entry.provider} cannot be imported: {reason}", hint
-            ) from error
+        loaded = import_target(entry)
         if not (isinstance(loaded, type) and issubclass(loaded, BASES[kind])):
             raise PluginError(
-                f"{kind} '{name}' of plugin {entry.provider} is not a subclass of {BASES[kind].__name__}", hint
+                f"{kind} '{name}' of plugin {entry.provider} is not a subclass of {BASES[kind].__name__}",
+                _remedy(entry),
             )
         return loaded
 
@@ -75,6 +70,19 @@ class Registry:
         except ValidationError as error:
             faults = "; ".join(f"{path}: {message}" for path, message in explain(error, loaded))
             raise ConfigError(f"{kind} '{name}': {faults}", _parameters_hint(loaded)) from error
+
+
+def import_target(entry: Entry) -> Any:  # noqa: ANN401
+    """What `entry` names; `PluginError` with the guilty plugin if it cannot be imported."""
+    try:
+        return entry.load()
+    except (Exception, SystemExit) as error:  # whatever a stranger's module does on import
+        what = f"{entry.kind} '{entry.name}' of plugin {entry.provider} cannot be imported"
+        raise PluginError(f"{what}: {type(error).__name__}: {error}", _remedy(entry)) from error
+
+
+def _remedy(entry: Entry) -> str:
+    return f"update it, or leave it out with BBN_DISABLE_PLUGINS={entry.provider.plugin}"
 
 
 def explain(error: ValidationError, model: type[Any]) -> list[tuple[str, str]]:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from typing import Any
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from backdoor_bench_none.errors import BenchError, ExitCode
 from backdoor_bench_none.plugins import own_version
+
+if TYPE_CHECKING:
+    from backdoor_bench_none.plugins import Entry
 
 #: verb -> module under backdoor_bench_none.cli, which has a command of that name
 VERBS = {
@@ -23,21 +28,34 @@ VERBS = {
     "table": "table",
     "results": "results",
     "paper": "paper",
+    "check": "check",
+    "new": "new",
     "doctor": "doctor",
 }
 
 
 class LazyGroup(click.Group):
-    """Imports a verb's module when the verb is used."""
+    """Imports a verb's module when the verb is used; plugins are loaded for help and for verbs that are none of ours.
+
+    A plugin's verb does not stand in for one of ours.
+    """
+
+    @cached_property
+    def _added(self) -> Mapping[str, Entry]:
+        """The verbs of plugins."""
+        from backdoor_bench_none.cli.options import open_registry
+
+        registry = open_registry(None)
+        return {name: registry.entry("command", name) for name in registry.names("command") if name not in VERBS}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The verbs, in the order of a day's work."""
-        return list(VERBS)
+        """The verbs in the order of a day's work, then those of plugins."""
+        return [*VERBS, *self._added]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         """The verb's command."""
         if name not in VERBS:
-            return None
+            return _import_command(self._added[name]) if name in self._added else None
         module = importlib.import_module(f"backdoor_bench_none.cli.{VERBS[name]}")
         command: click.Command = getattr(module, f"{name}_command")
         return command
@@ -48,9 +66,19 @@ class LazyGroup(click.Group):
         """As click's, with a suggestion for an unknown verb."""
         from backdoor_bench_none.errors import did_you_mean
 
-        if args and args[0] not in VERBS and not args[0].startswith("-"):
-            raise BenchError(f"unknown command '{args[0]}'", did_you_mean(args[0], VERBS))
+        if args and args[0] not in VERBS and not args[0].startswith("-") and args[0] not in self._added:
+            raise BenchError(f"unknown command '{args[0]}'", did_you_mean(args[0], self.list_commands(ctx)))
         return super().resolve_command(ctx, args)
+
+
+def _import_command(entry: Entry) -> click.Command:
+    from backdoor_bench_none.errors import PluginError
+    from backdoor_bench_none.registry import import_target
+
+    command = import_target(entry)
+    if not isinstance(command, click.Command):
+        raise PluginError(f"command '{entry.name}' of plugin {entry.provider} is no click command")
+    return command
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, PositiveInt
@@ -102,9 +105,9 @@ class _LocalPool:
         if running.outcome is None and running.kill_at is not None and time.monotonic() > running.kill_at:
             running.process.kill()
             limit = f"the time limit of {self._settings.timeout:g} s and {GRACE:g} s to end by itself have passed"
-            running.outcome = Outcome("timeout", "Timeout", limit)
+            running.outcome = Outcome("timeout", "Timeout", limit, kind=running.job.kind)
         elif running.outcome is None and not alive:
-            running.outcome = Outcome("failed", "ProcessDied", _death(running.process))
+            running.outcome = Outcome("failed", "ProcessDied", _death(running.process), kind=running.job.kind)
         if running.outcome is not None:
             running.process.join(GRACE)
             running.process.kill()  # a thread that a defense left behind would keep it alive
@@ -135,8 +138,18 @@ def _sigint_blocked() -> Iterator[None]:
 
 def _work(job: Job, settings: Settings, device: str, threads: int | None, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    limit_memory(settings.memory if device == "cpu" else None)
     threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
     connection.send(run_job(job, settings, device, threads, lambda done, total: connection.send((done, total))))
+
+
+def limit_memory(limit: int | None) -> None:
+    """Let allocations beyond `limit` bytes fail, and let the kernel, short of memory, end this process first."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("900")
+    if limit is not None and sys.platform == "linux":
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def _die_with_parent(connection: Connection) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
+from backdoor_bench_none.data.dataset import ImageSet
 from backdoor_bench_none.defense import DefenseResult
 from backdoor_bench_none.seeds import canonical_json
 
@@ -31,6 +35,22 @@ def check_result(result: DefenseResult, count: int) -> None:
         canonical_json(dict(result.extras))
     except (TypeError, ValueError) as error:
         raise TypeError(f"extras hold something that JSON does not: {error}") from error
+
+
+@contextmanager
+def forbid_changes(**given: ImageSet | None) -> Iterator[None]:
+    """Raise `TypeError` if the images or labels of a set, by name, were written to inside."""
+    tensors = {
+        f"{name}.{part}": getattr(data, part)
+        for name, data in given.items()
+        for part in ("images", "labels")
+        if data is not None
+    }
+    before = {name: tensor._version for name, tensor in tensors.items()}
+    yield
+    changed = [name for name, tensor in tensors.items() if tensor._version != before[name]]
+    if changed:
+        raise TypeError(f"{' and '.join(changed)} changed in place; change a clone")
 
 
 def check_loadable(model: nn.Module, expected: nn.Module, remedy: str) -> None:

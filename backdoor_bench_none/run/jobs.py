@@ -6,7 +6,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,8 @@ class Settings:
     device: str = "auto"
     timeout: float | None = None
     bbnfile: Path | None = None
+    #: bytes that a process may allocate
+    memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Outcome:
     message: str = ""
     traceback: str | None = None
     warnings: tuple[str, ...] = ()
+    #: the kind of the job that ended so; a job that needed it ends with the same
+    kind: JobKind | None = None
 
 
 def run_job(job: Job, settings: Settings, device: str, threads: int | None, progress: Progress) -> Outcome:
@@ -58,7 +62,7 @@ def run_job(job: Job, settings: Settings, device: str, threads: int | None, prog
             outcome = Outcome("done")
         except Exception as error:
             outcome = _outcome_of(error)
-    return Outcome(outcome.status, outcome.error, outcome.message, outcome.traceback, _worth_telling(caught))
+    return replace(outcome, warnings=_worth_telling(caught), kind=job.kind)
 
 
 def _do(job: Job, settings: Settings, device: str, threads: int | None, progress: Progress) -> None:

@@ -17,9 +17,8 @@ LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "opencv-python-hea
 
 def describe(cell: Cell, context: Context, registry: Registry) -> dict[str, Any]:
     """Versions, device, precision, threads, and who provides each component of the cell."""
-    providers = {axis: registry.entry(axis, getattr(cell, axis).name).provider for axis in AXES}
     return {
-        "providers": {axis: f"{p.distribution} {p.version}" for axis, p in providers.items()},
+        "providers": name_providers(cell, registry),
         "python": platform.python_version(),
         "libraries": {name: found for name in LIBRARIES if (found := installed_version(name))},
         "device": device_name(context.device),
@@ -28,6 +27,12 @@ def describe(cell: Cell, context: Context, registry: Registry) -> dict[str, Any]
         "cuda": torch.version.cuda if context.device.type == "cuda" else None,
         "deterministic": context.device.type == "cpu",
     }
+
+
+def name_providers(cell: Cell, registry: Registry) -> dict[str, str]:
+    """The distribution and version behind each component of the cell, by axis."""
+    providers = {axis: registry.entry(axis, getattr(cell, axis).name).provider for axis in AXES}
+    return {axis: f"{provider.distribution} {provider.version}" for axis, provider in providers.items()}
 
 
 def installed_version(distribution: str) -> str | None:

@@ -17,7 +17,9 @@ from backdoor_bench_none.plan import Plan
 from backdoor_bench_none.registry import Registry
 from backdoor_bench_none.results.record import Failure, Record
 from backdoor_bench_none.results.store import Store
+from backdoor_bench_none.run.blame import name_suspects
 from backdoor_bench_none.run.jobs import Job, JobKind, Outcome, Settings
+from backdoor_bench_none.run.provenance import name_providers
 from backdoor_bench_none.run.scheduler import Scheduler
 
 #: which cells to run: those without numbers, those that failed, or all again
@@ -87,7 +89,8 @@ def run_plan(plan: Plan, registry: Registry, options: Options, reporter: Reporte
         _forget(store, todo)
     jobs = pack_jobs(todo, store)
     executor = cast("Executor", _executor(plan, registry, options))
-    settings = Settings(options.results, options.device, plan.config.budget.cell_timeout, registry.plugins.bbnfile)
+    budget = plan.config.budget
+    settings = Settings(options.results, options.device, budget.cell_timeout, registry.plugins.bbnfile, budget.memory)
     reporter.start(plan.config.name, jobs, summary.cached, summary.skipped)
     try:
         with executor.open(settings) as pool, _count_interrupts(reporter) as interrupts:
@@ -183,7 +186,11 @@ def _finish(
         failure = Failure(type=outcome.error, message=outcome.message, traceback=outcome.traceback)
         status: Literal["failed", "timeout"] = "timeout" if outcome.status == "timeout" else "failed"
         reason = f"{outcome.error}: {outcome.message}" if outcome.traceback else outcome.message
-        record = Record.of(cell, status, reason=reason.splitlines()[0] if reason else status, failure=failure)
+        suspects = name_suspects(cell, outcome, registry)
+        record = Record.of(
+            cell, status, reason="; ".join([(reason or status).splitlines()[0], *suspects]), failure=failure,
+            provenance={"providers": name_providers(cell, registry)},
+        )  # fmt: skip
         store.write_record(record)
         summary.failed.append(record)
     else:

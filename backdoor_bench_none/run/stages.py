@@ -28,7 +28,7 @@ from backdoor_bench_none.models.builder import ModelBuilder
 from backdoor_bench_none.recipe import Recipe
 from backdoor_bench_none.results.record import Cost, Record
 from backdoor_bench_none.results.store import Artifact, Store
-from backdoor_bench_none.run.checks import check_loadable, check_result
+from backdoor_bench_none.run.checks import check_loadable, check_result, forbid_changes
 from backdoor_bench_none.run.memory import watch_peak_memory
 from backdoor_bench_none.seeds import derive_seed
 from backdoor_bench_none.task import TrainingTask
@@ -99,7 +99,8 @@ class Stages:
         if self.cell.the_defense.starts_from_victim:
             if self.cell.the_attack.starts_from_benign:
                 self.benign()
-            self.victim()
+            if not self.victim().meta["losses"]:
+                del self.costs["victim"]  # it was not trained here, so there is no training to compare costs with
         if self.cell.the_attack.searches:
             self.search()
         with self._measure() as measured:
@@ -149,17 +150,22 @@ class Stages:
         return Artifact(model.state_dict(), {})
 
     def _poison(self) -> Artifact:
-        train, test = self.data()
-        attack, clients = self.cell.the_attack, self.clients()
-        tensors: dict[str, Tensor] = {}
-        network = self._crafting_network()
-        for name, part, make in (("train", train, attack.poison), ("test", test, attack.attack_test)):
-            seed = derive_seed(self._seed("poison_key"), name)
-            context = replace(self.context, seed=seed)
-            held = clients if name == "train" else None
-            samples = make(AttackTask(part, self.cell.info, seed, network, held, context))
+        train, test = self.attack_tasks()
+        attack, tensors = self.cell.the_attack, dict[str, Tensor]()
+        for name, task, make in (("train", train, attack.poison), ("test", test, attack.attack_test)):
+            with forbid_changes(data=task.data):
+                samples = make(task)
             tensors |= {f"{name}_{x}": tensor for x, tensor in vars(samples).items() if tensor is not None}
         return Artifact(tensors, {})
+
+    def attack_tasks(self) -> tuple[AttackTask, AttackTask]:
+        """What the attack is given to poison the training set with, and the test set."""
+        network = self._crafting_network()
+        made = []
+        for name, part, clients in zip(("train", "test"), self.data(), (self.clients(), None), strict=True):
+            seed = derive_seed(self._seed("poison_key"), name)
+            made.append(AttackTask(part, self.cell.info, seed, network, clients, replace(self.context, seed=seed)))
+        return made[0], made[1]
 
     def _crafting_network(self) -> nn.Module | None:
         """What the attack asked to craft with: its own network, or the victim's frozen backbone."""
@@ -177,17 +183,22 @@ class Stages:
 
     def _train_victim(self) -> Artifact:
         attack, context = self.cell.the_attack, replace(self.context, seed=self._seed("victim_key"))
-        task = VictimTask(
-            **vars(self._training_task(self.poisoned_train())),
-            original=self.data()[0].to(context.device),
-            poisoned=self.poison()[0].indices,
-            benign_weights=self.benign().tensors if attack.starts_from_benign else None,
-        )
+        task = self.victim_task()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
-            model, history = attack.train(task, context)
+            with forbid_changes(train=task.train, original=task.original):
+                model, history = attack.train(task, context)
         check_loadable(model, self._victim_shell(), "Attack.adapt")
         return Artifact(model.state_dict(), {"losses": history.losses})
+
+    def victim_task(self) -> VictimTask:
+        """What an attacker who controls training is given."""
+        return VictimTask(
+            **vars(self._training_task(self.poisoned_train())),
+            original=self.data()[0].to(self.context.device),
+            poisoned=self.poison()[0].indices,
+            benign_weights=self.benign().tensors if self.cell.the_attack.starts_from_benign else None,
+        )
 
     def _training_task(self, train: ImageSet) -> TrainingTask:
         cell = self.cell
@@ -199,20 +210,22 @@ class Stages:
     def _defend(self) -> Artifact:
         cell, context = self.cell, replace(self.context, seed=self._seed("defense_key"))
         torch.manual_seed(context.seed)
-        task = self._task()
-        result = cell.the_defense.run(task, context)
+        task = self.defense_task()
+        with forbid_changes(train=task.train, clean=task.clean):
+            result = cell.the_defense.run(task, context)
         check_result(result, len(task.train))
         check_loadable(result.model, self._defended_shell(), "Defense.adapt")
         found = {name: x for name in ("flagged", "scores") if (x := getattr(result, name)) is not None}
         tensors = {f"model.{name}": tensor for name, tensor in result.model.state_dict().items()}
         return Artifact({**tensors, **found}, {"extras": dict(result.extras), "infected": result.infected})
 
-    def _task(self) -> DefenseTask:
+    def defense_task(self) -> DefenseTask:
+        """What the defense is given."""
         cell = self.cell
         given: dict[str, Any] = {
             **vars(self._training_task(self.poisoned_train())),
             "clean": self.clean_holdout(),
-            "victim_network": self._victim_network() if cell.the_defense.starts_from_victim else None,
+            "victim_network": self.victim_network() if cell.the_defense.starts_from_victim else None,
         }
         if cell.the_defense.sees_ground_truth:
             return OracleTask(**given, poisoned=self.poisoned())
@@ -227,7 +240,7 @@ class Stages:
         """The structure of the victim, which an attacker who trains it may change."""
         return self.cell.the_attack.adapt(self.builder(0), self.cell.info)
 
-    def _victim_network(self) -> nn.Module:
+    def victim_network(self) -> nn.Module:
         """The victim, in eval mode, on the device."""
         model = move(self._victim_shell(), self.context.device)
         model.load_state_dict(dict(self.victim().tensors))

@@ -1,0 +1,235 @@
+"""What attacks are checked for."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from backdoor_bench_none.attack import (
+    Attack,
+    AttackTask,
+    CleanLabelAttack,
+    FoundTriggers,
+    PoisonedSamples,
+    SearchTask,
+    StampAttack,
+    TriggerAttack,
+)
+from backdoor_bench_none.run.checks import check_loadable
+from backdoor_bench_none.run.stages import Stages
+from backdoor_bench_none.testing.bench import Bench, weights_of
+from backdoor_bench_none.testing.checks import Check, check_images, disturbed, equal, left_alone, require, same_weights
+from backdoor_bench_none.training import Pixels, predict_logits
+
+
+def _stages(attack: Attack, bench: Bench) -> Stages:
+    return cast("Stages", bench.keep("stages", attack, lambda: bench.stages(attack=attack)))
+
+
+def _resolved(attack: Attack, bench: Bench) -> Attack:
+    return _stages(attack, bench).cell.the_attack
+
+
+def _tasks(attack: Attack, bench: Bench) -> tuple[AttackTask, AttackTask]:
+    stages = _stages(attack, bench)
+    return cast("tuple[AttackTask, AttackTask]", bench.keep("tasks", attack, stages.attack_tasks))
+
+
+def _samples(attack: Attack, bench: Bench) -> tuple[PoisonedSamples, PoisonedSamples]:
+    """The training and the test samples, made once."""
+
+    def make() -> tuple[PoisonedSamples, PoisonedSamples]:
+        train, test = _tasks(attack, bench)
+        resolved = _resolved(attack, bench)
+        return resolved.poison(train), resolved.attack_test(test)
+
+    return cast("tuple[PoisonedSamples, PoisonedSamples]", bench.keep("samples", attack, make))
+
+
+def check_resolves(attack: Attack, bench: Bench) -> None:
+    """The defaults that the data set decides are filled in once, and then it can be carried out."""
+    info = bench.cell().info
+    resolved = attack.resolve(info)
+    require(type(resolved) is type(attack), f"resolve returned {type(resolved).__name__}")
+    require(resolved.resolve(info) == resolved, "resolve changes an attack that is resolved already")
+    resolved.check(info)
+
+
+def check_samples_well_formed(attack: Attack, bench: Bench) -> None:
+    """Indices, images and labels of what it makes are of the right types, shapes, ranges and device."""
+    for name, samples, task in zip(
+        ("poison()", "attack_test()"), _samples(attack, bench), _tasks(attack, bench), strict=True
+    ):
+        require(isinstance(samples, PoisonedSamples), f"{name} returned {type(samples).__name__}")
+        count = len(samples.indices)
+        for part, tensor in (("indices", samples.indices), ("labels", samples.labels)):
+            require(tensor.dtype == torch.int64, f"{name}.{part} is {tensor.dtype}, not int64")
+            require(tensor.device.type == "cpu", f"{name}.{part} is on {tensor.device}, not on the CPU")
+            require(tuple(tensor.shape) == (count,), f"{name}.{part} has shape {tuple(tensor.shape)}, not ({count},)")
+        check_images(samples.images, (count, *task.info.shape), name)
+        _require_range(samples.indices, len(task.data), f"{name}.indices")
+        _require_range(samples.labels, task.info.num_classes, f"{name}.labels")
+        require(len(set(samples.indices.tolist())) == count, f"{name}.indices names a sample twice")
+        if samples.decoys is not None:
+            good = samples.decoys.dtype == torch.bool and tuple(samples.decoys.shape) == (count,)
+            require(good, f"{name}.decoys is not ({count},) bool")
+
+
+def _require_range(values: Tensor, end: int, what: str) -> None:
+    require(bool(((values >= 0) & (values < end)).all()), f"{what} is not within 0 to {end - 1}")
+
+
+def check_poison_count(attack: Attack, bench: Bench) -> None:
+    """As many samples are poisoned as the rate says."""
+    samples = _samples(attack, bench)[0]
+    count = len(samples) if samples.decoys is None else int((~samples.decoys).sum())
+    if not attack.poisons:
+        require(len(samples) == 0, f"it says poisons = False and changes {len(samples)} training samples")
+        return
+    require(count > 0, "no training sample is poisoned; say poisons = False, or raise the rate")
+    wanted, rule = _wanted_count(_resolved(attack, bench), _tasks(attack, bench)[0].data.labels)
+    require(wanted is None or count == wanted, f"{count} samples are poisoned, not {rule} = {wanted}")
+
+
+def _wanted_count(attack: Attack, labels: Tensor) -> tuple[int | None, str]:
+    """The number of poisoned samples, where the attack leaves `poison` to its base class, and the rule behind it."""
+    if isinstance(attack, TriggerAttack) and type(attack).poison is TriggerAttack.poison:
+        return round(attack.poison_rate * len(labels)), "round(poison_rate * N)"
+    if isinstance(attack, CleanLabelAttack) and type(attack).poison is CleanLabelAttack.poison:
+        return round(attack.class_rate * int(torch.eq(labels, attack.target or 0).sum())), "round(class_rate * n)"
+    return None, ""
+
+
+def check_labels(attack: Attack, bench: Bench) -> None:
+    """Poisoned samples have the label the attacker wants; a clean-label attack takes the target class and keeps it."""
+    (task, _), (samples, _), resolved = _tasks(attack, bench), _samples(attack, bench), _resolved(attack, bench)
+    before = task.data.labels[samples.indices]
+    poisoned = ~samples.decoys if samples.decoys is not None else torch.ones(len(samples), dtype=torch.bool)
+    if isinstance(resolved, CleanLabelAttack):
+        require(torch.equal(samples.labels, before), "a clean-label attack changes labels")
+        require(set(before.tolist()) <= {resolved.target}, "a clean-label attack changes samples of other classes")
+    elif isinstance(resolved, StampAttack):
+        wanted = resolved.relabel(before, task.info.num_classes)
+        require(torch.equal(samples.labels[poisoned], wanted[poisoned]), "labels are not those that relabel() gives")
+
+
+def check_test_samples(attack: Attack, bench: Bench) -> None:
+    """ASR counts the test samples whose label the attack would change, all of them, and no others."""
+    (_, task), (_, samples), resolved = _tasks(attack, bench), _samples(attack, bench), _resolved(attack, bench)
+    before = task.data.labels[samples.indices]
+    same = torch.eq(samples.labels, before).sum().item()
+    require(same == 0, f"{same} test samples have the label already that the attacker wants: they would count as hits")
+    if isinstance(resolved, StampAttack) and type(resolved).attack_test is StampAttack.attack_test:
+        wanted = resolved.relabel(task.data.labels, task.info.num_classes)
+        count = int((wanted != task.data.labels).sum())
+        require(
+            len(samples) == count, f"{len(samples)} test samples are triggered, of {count} whose label would change"
+        )
+
+
+def check_inputs_unchanged(attack: Attack, bench: Bench) -> None:
+    """The data it is given are as they were."""
+    resolved, stages = _resolved(attack, bench), bench.stages(attack=attack)
+    train, test = stages.attack_tasks()
+    before = [(task.data.images.clone(), task.data.labels.clone()) for task in (train, test)]
+    resolved.poison(train), resolved.attack_test(test)
+    if not attack.searches:
+        resolved.preview(test)
+    for task, (images, labels) in zip((train, test), before, strict=True):
+        require(torch.equal(task.data.images, images), "it changes task.data.images in place; change a clone")
+        require(torch.equal(task.data.labels, labels), "it changes task.data.labels in place; change a clone")
+
+
+def check_deterministic(attack: Attack, bench: Bench) -> None:
+    """Equal seeds give equal samples, whatever the state of global generators."""
+    resolved, (train, test) = _resolved(attack, bench), _tasks(attack, bench)
+    with disturbed(1):
+        first = resolved.poison(train), resolved.attack_test(test)
+    with disturbed(2):
+        second = resolved.poison(train), resolved.attack_test(test)
+    for name, one, other in zip(("poison()", "attack_test()"), first, second, strict=True):
+        for part in ("indices", "images", "labels", "decoys"):
+            require(
+                equal(getattr(one, part), getattr(other, part)),
+                f"{name}.{part} differs between two calls with one seed; draw from task.seed only",
+            )
+
+
+def check_global_state_left_alone(attack: Attack, bench: Bench) -> None:
+    """Generators, gradient mode and settings are as it found them."""
+    resolved, (train, test) = _resolved(attack, bench), _tasks(attack, bench)
+    with left_alone():
+        resolved.poison(train), resolved.attack_test(test)
+
+
+def check_stamp_is_per_sample(attack: Attack, bench: Bench) -> None:
+    """A sample's trigger is a function of the seed and its index: what else is stamped with it does not matter."""
+    resolved, (_, task) = _resolved(attack, bench), _tasks(attack, bench)
+    if not isinstance(resolved, StampAttack):
+        return
+    images, indices = task.data.images, torch.arange(len(task.data))
+    whole = resolved.stamp(images, indices, task.info, 5)
+    check_images(whole, tuple(images.shape), "stamp()")
+    some = torch.tensor([7, 3, 50])
+    alone = resolved.stamp(images[some], indices[some], task.info, 5)
+    require(torch.equal(alone, whole[some]), "stamp() of three images is not what it makes of them among all others")
+    nothing = resolved.stamp(images[:0], indices[:0], task.info, 5)
+    check_images(nothing, (0, *task.info.shape), "stamp() of no image")
+
+
+def check_preview(attack: Attack, bench: Bench) -> None:
+    """A preview shows every image, in order."""
+    if not attack.searches:
+        task = _tasks(attack, bench)[1]
+        check_images(_resolved(attack, bench).preview(task), tuple(task.data.images.shape), "preview()")
+
+
+def check_victim(attack: Attack, bench: Bench) -> None:
+    """An attacker who trains the victim returns one that core can build again, and equal ones for equal seeds."""
+    if not attack.controls_training:
+        return
+    stages, resolved = _stages(attack, bench), _resolved(attack, bench)
+    weights = []
+    for _ in range(2):
+        task = stages.victim_task()
+        before = task.train.images.clone(), task.original.images.clone()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model, history = resolved.train(task, bench.context)
+        require(isinstance(history.losses, list), "train() returns (model, History)")
+        unchanged = torch.equal(task.train.images, before[0]) and torch.equal(task.original.images, before[1])
+        require(unchanged, "train() changes its data in place; change a clone")
+        check_loadable(model, resolved.adapt(task.new_model(), task.info), "Attack.adapt")
+        weights.append(weights_of(model))
+    require(same_weights(*weights), "two victims of one seed differ; draw from context.generator")
+
+
+def check_found_triggers(attack: Attack, bench: Bench) -> None:
+    """An attack that searches networks returns triggers of Eq. 1, with the labels they give."""
+    if not attack.searches:
+        return
+    stages, resolved = _stages(attack, bench), _resolved(attack, bench)
+    model = stages.network()
+    before = weights_of(model)
+    task = SearchTask(model, stages.data()[0].to(bench.device), stages.cell.info)
+    found = resolved.find_triggers(task, bench.context)
+    require(isinstance(found, FoundTriggers), f"find_triggers returned {type(found).__name__}")
+    count, (channels, height, width) = len(found.labels), task.info.shape
+    require(tuple(found.masks.shape) == (count, 1, height, width), "masks are not (A, 1, H, W)")
+    require(tuple(found.patterns.shape) == (count, channels, height, width), "patterns are not (A, C, H, W)")
+    require(len(found.facts) == count, "there is not one mapping of facts for each trigger")
+    for name, values in (("masks", found.masks), ("patterns", found.patterns)):
+        require(bool(((values >= 0) & (values <= 1)).all()), f"{name} are not within 0 to 1")
+    require(bool(((found.labels >= -1) & (found.labels < task.info.num_classes)).all()), "labels are no classes")
+    require(same_weights(weights_of(model), before), "find_triggers changes the network")
+    logits = predict_logits(model, task.train.images[:2], Pixels.of(task.info, bench.device), bench.context)
+    require(bool(torch.isfinite(logits).all()), "the network is broken after the search")
+
+
+ATTACK_CHECKS: tuple[Check, ...] = (
+    check_resolves, check_samples_well_formed, check_poison_count, check_labels, check_test_samples,
+    check_inputs_unchanged, check_deterministic, check_global_state_left_alone, check_stamp_is_per_sample,
+    check_preview, check_victim, check_found_triggers,
+)  # fmt: skip

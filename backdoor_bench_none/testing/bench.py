@@ -1,0 +1,150 @@
+"""A bench that runs one component in core's own stages, on three classes of striped images that are soon learned.
+
+The data are synthetic on purpose: every training image stands there twice, so that whatever a defense says of the one
+it must say of the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from backdoor_bench_none.attack import TriggerAttack
+from backdoor_bench_none.cell import Cell, Choice
+from backdoor_bench_none.component import Component
+from backdoor_bench_none.context import Context
+from backdoor_bench_none.data.dataset import Dataset, DatasetInfo, ImageSet
+from backdoor_bench_none.defense import Defense, DefenseResult, DefenseTask, Stage
+from backdoor_bench_none.models.activations import ReLU
+from backdoor_bench_none.models.resnet import ResNet18
+from backdoor_bench_none.recipe import Recipe
+from backdoor_bench_none.results.store import Store
+from backdoor_bench_none.run.stages import Stages
+from backdoor_bench_none.seeds import derive_seed
+from backdoor_bench_none.trainers.federated import Federated
+from backdoor_bench_none.trainers.transfer import Transfer
+from backdoor_bench_none.training import Centralized
+from backdoor_bench_none.trigger import Trigger, place, solid_tile
+
+CLASSES, SIDE, PAIRS, TESTS = 3, 16, 120, 60
+RECIPE = Recipe(epochs=4, batch_size=16, lr=0.05)
+
+
+class Stripes(Dataset):
+    """Three classes of noisy colour images with bright rows at a height of their own; training images stand twice."""
+
+    def info(self) -> DatasetInfo:
+        """240 training and 60 test images (3, 16, 16)."""
+        return DatasetInfo(
+            "stripes", (3, SIDE, SIDE), CLASSES, 2 * PAIRS, (0.2,) * 3, (0.25,) * 3, paper_trigger="static"
+        )
+
+    def files(self) -> list[Path]:
+        """None: the images are drawn."""
+        return []
+
+    def fingerprint(self) -> str:
+        """The sha256 of the images."""
+        parts = (tensor.numpy().tobytes() for part in self.load() for tensor in (part.images, part.labels))
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        """The training set in a mixed order, and the test set."""
+        return draw_stripes(PAIRS).take(mixed_order()), draw_stripes(TESTS, "test")
+
+
+def draw_stripes(count: int, purpose: str = "train") -> ImageSet:
+    """`count` different images, the classes in turn."""
+    generator = torch.Generator().manual_seed(derive_seed("stripes", purpose))
+    labels = torch.arange(count) % CLASSES
+    images = torch.randint(0, 60, (count, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+    for row in range(4):
+        images[torch.arange(count), :, 5 * labels + row, :8] += 150
+    return ImageSet(images, labels)
+
+
+def mixed_order() -> Tensor:
+    """(240,) int64: the image that stands at each place of the training set; each of the 120 stands twice."""
+    generator = torch.Generator().manual_seed(derive_seed("stripes", "order"))
+    return torch.randperm(2 * PAIRS, generator=generator) % PAIRS
+
+
+class Patch(TriggerAttack):
+    """A white 4x4 patch bottom right; poisons whole pairs of equal images."""
+
+    def trigger(self, info: DatasetInfo) -> Trigger:
+        """The patch."""
+        return place(info.shape, solid_tile(4, (255, 255, 255), info.shape[0]), -1, -1)
+
+    def select(self, labels: Tensor, seed: int) -> Tensor:
+        """Both places of some images."""
+        drawn = torch.randperm(PAIRS, generator=torch.Generator().manual_seed(seed))
+        return torch.nonzero(torch.isin(mixed_order(), drawn[: round(self.poison_rate * PAIRS)])).flatten()
+
+
+class Undefended(Defense):
+    """The network as the attack left it."""
+
+    stage: ClassVar[Stage] = Stage.POST_TRAINING
+    starts_from_victim: ClassVar[bool] = True
+
+    def run(self, task: DefenseTask, context: Context) -> DefenseResult:
+        """The victim."""
+        return DefenseResult(task.victim())
+
+
+class Bench:
+    """Cells with one component under test; everything else is core's or this module's. Stages are kept in a folder of
+    its own, which is gone with the bench.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._folder = tempfile.TemporaryDirectory(prefix="bbn-bench-")
+        self._kept: dict[tuple[str, str], Any] = {}
+
+    @cached_property
+    def context(self) -> Context:
+        """The device in float32, seed 0, no deadline."""
+        return Context(self.device, 0)
+
+    def cell(self, **under_test: Component) -> Cell:
+        """A cell with these components, by axis; the trainer has what the attack needs."""
+        chosen: dict[str, Component] = {
+            "dataset": Stripes(), "attack": Patch(poison_rate=0.15), "defense": Undefended(),
+            "architecture": ResNet18(width=0.125), "activation": ReLU(), **under_test,
+        }  # fmt: skip
+        dataset = cast("Dataset", chosen["dataset"])
+        attack = cast("Any", chosen["attack"])
+        if "trainer" not in chosen:
+            chosen["trainer"] = Centralized()
+            if attack.needs_backbone:
+                chosen["trainer"] = Transfer(pretraining_epochs=1)
+            elif attack.needs_clients:
+                chosen["trainer"] = Federated(clients=4)
+        chosen["attack"] = attack.resolve(dataset.info())
+        choices: dict[str, Any] = {axis: Choice(axis, axis, axis, component) for axis, component in chosen.items()}
+        return Cell(**choices, seed=0, recipe=RECIPE, info=dataset.info(), fingerprint=dataset.fingerprint())
+
+    def stages(self, kind: type[Stages] = Stages, **under_test: Component) -> Stages:
+        """The stages of such a cell; what several checks need of them is computed once."""
+        return kind(self.cell(**under_test), Store(Path(self._folder.name)), self.context)
+
+    def keep(self, name: str, component: Component, compute: Any) -> Any:  # noqa: ANN401
+        """What `compute()` returns, computed once for `component`."""
+        key = (name, f"{type(component).__module__}:{type(component).__qualname__} {component!r}")
+        if key not in self._kept:
+            self._kept[key] = compute()
+        return self._kept[key]
+
+
+def weights_of(model: torch.nn.Module) -> Mapping[str, Tensor]:
+    """A copy of all parameters and buffers, on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}

@@ -1,0 +1,170 @@
+"""What a check is, and what all kinds of component are checked for."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from backdoor_bench_none.component import Component
+from backdoor_bench_none.seeds import canonical_json
+from backdoor_bench_none.testing.bench import Bench
+
+#: raises AssertionError, with what is wrong and how to mend it, if the component does not keep its part
+Check = Callable[[Any, Bench], None]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a check ended; `reason` is empty if it passed."""
+
+    check: str
+    reason: str = ""
+
+
+def run_check(check: Check, component: Component, bench: Bench) -> Verdict:
+    """Carry out `check`; any exception of the component is a failure."""
+    try:
+        check(component, bench)
+    except AssertionError as error:
+        return Verdict(name_of(check), str(error))
+    except Exception as error:  # whatever a stranger's component does
+        return Verdict(name_of(check), f"{type(error).__name__}: {error}")
+    return Verdict(name_of(check))
+
+
+def name_of(check: Check) -> str:
+    """`fields_described` for `check_fields_described`."""
+    return str(getattr(check, "__name__", check)).removeprefix("check_")
+
+
+def require(condition: object, message: str) -> None:
+    """An assertion that `python -O` keeps."""
+    if not condition:
+        raise AssertionError(message)
+
+
+def check_documented(component: Component, bench: Bench) -> None:
+    """The class has a docstring of its own that begins with a sentence."""
+    text = type(component).__doc__
+    require(text and text != Component.__doc__, "the class has no docstring; `bbn show` prints it")
+    first = inspect.cleandoc(text or "").split("\n\n")[0]
+    require(first.rstrip().endswith((".", ":")), f"the docstring does not begin with a sentence: {first!r}")
+
+
+def check_fields_described(component: Component, bench: Bench) -> None:
+    """Every parameter has a description."""
+    bare = [name for name, field in type(component).model_fields.items() if not field.description]
+    require(not bare, f"no description of {', '.join(bare)}; write Field(..., description=...)")
+
+
+def check_unknown_parameter_refused(component: Component, bench: Bench) -> None:
+    """A parameter that is misspelt is an error."""
+    try:
+        type(component).model_validate({**component.model_dump(), "no_such_parameter": 1})
+    except ValidationError:
+        return
+    raise AssertionError("an unknown parameter is accepted; keep extra='forbid'")
+
+
+def check_frozen(component: Component, bench: Bench) -> None:
+    """Parameters cannot be changed after the fact: keys depend on them."""
+    require(type(component).model_config.get("frozen"), "its parameters can be changed; keep frozen=True")
+
+
+def check_pickles(component: Component, bench: Bench) -> None:
+    """It goes to other processes and comes back equal."""
+    require(
+        pickle.loads(pickle.dumps(component)) == component,  # noqa: S301 - our own bytes
+        "a pickled copy is not equal to it",
+    )
+
+
+def check_identity(component: Component, bench: Bench) -> None:
+    """Its parameters survive JSON, and its identity is a function of them."""
+    again = type(component)(**component.model_dump(mode="json"))
+    require(again == component, f"made again from its parameters as JSON it differs: {again!r}")
+    identity = component.identity()
+    canonical_json(identity)
+    require(again.identity() == identity, "two equal components have different identities, so keys would differ")
+    revision = component.revision
+    require(isinstance(revision, int) and revision >= 1, f"revision is {revision!r}, not a whole number from 1")
+
+
+COMPONENT_CHECKS: tuple[Check, ...] = (
+    check_documented, check_fields_described, check_unknown_parameter_refused, check_frozen, check_pickles,
+    check_identity,
+)  # fmt: skip
+
+
+# what several kinds of check use
+
+
+def equal(first: Tensor | None, second: Tensor | None) -> bool:
+    """Whether two tensors are equal to the last bit, or both None."""
+    if first is None or second is None:
+        return first is second
+    return first.dtype == second.dtype and torch.equal(first, second)
+
+
+def same_weights(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Whether two state dictionaries are equal to the last bit."""
+    return first.keys() == second.keys() and all(equal(first[name], second[name]) for name in first)
+
+
+@contextmanager
+def disturbed(seed: int) -> Iterator[None]:
+    """Global generators in another state inside; they are as before afterwards."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+
+
+def global_state() -> dict[str, object]:
+    """The state of all that a component shares with the others of its process, by name."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    return {
+        "the state of torch's global generator": tuple(torch.random.get_rng_state().tolist()),
+        "the state of CUDA's generators": [tuple(torch.cuda.get_rng_state(index).tolist()) for index in devices],
+        "the state of numpy's global generator": repr(np.random.get_state()),
+        "the state of Python's global generator": random.getstate(),
+        "whether gradients are computed": torch.is_grad_enabled(),
+        "the default type of tensors": torch.get_default_dtype(),
+        "cudnn.benchmark": torch.backends.cudnn.benchmark,
+        "cudnn.deterministic": torch.backends.cudnn.deterministic,
+        "whether algorithms must be deterministic": torch.are_deterministic_algorithms_enabled(),
+        "the number of threads": torch.get_num_threads(),
+    }
+
+
+@contextmanager
+def left_alone() -> Iterator[None]:
+    """`AssertionError` if what is done inside changes the global state."""
+    before = global_state()
+    yield
+    changed = [name for name, value in global_state().items() if value != before[name]]
+    require(not changed, f"it changes {', '.join(changed)}; use context.generator, and put back what you change")
+
+
+def check_images(images: Tensor, shape: tuple[int, ...], what: str) -> None:
+    """`images` are (N, C, H, W) uint8 on the CPU."""
+    require(isinstance(images, Tensor), f"{what}.images is {type(images).__name__}, not a tensor")
+    require(images.dtype == torch.uint8, f"{what}.images is {images.dtype}, not uint8 in 0..255")
+    require(tuple(images.shape) == shape, f"{what}.images has shape {tuple(images.shape)}, not {shape}")
+    require(images.device.type == "cpu", f"{what}.images is on {images.device}, not on the CPU")

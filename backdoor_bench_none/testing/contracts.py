@@ -1,0 +1,118 @@
+"""Three doors to the same checks: a test class, a decorator, and a function that `bbn check` calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from typing import Any, ClassVar
+
+from backdoor_bench_none.api import BASES
+from backdoor_bench_none.component import Component
+from backdoor_bench_none.testing.attack_checks import ATTACK_CHECKS
+from backdoor_bench_none.testing.bench import Bench
+from backdoor_bench_none.testing.checks import COMPONENT_CHECKS, Check, Verdict, name_of, run_check
+from backdoor_bench_none.testing.defense_checks import DEFENSE_CHECKS
+from backdoor_bench_none.testing.network_checks import checks_of_kind
+
+#: check -> why it is expected to fail
+ExpectedFailures = Mapping[str, str]
+
+
+@cache
+def open_bench(device: str = "cpu") -> Bench:
+    """The bench of this process: what several checks need is computed once."""
+    return Bench(device)
+
+
+def kind_of(component: Component) -> str:
+    """`attack`, `defense`, ...: the kind whose base class it is an instance of."""
+    for kind, base in BASES.items():
+        if isinstance(component, base):
+            return kind
+    raise TypeError(f"{type(component).__name__} is no component; subclass one of {', '.join(sorted(BASES))}")
+
+
+def checks_for(component: Component) -> tuple[Check, ...]:
+    """All checks of a component."""
+    kind = kind_of(component)
+    own = {"attack": ATTACK_CHECKS, "defense": DEFENSE_CHECKS}.get(kind) or tuple(checks_of_kind(kind))
+    return (*COMPONENT_CHECKS, *own)
+
+
+def run_contract(component: Component, device: str = "cpu") -> Iterator[Verdict]:
+    """Carry out all checks of `component`, one by one."""
+    for check in checks_for(component):
+        yield run_check(check, component, open_bench(device))
+
+
+def parametrize_contracts(
+    components: Iterable[Component], *, expected_failures: ExpectedFailures | None = None
+) -> Callable[[Any], Any]:
+    """Decorates a test that takes `contract`, and calls it: `def test_mine(contract): contract()`.
+
+    There is one test for each component and check. `expected_failures` maps a check, as `deadline`, to the reason why
+    it fails; a check that passes against expectation fails the test.
+    """
+    import pytest
+
+    expected = dict(expected_failures or {})
+    params = []
+    for component in components:
+        checks = {name_of(check): check for check in checks_for(component)}
+        if unknown := set(expected) - set(checks):
+            raise ValueError(f"expected_failures: there is no check {sorted(unknown)}; there are {', '.join(checks)}")
+        for name, check in checks.items():
+            marks = [pytest.mark.xfail(reason=expected[name], strict=True)] if name in expected else []
+            test_id = f"{type(component).__name__}-{name}"
+            params.append(pytest.param(_Contract(check, component), id=test_id, marks=marks))
+    return pytest.mark.parametrize("contract", params)
+
+
+class _Contract:
+    """One check of one component, to be called by a test."""
+
+    def __init__(self, check: Check, component: Component) -> None:
+        self._check, self._component = check, component
+
+    def __call__(self, device: str = "cpu") -> None:
+        verdict = run_check(self._check, self._component, open_bench(device))
+        if verdict.reason:
+            raise AssertionError(f"{type(self._component).__name__}: {verdict.check}: {verdict.reason}")
+
+
+class Contract:
+    """Base of test classes: a subclass names a component, and gets one test for each of its checks."""
+
+    component: ClassVar[Component]
+    expected_failures: ClassVar[ExpectedFailures] = {}
+    #: the attribute in which a subclass names its component
+    _attribute: ClassVar[str] = "component"
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        component = cls.__dict__.get(cls._attribute)
+        if component is not None:
+            decorate = parametrize_contracts([component], expected_failures=cls.expected_failures)
+            cls.test_contract = decorate(_test_contract)  # type: ignore[attr-defined]
+
+
+def _test_contract(self: Contract, contract: _Contract, bbn_device: str) -> None:
+    contract(bbn_device)
+
+
+class AttackContract(Contract):
+    """`class TestMine(AttackContract): attack = Mine(...)`."""
+
+    _attribute = "attack"
+
+
+class DefenseContract(Contract):
+    """`class TestMine(DefenseContract): defense = Mine(...)`."""
+
+    _attribute = "defense"
+
+
+class ArchitectureContract(Contract):
+    """`class TestMine(ArchitectureContract): architecture = Mine(...)`."""
+
+    _attribute = "architecture"

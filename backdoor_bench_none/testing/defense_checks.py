@@ -1,0 +1,225 @@
+"""What defenses are checked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from backdoor_bench_none.attack import PoisonedSamples
+from backdoor_bench_none.context import DeadlineError
+from backdoor_bench_none.defense import Defense, DefenseResult, DefenseTask, OracleTask, Stage
+from backdoor_bench_none.run.checks import check_loadable, check_result
+from backdoor_bench_none.run.stages import Stages
+from backdoor_bench_none.testing.bench import Bench, mixed_order, weights_of
+from backdoor_bench_none.testing.checks import Check, disturbed, equal, left_alone, require, same_weights
+from backdoor_bench_none.training import Pixels, predict_logits
+
+
+def _stages(defense: Defense, bench: Bench) -> Stages:
+    return cast("Stages", bench.keep("stages", defense, lambda: bench.stages(defense=defense)))
+
+
+def _run(defense: Defense, bench: Bench, task: DefenseTask | None = None, disturbance: int = 1) -> DefenseResult:
+    """Run it as core does, with other global generators in a state of their own."""
+    with disturbed(disturbance):
+        torch.manual_seed(bench.context.seed)
+        return defense.run(task or _stages(defense, bench).defense_task(), bench.context)
+
+
+def _result(defense: Defense, bench: Bench) -> DefenseResult:
+    """What it returns, computed once."""
+    return cast("DefenseResult", bench.keep("result", defense, lambda: _run(defense, bench)))
+
+
+def check_stage(defense: Defense, bench: Bench) -> None:
+    """It acts in the stage it declares: a repair begins with the victim, and who begins with the victim says so."""
+    require(isinstance(defense.stage, Stage), "declare stage: ClassVar[Stage]")
+    repairs = defense.stage is Stage.POST_TRAINING
+    require(
+        defense.starts_from_victim or not repairs,
+        "it repairs a finished network (POST_TRAINING) and does not ask for it; set starts_from_victim = True",
+    )
+    asked = []
+
+    class Asking(type(_stages(defense, bench).defense_task())):  # type: ignore[misc]
+        def victim(self) -> nn.Module:
+            asked.append(1)
+            return cast("nn.Module", super().victim())
+
+    _run(defense, bench, Asking(**vars(_stages(defense, bench).defense_task())))
+    require(
+        asked or not defense.starts_from_victim,
+        "it says starts_from_victim and never calls task.victim(): its cost would hold a training it does not use",
+    )
+
+
+def check_result_well_formed(defense: Defense, bench: Bench) -> None:
+    """It returns what it declares, in the right types and shapes, and a network that core can build again."""
+    result, stages = _result(defense, bench), _stages(defense, bench)
+    check_result(result, len(stages.data()[0]))
+    start = stages.victim_network() if defense.starts_from_victim else stages.builder(0)
+    check_loadable(result.model, defense.adapt(start), "Defense.adapt")
+    for name in ("flagged", "scores", "infected"):
+        given, declared = getattr(result, name) is not None, name in defense.returns
+        require(given == declared, f"{name} is {'' if given else 'not '}returned; `returns` says otherwise")
+
+
+def check_logits(defense: Defense, bench: Bench) -> None:
+    """The network gives finite logits (N, K)."""
+    stages = _stages(defense, bench)
+    test, info = stages.data()[1], stages.cell.info
+    logits = predict_logits(_result(defense, bench).model, test.images, Pixels.of(info, bench.device), bench.context)
+    shape = tuple(logits.shape)
+    require(shape == (len(test), info.num_classes), f"the network gives {shape}, not logits (N, {info.num_classes})")
+    require(bool(torch.isfinite(logits).all()), "the network's logits are not all finite")
+
+
+def check_inputs_unchanged(defense: Defense, bench: Bench) -> None:
+    """Training set, clean images and victim are as they were."""
+    task = _stages(defense, bench).defense_task()
+    sets = {"train": task.train, **({} if task.clean is None else {"clean": task.clean})}
+    before = {name: (data.images.clone(), data.labels.clone()) for name, data in sets.items()}
+    victim = None if task.victim_network is None else weights_of(task.victim_network)
+    _run(defense, bench, task)
+    for name, (images, labels) in before.items():
+        same = torch.equal(sets[name].images, images) and torch.equal(sets[name].labels, labels)
+        require(same, f"it changes task.{name} in place; change a clone")
+    if task.victim_network is not None and victim is not None:
+        require(same_weights(weights_of(task.victim_network), victim), "it changes the victim; task.victim() is a copy")
+
+
+def check_deterministic(defense: Defense, bench: Bench) -> None:
+    """On a CPU, equal seeds give equal results, whatever the state of the generators of numpy and Python."""
+    if bench.device.type != "cpu":
+        return
+    first, second = _result(defense, bench), _run(defense, bench, disturbance=2)
+    require(
+        same_weights(weights_of(first.model), weights_of(second.model)),
+        "two runs of one seed return different weights; draw from context.generator",
+    )
+    for name in ("flagged", "scores"):
+        require(equal(getattr(first, name), getattr(second, name)), f"two runs of one seed return different {name}")
+
+
+def check_global_state_left_alone(defense: Defense, bench: Bench) -> None:
+    """Generators, gradient mode and settings are as it found them."""
+    task = _stages(defense, bench).defense_task()
+    with left_alone():
+        defense.run(task, bench.context)
+
+
+@dataclass
+class _Lying(Stages):
+    """Stages that give a defense one task and keep another ground truth beside it."""
+
+    given: DefenseTask | None = field(default=None, repr=False)
+
+    def poison(self) -> tuple[PoisonedSamples, PoisonedSamples]:
+        train, test = super().poison()
+        others = torch.ones(len(self.data()[0]), dtype=torch.bool)
+        others[train.indices] = False
+        chosen = torch.nonzero(others).flatten()[: len(train)]
+        return replace(train, indices=chosen), test
+
+    def defense_task(self) -> DefenseTask:
+        return self.given or super().defense_task()
+
+
+def check_ground_truth_not_used(defense: Defense, bench: Bench) -> None:
+    """The result is the same when what core knows of the poisoned samples is another: nothing was looked up there."""
+    if defense.sees_ground_truth or bench.device.type != "cpu":
+        return
+    stages = _stages(defense, bench)
+    task = stages.defense_task()
+    require(not isinstance(task, OracleTask), "it is given the ground truth")
+    liar = cast("_Lying", bench.stages(_Lying, defense=defense))
+    liar.given = task
+    with disturbed(1):
+        results = [made._defend() for made in (stages, liar)]
+    require(
+        same_weights(results[0].tensors, results[1].tensors),
+        "its result depends on which samples core knows to be poisoned; use what the task holds only",
+    )
+
+
+@contextmanager
+def _count_training_steps(limit: int) -> Iterator[list[int]]:
+    """Collects a number for every forward pass that could be trained on; more than `limit` raise AssertionError."""
+    steps: list[int] = []
+
+    def count(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
+        if module.training and torch.is_grad_enabled() and isinstance(module, (nn.Linear, nn.Conv2d)):
+            steps.append(1)
+            require(len(steps) <= limit, "it goes on training long after the deadline; call context.check_deadline()")
+
+    handle = register_module_forward_hook(count)
+    try:
+        yield steps
+    finally:
+        handle.remove()
+
+
+def check_deadline(defense: Defense, bench: Bench) -> None:
+    """Once its time is up it stops: whoever trains has looked at the clock by the end of an epoch."""
+    task = _stages(defense, bench).defense_task()
+    late = replace(bench.context, deadline=time.monotonic() - 1)
+    layers = sum(isinstance(module, (nn.Linear, nn.Conv2d)) for module in task.new_model().modules())
+    epochs = 3 * layers * max(1, len(task.train) // task.recipe.batch_size)
+    with disturbed(1), _count_training_steps(limit=20 * epochs) as steps:
+        torch.manual_seed(late.seed)
+        try:
+            defense.run(task, late)
+        except DeadlineError:
+            return
+    require(
+        not steps, "its time was up, it trained and did not stop; train with task.fit, or call context.check_deadline()"
+    )
+
+
+def check_order_of_samples(defense: Defense, bench: Bench) -> None:
+    """`flagged` and `scores` are in the order of task.train: equal images get equal verdicts wherever they stand."""
+    result = _result(defense, bench)
+    twins = _twins()
+    for name in ("flagged", "scores"):
+        values = getattr(result, name)
+        if values is None:
+            continue
+        one, other = (values.detach().cpu().double()[places] for places in twins)
+        if name == "scores" or 0 < int(values.sum()) < len(values):
+            require(
+                _agreement(one, other) > 0.5,
+                f"equal images get different {name}: they are not in the order of task.train (a shuffled loader?)",
+            )
+
+
+def _twins() -> tuple[Tensor, Tensor]:
+    """The two places (120,) of every training image."""
+    places = mixed_order().argsort(stable=True).reshape(-1, 2)
+    return places[:, 0], places[:, 1]
+
+
+def _agreement(one: Tensor, other: Tensor) -> float:
+    """The correlation of ranks, 1 where all values are equal."""
+    if torch.equal(one, other):
+        return 1.0
+    ranks = [_ranks(values) for values in (one, other)]
+    return float(torch.nan_to_num(torch.corrcoef(torch.stack(ranks))[0, 1]))
+
+
+def _ranks(values: Tensor) -> Tensor:
+    below = (values[:, None] > values[None, :]).double().sum(1)
+    not_above = (values[:, None] >= values[None, :]).double().sum(1)
+    return (below + not_above) / 2
+
+
+DEFENSE_CHECKS: tuple[Check, ...] = (
+    check_stage, check_result_well_formed, check_logits, check_inputs_unchanged, check_deterministic,
+    check_global_state_left_alone, check_ground_truth_not_used, check_deadline, check_order_of_samples,
+)  # fmt: skip

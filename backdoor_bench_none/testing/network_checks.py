@@ -1,0 +1,172 @@
+"""What architectures, activation functions and the other kinds are checked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from backdoor_bench_none.data.dataset import Dataset
+from backdoor_bench_none.evaluation import Evaluation, Metric
+from backdoor_bench_none.models.architecture import Activation, Architecture, ModelSpec
+from backdoor_bench_none.recipe import Recipe
+from backdoor_bench_none.testing.bench import Bench, weights_of
+from backdoor_bench_none.testing.checks import Check, check_images, left_alone, require, same_weights
+from backdoor_bench_none.training import FitOptions, Trainer, last_layer
+
+CLASSES, SIDE = 7, 32
+
+
+class Marked(nn.Module):
+    """A rare activation function: a network that does not use what it is given can be told by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x if it is positive, else x / 10."""
+        self.calls += 1
+        return torch.where(x > 0, x, 0.1 * x)
+
+
+def _build(architecture: Architecture, channels: int = 3, seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return architecture.build(ModelSpec(CLASSES, channels, SIDE, Marked))
+
+
+def _images(channels: int = 3) -> Tensor:
+    return torch.randn(4, channels, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+
+
+def check_logits(architecture: Architecture, bench: Bench) -> None:
+    """Grey and colour images become finite logits (N, K), in eval mode and in training."""
+    for channels in (1, 3):
+        model = _build(architecture, channels)
+        for mode in (True, False):
+            logits = model.train(mode)(_images(channels))
+            where = f"for {channels} channels in {'training' if mode else 'eval'} mode"
+            require(isinstance(logits, Tensor), f"the network returns {type(logits).__name__} {where}, not a tensor")
+            require(tuple(logits.shape) == (4, CLASSES), f"logits have shape {tuple(logits.shape)} {where}")
+            require(bool(torch.isfinite(logits).all()), f"logits are not finite {where}")
+
+
+def check_activation_used(architecture: Architecture, bench: Bench) -> None:
+    """The activation function of the cell is the only one, with a module of its own in every place."""
+    model = _build(architecture).eval()
+    marked = [module for module in model.modules() if isinstance(module, Marked)]
+    for module in marked:
+        module.calls = 0  # build may have tried the network
+    model(_images())
+    require(marked, "the network does not use spec.activation")
+    others = {type(m).__name__ for m in model.modules() if type(m).__module__ == "torch.nn.modules.activation"}
+    require(not others, f"the network also has {', '.join(sorted(others))}; use spec.activation() everywhere")
+    require(
+        all(module.calls == 1 for module in marked),
+        "an activation module stands in several places, or in none; call spec.activation() once for each",
+    )
+
+
+def check_seeded(architecture: Architecture, bench: Bench) -> None:
+    """Initial weights are a function of torch's global seed, and fit a second network."""
+    first, second, other = (weights_of(_build(architecture, seed=seed)) for seed in (0, 0, 1))
+    require(same_weights(first, second), "two networks of one torch seed have different weights")
+    require(not same_weights(first, other), "networks of different torch seeds have equal weights")
+    _build(architecture).load_state_dict(dict(first))
+
+
+def check_width(architecture: Architecture, bench: Bench) -> None:
+    """`width` scales the network, where it may be chosen."""
+    try:
+        slim = type(architecture)(**{**architecture.model_dump(), "width": architecture.width / 2})
+    except ValueError:
+        return
+    counts = [sum(p.numel() for p in _build(network).parameters()) for network in (slim, architecture)]
+    require(counts[0] < counts[1], f"half the width leaves {counts[0]} of {counts[1]} parameters; use self.scale")
+
+
+def check_trains(architecture: Architecture, bench: Bench) -> None:
+    """Every parameter has a gradient, and the last layer makes the logits."""
+    model = _build(architecture).train()
+    nn.functional.cross_entropy(model(_images()), torch.arange(4)).backward()  # type: ignore[no-untyped-call]
+    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    require(not idle, f"parameters without gradient: {', '.join(idle[:5])}")
+    head = cast("nn.Linear", last_layer(model))
+    require(head.weight.shape[0] == CLASSES, "the layer defined last does not make the logits; define it last")
+
+
+def check_recipe(component: Architecture | Dataset | Trainer, bench: Bench) -> None:
+    """What it changes of the training recipe is valid."""
+    Recipe(**(component.recipe("stripes") if isinstance(component, Architecture) else component.recipe()))
+
+
+def check_activation(activation: Activation, bench: Bench) -> None:
+    """A new module each time, elementwise, finite, differentiable, and not in place."""
+    module, another = activation.build(), activation.build()
+    require(isinstance(module, nn.Module), f"build returned {type(module).__name__}")
+    require(module is not another, "build returns one module twice")
+    x = torch.linspace(-6, 6, 64).reshape(2, 4, 8).requires_grad_()
+    before = x.detach().clone()
+    y = module(x)
+    require(tuple(y.shape) == tuple(x.shape), f"shape {tuple(x.shape)} becomes {tuple(y.shape)}")
+    require(torch.equal(x.detach(), before), "it writes into its input; neurons are read there")
+    y.sum().backward()
+    finite = torch.isfinite(y).all() and x.grad is not None and torch.isfinite(x.grad).all()
+    require(bool(finite), "values or gradients are not finite between -6 and 6")
+
+
+def check_dataset(dataset: Dataset, bench: Bench) -> None:
+    """What `info` says is what `load` returns, and both are the same each time."""
+    dataset.prepare()
+    info = dataset.info()
+    train, test = dataset.load()
+    require(len(train) == info.train_size, f"there are {len(train)} training images, info says {info.train_size}")
+    for name, part in (("training", train), ("test", test)):
+        check_images(part.images, (len(part), *info.shape), name)
+        require(part.labels.dtype == torch.int64, f"{name} labels are {part.labels.dtype}, not int64")
+        inside = 0 <= int(part.labels.min()) <= int(part.labels.max()) < info.num_classes
+        require(inside, f"{name} labels are not within 0 to {info.num_classes - 1}")
+    require(len(info.mean) == len(info.std) == info.shape[0], "mean and std have not one value for each channel")
+    again = dataset.load()[0]
+    require(torch.equal(again.images, train.images), "two calls of load return different images")
+    require(dataset.fingerprint() == dataset.fingerprint(), "the fingerprint changes from call to call")
+
+
+def check_trainer(trainer: Trainer, bench: Bench) -> None:
+    """It trains in place, ends in eval mode with one loss for each epoch, and leaves global state alone."""
+    stages = bench.stages(trainer=trainer)
+    task = stages.defense_task()
+    model = task.new_model()
+    before = weights_of(model)
+    with left_alone():
+        history = trainer.fit(model, task.training_data(None, bench.context), task.recipe, bench.context, FitOptions())
+    require(not same_weights(weights_of(model), before), "fit does not change the network")
+    require(len(history.losses) == task.recipe.epochs, f"{len(history.losses)} losses, {task.recipe.epochs} epochs")
+    require(not model.training, "the network is left in training mode")
+
+
+def check_metric(metric: Metric, bench: Bench) -> None:
+    """Numbers by name, for predictions with and without triggered images."""
+    labels = torch.arange(6) % 3
+    for triggered in (labels[:0], labels[:4]):
+        made = Evaluation(nn.Identity(), labels, labels, triggered, triggered, (triggered + 1) % 3)
+        numbers = metric.compute(made)
+        require(all(isinstance(name, str) for name in numbers), "names are not strings")
+        for name, value in numbers.items():
+            require(isinstance(value, (int, float)), f"{name} is {type(value).__name__}, not a number")
+
+
+def checks_of_kind(kind: str) -> Iterator[Check]:
+    """The checks of a kind other than attacks and defenses."""
+    yield from {
+        "architecture": (
+            check_logits, check_activation_used, check_seeded, check_width, check_trains, check_recipe,
+        ),
+        "activation": (check_activation,),
+        "dataset": (check_dataset, check_recipe),
+        "trainer": (check_trainer, check_recipe),
+        "metric": (check_metric,),
+    }.get(kind, ())  # fmt: skip
