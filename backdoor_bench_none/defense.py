@@ -17,6 +17,7 @@ from backdoor_bench_none.errors import PluginError
 from backdoor_bench_none.task import TrainingTask
 
 if TYPE_CHECKING:
+    from backdoor_bench_none.attack import PoisonedSamples
     from backdoor_bench_none.context import Context
 
 
@@ -70,10 +71,17 @@ class DefenseResult:
 
 @dataclass(frozen=True, kw_only=True)
 class OracleTask(DefenseTask):
-    """What a defense that declares `sees_ground_truth` is given: an upper bound, never a competitor."""
+    """What a defense that declares `sees_ground_truth` is given: an upper bound, never a competitor.
+
+    The clean training set, the samples of it that were changed, the test set and its triggered samples are on the CPU.
+    """
 
     #: which training samples are poisoned (N,) bool
     poisoned: Tensor
+    original: ImageSet
+    poisoned_samples: PoisonedSamples
+    test: ImageSet
+    triggered_samples: PoisonedSamples
 
 
 class Defense(Component):

@@ -259,6 +259,7 @@ class CIFAR10(TorchvisionSet):
     """
 
     title: ClassVar[str] = "CIFAR-10"
+    source: ClassVar[Any] = tv.CIFAR10
 
     def info(self) -> DatasetInfo:
         """The facts; mean, std and augmentation are those of NONE's code."""
@@ -281,8 +282,9 @@ class CIFAR10(TorchvisionSet):
         return self._needed()
 
     def _sums(self) -> dict[Path, str]:
-        base = self.folder() / str(tv.CIFAR10.base_folder)
-        listed = [*tv.CIFAR10.train_list, *tv.CIFAR10.test_list, (tv.CIFAR10.meta["filename"], tv.CIFAR10.meta["md5"])]
+        source = self.source
+        base = self.folder() / str(source.base_folder)
+        listed = [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
         return {base / name: md5 for name, md5 in listed}
 
     def _needed(self) -> list[Path]:
@@ -293,15 +295,15 @@ class CIFAR10(TorchvisionSet):
 
     def _advice(self) -> str:
         names = ", ".join(path.name for path in self._needed())
-        return f"unpack {tv.CIFAR10.filename} in {self.folder()}, so that {names} lie in {self._needed()[0].parent}"
+        return f"unpack {self.source.filename} in {self.folder()}, so that {names} lie in {self._needed()[0].parent}"
 
     def _fetch(self, folder: str) -> None:
-        tv.CIFAR10(folder, download=True)
+        self.source(folder, download=True)
 
     def _read(self) -> tuple[ImageSet, ImageSet]:
         return self._part(train=True), self._part(train=False)
 
     def _part(self, *, train: bool) -> ImageSet:
-        source = tv.CIFAR10(str(self.folder()), train=train, download=False)
+        source = self.source(str(self.folder()), train=train, download=False)
         images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
         return ImageSet(images, torch.tensor(source.targets, dtype=torch.int64))

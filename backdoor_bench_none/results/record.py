@@ -33,6 +33,8 @@ class AxisValue(_Part):
     label: str
     revision: int
     params: dict[str, Any]
+    #: hashes of the files it reads
+    content: dict[str, str] = {}
 
 
 class Failure(_Part):
@@ -97,4 +99,6 @@ class Record(_Part):
 
 def _axis_value(cell: Cell, axis: str) -> AxisValue:
     choice = getattr(cell, axis)
-    return AxisValue(name=choice.name, label=choice.label, **choice.component.identity())
+    identity = choice.component.identity()
+    known = {name: identity.pop(name) for name in ("revision", "params")}
+    return AxisValue(name=choice.name, label=choice.label, **known, content=identity)

@@ -228,7 +228,11 @@ class Stages:
             "victim_network": self.victim_network() if cell.the_defense.starts_from_victim else None,
         }
         if cell.the_defense.sees_ground_truth:
-            return OracleTask(**given, poisoned=self.poisoned())
+            (original, test), (samples, triggered) = self.data(), self.poison()
+            return OracleTask(
+                **given, poisoned=self.poisoned(), original=original, poisoned_samples=samples, test=test,
+                triggered_samples=triggered,
+            )  # fmt: skip
         return DefenseTask(**given)
 
     def _defended_shell(self) -> nn.Module:

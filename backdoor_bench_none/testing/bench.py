@@ -108,7 +108,8 @@ class Bench:
     def __init__(self, device: str = "cpu") -> None:
         self.device = torch.device(device)
         self._folder = tempfile.TemporaryDirectory(prefix="bbn-bench-")
-        self._kept: dict[tuple[str, str], Any] = {}
+        self._kept: dict[tuple[str, type, str], Any] = {}
+        self._classes: dict[str, list[type]] = {}
 
     @cached_property
     def context(self) -> Context:
@@ -130,7 +131,9 @@ class Bench:
             elif attack.needs_clients:
                 chosen["trainer"] = Federated(clients=4)
         chosen["attack"] = attack.resolve(dataset.info())
-        choices: dict[str, Any] = {axis: Choice(axis, axis, axis, component) for axis, component in chosen.items()}
+        choices: dict[str, Any] = {
+            axis: Choice(axis, self._name_of(type(component)), axis, component) for axis, component in chosen.items()
+        }
         return Cell(**choices, seed=0, recipe=RECIPE, info=dataset.info(), fingerprint=dataset.fingerprint())
 
     def stages(self, kind: type[Stages] = Stages, **under_test: Component) -> Stages:
@@ -139,10 +142,18 @@ class Bench:
 
     def keep(self, name: str, component: Component, compute: Any) -> Any:  # noqa: ANN401
         """What `compute()` returns, computed once for `component`."""
-        key = (name, f"{type(component).__module__}:{type(component).__qualname__} {component!r}")
+        key = (name, type(component), repr(component))
         if key not in self._kept:
             self._kept[key] = compute()
         return self._kept[key]
+
+    def _name_of(self, component: type) -> str:
+        """A name for keys: that of the class, numbered if another class has it, as one that was defined again."""
+        name = f"{component.__module__}:{component.__qualname__}"
+        classes = self._classes.setdefault(name, [])
+        if component not in classes:
+            classes.append(component)
+        return f"{name}#{classes.index(component)}" if classes.index(component) else name
 
 
 def weights_of(model: torch.nn.Module) -> Mapping[str, Tensor]:

@@ -32,9 +32,10 @@ class Verdict:
 
 
 def run_check(check: Check, component: Component, bench: Bench) -> Verdict:
-    """Carry out `check`; any exception of the component is a failure."""
+    """Carry out `check`; any exception of the component is a failure. Global state is put back for the next one."""
     try:
-        check(component, bench)
+        with _put_back():
+            check(component, bench)
     except AssertionError as error:
         return Verdict(name_of(check), str(error))
     except Exception as error:  # whatever a stranger's component does
@@ -134,6 +135,24 @@ def disturbed(seed: int) -> Iterator[None]:
         finally:
             np.random.set_state(numpy_state)
             random.setstate(python_state)
+
+
+@contextmanager
+def _put_back() -> Iterator[None]:
+    """Whatever is done inside, others find generators, gradient mode and settings as they were."""
+    gradients, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+    cudnn, strict = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    flags = cudnn.benchmark, cudnn.deterministic
+    try:
+        with disturbed(0):
+            yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(strict)
+        cudnn.benchmark, cudnn.deterministic = flags
 
 
 def global_state() -> dict[str, object]:

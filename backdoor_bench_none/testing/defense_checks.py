@@ -40,7 +40,7 @@ def _result(defense: Defense, bench: Bench) -> DefenseResult:
 
 def check_stage(defense: Defense, bench: Bench) -> None:
     """It acts in the stage it declares: a repair begins with the victim, and who begins with the victim says so."""
-    require(isinstance(defense.stage, Stage), "declare stage: ClassVar[Stage]")
+    require(isinstance(getattr(defense, "stage", None), Stage), "declare stage: ClassVar[Stage]")
     repairs = defense.stage is Stage.POST_TRAINING
     require(
         defense.starts_from_victim or not repairs,
@@ -106,6 +106,7 @@ def check_deterministic(defense: Defense, bench: Bench) -> None:
     )
     for name in ("flagged", "scores"):
         require(equal(getattr(first, name), getattr(second, name)), f"two runs of one seed return different {name}")
+    require(first.infected == second.infected, "two runs of one seed return different infected")
 
 
 def check_global_state_left_alone(defense: Defense, bench: Bench) -> None:
@@ -143,8 +144,9 @@ def check_ground_truth_not_used(defense: Defense, bench: Bench) -> None:
     liar.given = task
     with disturbed(1):
         results = [made._defend() for made in (stages, liar)]
+    same = results[0].meta["infected"] == results[1].meta["infected"]
     require(
-        same_weights(results[0].tensors, results[1].tensors),
+        same and same_weights(results[0].tensors, results[1].tensors),
         "its result depends on which samples core knows to be poisoned; use what the task holds only",
     )
 

@@ -1,0 +1,45 @@
+"""BackdoorBench in both directions: its records as attacks, its networks, its defenses, and ours in its layout.
+
+BackdoorBench's code is neither copied nor imported here: what is shared are files, and processes in the user's own
+checkout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from backdoor_bench_none import hookimpl
+from bbn_backdoorbench.words import DATASETS, MODELS, SCRIPTS
+
+
+@hookimpl
+def bbn_attacks() -> Mapping[str, str]:
+    """A record folder, as an attack."""
+    return {"backdoorbench_record": "bbn_backdoorbench.attack:BackdoorBenchRecord"}
+
+
+@hookimpl
+def bbn_datasets() -> Mapping[str, str]:
+    """The data sets with the toolbox's normalisation and order."""
+    classes = {
+        f"backdoorbench:{name}": f"bbn_backdoorbench.datasets:{facts.component}" for name, facts in DATASETS.items()
+    }
+    return {**classes, "backdoorbench:npz": "bbn_backdoorbench.datasets:Arrays"}
+
+
+@hookimpl
+def bbn_architectures() -> Mapping[str, str]:
+    """The toolbox's networks by its names."""
+    return {f"backdoorbench:{name}": f"bbn_backdoorbench.networks:{component}" for name, component in MODELS.items()}
+
+
+@hookimpl
+def bbn_defenses() -> Mapping[str, str]:
+    """The toolbox's defenses, run in the user's checkout."""
+    return {f"backdoorbench:{name}": f"bbn_backdoorbench.toolbox:{component}" for name, component in SCRIPTS.items()}
+
+
+@hookimpl
+def bbn_commands() -> Mapping[str, str]:
+    """`bbn backdoorbench`."""
+    return {"backdoorbench": "bbn_backdoorbench.cli:backdoorbench"}

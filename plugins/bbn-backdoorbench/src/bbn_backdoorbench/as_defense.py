@@ -1,0 +1,130 @@
+"""Our defenses as BackdoorBench's: from its root, on its records, with its flags, into its layout."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from backdoor_bench_none.context import choose_device
+from backdoor_bench_none.errors import BenchError, ConfigError, did_you_mean
+from backdoor_bench_none.registry import Registry
+from bbn_backdoorbench.cli import benchmark_text, open_stages, plan_cell
+from bbn_backdoorbench.export import export_defense
+from bbn_backdoorbench.reading import ToolboxRecord, read_record
+
+#: the toolbox's words -> fields of the training recipe
+RECIPE = {
+    "epochs": "epochs", "batch_size": "batch_size", "lr": "lr", "wd": "weight_decay", "weight_decay": "weight_decay",
+    "sgd_momentum": "momentum", "momentum": "momentum",
+}  # fmt: skip
+#: the toolbox's words that choose what is run
+CHOICES = ("result_file", "dataset", "dataset_path", "model", "device", "random_seed", "ratio", "params")
+#: the toolbox's words that mean nothing here
+UNUSED = (
+    "num_workers", "amp", "pin_memory", "non_blocking", "prefetch", "checkpoint_load", "checkpoint_save", "log",
+    "frequency_save", "lr_scheduler", "client_optimizer", "num_classes", "input_height", "input_width",
+    "input_channel", "index", "save_path", "data_root", "poison_rate", "target_type", "target_label", "trigger_type",
+    "seed", "yaml_path", "attack", "te_epochs", "beta1", "beta2", "beta3", "p", "steplr_stepsize", "steplr_gamma",
+)  # fmt: skip
+
+
+def main(defense: str, arguments: Sequence[str] | None = None) -> int:
+    """Run `defense` as its command line says; returns the exit code."""
+    try:
+        settings = read_settings(defense, sys.argv[1:] if arguments is None else arguments)
+        target = run_defense(defense, settings)
+    except BenchError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint is not None:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        return int(error.exit_code)
+    print(f"wrote {target}")
+    return 0
+
+
+def read_settings(defense: str, arguments: Sequence[str]) -> Mapping[str, Any]:
+    """The toolbox's words with their values: the command line wins over the YAML file."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bbn_backdoorbench.{defense}", allow_abbrev=False,
+        description=f"{defense} of backdoor-bench-none on a record of BackdoorBench, from the toolbox's root",
+    )  # fmt: skip
+    parser.add_argument("--result_file", help="name of the record below record/")
+    parser.add_argument("--yaml_path", type=Path, help="file with values for these flags; flags win")
+    parser.add_argument(
+        "--param", action="append", default=[], metavar="NAME=VALUE", help=f"parameter of {defense}; may be repeated"
+    )
+    for word in sorted({*CHOICES[1:-1], *RECIPE, *UNUSED} - {"yaml_path"}):
+        parser.add_argument(f"--{word}", help=argparse.SUPPRESS if word in UNUSED else None)
+    given = vars(parser.parse_args(arguments))
+    path, params = given.pop("yaml_path"), given.pop("param")
+    from_file = {} if path is None else _read_yaml(path)
+    flags = {word: yaml.safe_load(value) for word, value in given.items() if value is not None}
+    settings = {**{word: value for word, value in from_file.items() if value is not None}, **flags}
+    settings["params"] = {**settings.get("params", {}), **_parse(params)}
+    if "result_file" not in settings:
+        raise ConfigError("--result_file is missing", "name a record below record/")
+    if unused := sorted(set(settings) & set(UNUSED)):
+        print(f"not used here: {', '.join(unused)}", file=sys.stderr)
+    return settings
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"'{path}' cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"'{path}' holds no mapping")
+    known = {*CHOICES, *RECIPE, *UNUSED}
+    for word in values:
+        if word not in known:
+            raise ConfigError(f"'{path}': unknown key '{word}'", did_you_mean(str(word), known))
+    return values
+
+
+def _parse(pairs: Sequence[str]) -> dict[str, Any]:
+    from backdoor_bench_none.cli.catalogue import parse_params
+
+    return parse_params(tuple(pairs))
+
+
+def run_defense(defense: str, settings: Mapping[str, Any]) -> Path:
+    """Run the defense on the record, and write its result into it."""
+    folder = Path("record") / str(settings["result_file"])
+    record = read_record(folder)
+    for word, own in (("model", record.model_name), ("dataset", record.dataset)):
+        if settings.get(word, own) != own:
+            raise ConfigError(f"--{word} {settings[word]}: the record is of {own}")
+    data = Path(str(settings.get("dataset_path", "./data"))) / record.dataset
+    cell = plan_cell(_benchmark(defense, settings, record, folder, data), Registry.default())
+    stages = open_stages(cell, folder / "defense" / f".{defense}", choose_device(str(settings.get("device", "auto"))))
+    measured = stages.evaluate()
+    stages.store.write_record(measured)
+    assert measured.counts is not None
+    for name, count in (
+        ("test_acc", measured.counts.benign_accuracy), ("test_asr", measured.counts.attack_success_rate),
+        ("test_ra", measured.counts.robust_accuracy),
+    ):  # fmt: skip
+        print(f"{name} {count.rate:.6f} = {count.hits} of {count.total}" if count else f"{name} -")
+    return export_defense(cell, stages, measured.counts, folder)
+
+
+def _benchmark(defense: str, settings: Mapping[str, Any], record: ToolboxRecord, folder: Path, data: Path) -> str:
+    """The benchmark file of the one cell."""
+    npz = data.with_suffix(".npz")
+    text = benchmark_text(record, folder, *((None, npz) if npz.is_file() else (data, None)))
+    values = yaml.safe_load(text)
+    params = dict(settings["params"])
+    if "ratio" in settings:
+        params.setdefault("clean_fraction", settings["ratio"])
+    values["matrix"]["defense"] = [{"name": defense, "params": params}]
+    recipe = {field: settings[word] for word, field in RECIPE.items() if word in settings}
+    values["matrix"]["dataset"][0]["recipe"] = recipe
+    values["seeds"] = [settings.get("random_seed", 0)]
+    result: str = yaml.safe_dump(values, sort_keys=False)
+    return result

@@ -1,0 +1,137 @@
+"""A record of BackdoorBench as an attack: its samples, and its network as the victim."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from backdoor_bench_none.api import (
+    Attack,
+    AttackTask,
+    Context,
+    DatasetInfo,
+    History,
+    Incidental,
+    PoisonedSamples,
+    Stage,
+    VictimTask,
+)
+from backdoor_bench_none.errors import ConfigError
+from bbn_backdoorbench.reading import Part, RecordError, ToolboxRecord, hash_record, read_images, read_record
+from bbn_backdoorbench.words import ATTACK_RESULT
+
+if TYPE_CHECKING:
+    from backdoor_bench_none.cell import Cell
+
+
+class BackdoorBenchRecord(Attack):
+    """An attack that BackdoorBench carried out: `record` is a folder below its `record/`.
+
+    The data set must be the one of the record (`backdoorbench:cifar10`, ...), the architecture its network
+    (`backdoorbench:preactresnet18`, ...), the activation relu. The victim is the record's network; defenses that train
+    get the record's training set. For attacks that control training (WaNet and its kin) that set is made up afterwards
+    and marks samples without a trigger: then nothing is said of what a defense flagged.
+    """
+
+    controls_training: ClassVar[bool] = True
+
+    record: Annotated[Path, Incidental] = Field(description="folder with attack_result.pt and the images")
+
+    def identity(self) -> dict[str, Any]:
+        """As of every component; of the folder, its contents count."""
+        return {**super().identity(), "record_sha256": hash_record(self.read())}
+
+    def read(self) -> ToolboxRecord:
+        """The record, read once as long as its file does not change."""
+        folder = self.record.expanduser()
+        path = folder / ATTACK_RESULT
+        return _read(folder, path.stat().st_mtime_ns if path.is_file() else 0)
+
+    def check(self, info: DatasetInfo) -> None:
+        """The record is whole, and made of this data set."""
+        record = self.read()
+        height, width, channels = record.image_size
+        for what, found, wanted in (
+            ("data set", info.name, f"backdoorbench:{record.dataset}"),
+            ("shape", info.shape, (channels, height, width)),
+            ("number of classes", info.num_classes, record.num_classes),
+            ("number of training images", info.train_size, record.train.size if record.train else info.train_size),
+        ):
+            if found != wanted:
+                hint = f"use the data set backdoorbench:{record.dataset}, or backdoorbench:npz with images of your own"
+                raise ConfigError(f"the record in '{self.record}' is of another {what}: {wanted}, not {found}", hint)
+
+    def skip(self, cell: Cell) -> str | None:
+        """The record has one network, trained in one place, and perhaps no training set."""
+        record = self.read()
+        if getattr(cell.the_architecture, "model_name", None) != record.model_name:
+            return f"the network of the record is {record.model_name}: use backdoorbench:{record.model_name}"
+        if cell.the_trainer.has_clients or cell.the_trainer.has_backbone:
+            return "the network of a record was trained in one place: use the trainer centralized"
+        if record.train is None and cell.the_defense.stage is not Stage.POST_TRAINING:
+            return "the record has no training set (bd_train is empty), which this defense needs"
+        return None
+
+    def poison(self, task: AttackTask) -> PoisonedSamples:
+        """The record's changed training samples."""
+        record = self.read()
+        if record.train is None:
+            return PoisonedSamples.nothing(task.data)
+        samples = self._samples(record.train, "bd_train", task)
+        if record.has_truth:
+            return samples
+        return PoisonedSamples(
+            samples.indices, samples.images, samples.labels, torch.ones(len(samples), dtype=torch.bool)
+        )
+
+    def attack_test(self, task: AttackTask) -> PoisonedSamples:
+        """The record's triggered test samples."""
+        return self._samples(self.read().test, "bd_test", task)
+
+    def train(self, task: VictimTask, context: Context) -> tuple[nn.Module, History]:
+        """The record's network; nothing is trained."""
+        model = task.new_model()
+        load_weights(model, self.read().weights, self.record / ATTACK_RESULT)
+        return model.eval(), History()
+
+    def preview(self, task: AttackTask) -> Tensor:
+        """There is none: a record holds images with a trigger, not the trigger."""
+        raise ConfigError("a record holds triggered images, not the trigger", "look into its bd_test_dataset")
+
+    def _samples(self, part: Part, name: str, task: AttackTask) -> PoisonedSamples:
+        where = f"'{self.record / ATTACK_RESULT}': {name}"
+        if part.size != len(task.data):
+            raise RecordError(f"{where} is of {part.size} images, the data set has {len(task.data)}")
+        indices = torch.from_numpy(part.indices)
+        differing = int(torch.ne(task.data.labels[indices], torch.from_numpy(part.true_labels)).sum())
+        if differing:
+            raise RecordError(
+                f"{where}: {differing} of {len(indices)} samples have another true label than in the data set",
+                "the record was made of other images, or of the same in another order",
+            )
+        return PoisonedSamples(indices, read_images(part, task.info.shape), torch.from_numpy(part.labels))
+
+
+@lru_cache(maxsize=2)
+def _read(folder: Path, changed: int) -> ToolboxRecord:
+    return read_record(folder)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor] | Any, path: Path) -> None:  # noqa: ANN401
+    """Load a state dictionary of `path` whole; `RecordError` with the first tensor that does not fit."""
+    own = model.state_dict()
+    for name in sorted({*own, *weights}):
+        there, here = weights.get(name), own.get(name)
+        if there is None or here is None:
+            fault = f"{name} is {'absent' if there is None else 'none of its tensors'}"
+        elif there.shape != here.shape:
+            fault = f"{name} has shape {tuple(there.shape)}, not {tuple(here.shape)}"
+        else:
+            continue
+        raise RecordError(f"the weights in '{path}' are not of the network they are said to be of: {fault}")
+    model.load_state_dict(dict(weights))

@@ -1,0 +1,173 @@
+"""bbn backdoorbench import, bbn backdoorbench export."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from backdoor_bench_none.cli.options import file_argument, find_file, open_registry, results_option
+from backdoor_bench_none.errors import BenchError, ExitCode
+
+if TYPE_CHECKING:
+    from backdoor_bench_none.cell import Cell
+    from backdoor_bench_none.evaluation import Counts
+    from backdoor_bench_none.registry import Registry
+    from backdoor_bench_none.run.stages import Stages
+    from bbn_backdoorbench.reading import ToolboxRecord
+
+
+@click.group("backdoorbench")
+def backdoorbench() -> None:
+    """Read and write the records of BackdoorBench."""
+
+
+@backdoorbench.command("import")
+@click.argument("record", type=click.Path(path_type=Path))
+@click.option("--root", type=click.Path(path_type=Path), help="Folder of its clean data set; default: the checkout's.")
+@click.option("--npz", type=click.Path(path_type=Path), help="Its clean images as arrays (see the data set npz).")
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write a benchmark file to go on with.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@results_option
+def import_command(
+    record: Path, root: Path | None, npz: Path | None, output: Path | None, device: str, results: Path | None
+) -> int:
+    """Check the record in the folder RECORD, evaluate its network, and print its ACC, ASR and RA."""
+    from backdoor_bench_none.context import choose_device
+    from bbn_backdoorbench.reading import read_record
+
+    found = read_record(record)
+    text = benchmark_text(found, record, root, npz)
+    cell = plan_cell(text, open_registry(None))
+    made = open_stages(cell, results, choose_device(device))
+    measured = made.evaluate()
+    made.store.write_record(measured)
+    assert measured.counts is not None
+    for line in describe(found, measured.counts):
+        click.echo(line)
+    if output is not None:
+        if output.exists():
+            raise BenchError(f"'{output}' is there already", "choose another file with --output")
+        output.write_text(text, encoding="utf-8")
+        click.echo(f"wrote {output}; go on: bbn run {output}")
+    return ExitCode.OK
+
+
+def benchmark_text(record: ToolboxRecord, folder: Path, root: Path | None, npz: Path | None) -> str:
+    """A benchmark file in which the record is the attack."""
+    import yaml
+
+    name = f"backdoorbench:{record.dataset}" if npz is None else "backdoorbench:npz"
+    params: dict[str, Any] = {} if root is None else {"root": str(root)}
+    if npz is not None:
+        params = {"path": str(npz), "toolbox_name": record.dataset}
+    matrix = {
+        "dataset": [{"name": name, "params": params}],
+        "attack": [{"name": "backdoorbench_record", "params": {"record": str(folder)}, "as": folder.resolve().name}],
+        "defense": ["no_defense"],
+        "architecture": [f"backdoorbench:{record.model_name}"],
+    }
+    text: str = yaml.safe_dump({"version": 1, "name": folder.resolve().name, "matrix": matrix}, sort_keys=False)
+    return text
+
+
+def plan_cell(text: str, registry: Registry) -> Cell:
+    """The one cell of a benchmark file; `BenchError` with the reason if it would be skipped."""
+    from backdoor_bench_none.config import parse_config
+    from backdoor_bench_none.plan import plan_config
+
+    plan = plan_config(*parse_config(text, "record"), registry, need_data=True)
+    (cell,) = plan.cells
+    if (reason := plan.skipped.get(cell.key)) is not None:
+        raise BenchError(reason)
+    return cell
+
+
+def open_stages(cell: Cell, results: Path | None, device: Any) -> Stages:  # noqa: ANN401
+    """The stages of a cell in float32, kept in the results folder."""
+    from backdoor_bench_none.context import Context
+    from backdoor_bench_none.results.store import Store
+    from backdoor_bench_none.run.stages import Stages
+
+    store = Store(results or Path("results"))
+    store.create()
+    return Stages(cell, store, Context(device, 0))
+
+
+def describe(record: ToolboxRecord, counts: Counts) -> Iterator[str]:
+    """The record and its numbers, beside those that the toolbox wrote down."""
+    size = "x".join(map(str, record.image_size))
+    yield f"record    {record.folder}: {record.model_name} on {record.dataset}, {record.num_classes} classes, {size}"
+    known = [f"{key} {record.info[key]}" for key in ("attack", "pratio", "attack_target") if key in record.info]
+    yield f"attack    {', '.join(known) or 'not said: there is no info.pickle'}"
+    train = "no training set" if record.train is None else f"{len(record.train.files)} of {record.train.size} training"
+    yield f"changed   {train} and {len(record.test.files)} of {record.test.size} test images"
+    if not record.has_truth:
+        yield "beware    samples without a trigger are marked too: nothing is said of what a defense flags"
+    written = read_summary(record.folder)
+    names = (("ACC", counts.benign_accuracy), ("ASR", counts.attack_success_rate), ("RA", counts.robust_accuracy))
+    for name, count in names:
+        if count is not None:
+            before = written.get(f"test_{name.lower()}")
+            beside = "" if before is None else f"   BackdoorBench wrote {before:.6f}"
+            yield f"{name:9} {count.rate:.6f} = {count.hits} of {count.total}{beside}"
+
+
+def read_summary(folder: Path) -> dict[str, float]:
+    """The last row of the toolbox's own summary; empty if it is not there or not readable."""
+    path = folder / "attack_df_summary.csv"
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = {row.get("", ""): row for row in csv.DictReader(file)}
+        return {name: float(rows["last"][name]) for name in ("test_acc", "test_asr", "test_ra")}
+    except (OSError, KeyError, ValueError, TypeError):
+        return {}
+
+
+@backdoorbench.command("export")
+@click.argument("key")
+@file_argument
+@results_option
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder of the record; default: <results>/backdoorbench/<name>."
+)
+def export_command(key: str, file: Path | None, results: Path | None, output: Path | None) -> int:
+    """Write the cell of a benchmark file whose key starts with KEY as BackdoorBench reads it.
+
+    That is attack_result.pt with the images, and for a defended cell also defense/<name>/ in the same folder; put it
+    below the toolbox's record/ by its own name. A record that is there is completed with the defense.
+    """
+    import torch
+
+    from bbn_backdoorbench.export import check_exportable, export_attack, export_defense, folder_name
+
+    path = find_file(file)
+    cell, folder = find_cell(key, path, results)
+    check_exportable(cell)
+    stages = open_stages(cell, folder, torch.device("cpu"))
+    measured = stages.store.read_record(cell.key)
+    if measured is None or measured.counts is None:
+        raise BenchError(f"cell {cell.key} has no numbers yet", f"bbn run {path}")
+    name = folder_name(f"{cell.attack.label}_{cell.architecture.label}_s{cell.seed}")
+    target = output or folder / "backdoorbench" / name
+    if not target.exists() or cell.defense.name == "no_defense":
+        export_attack(cell, stages, target)
+        click.echo(f"wrote {target}")
+    if cell.defense.name != "no_defense":
+        click.echo(f"wrote {export_defense(cell, stages, measured.counts, target)}")
+    return ExitCode.OK
+
+
+def find_cell(key: str, file: Path, results: Path | None) -> tuple[Cell, Path]:
+    """The one cell of `file` whose key starts with `key`, and the results folder."""
+    from backdoor_bench_none.plan import make_plan
+
+    plan = make_plan(file, open_registry(file), need_data=True)
+    found = [cell for cell in plan.cells if cell.key.startswith(key)]
+    if len(found) != 1:
+        fault = f"no cell of '{file}'" if not found else f"{len(found)} cells of '{file}'"
+        raise BenchError(f"{fault} has a key that starts with '{key}'", "`bbn plan -v` shows the keys")
+    return found[0], results or plan.config.results

@@ -1,0 +1,94 @@
+"""Writes a cell of ours as BackdoorBench's tools read it, or says why they would evaluate it wrongly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from backdoor_bench_none.cell import Cell
+from backdoor_bench_none.errors import BenchError
+from backdoor_bench_none.evaluation import Counts
+from backdoor_bench_none.plugins import own_version
+from backdoor_bench_none.run.stages import Stages
+from bbn_backdoorbench.attack import BackdoorBenchRecord
+from bbn_backdoorbench.words import MODELS
+from bbn_backdoorbench.writing import Network, write_attack, write_defense
+
+#: folders that the toolbox's tools treat in ways of their own
+SPECIAL = ("fp", "dbd")
+
+
+def check_exportable(cell: Cell) -> str:
+    """The toolbox's name of the cell's network; `BenchError` if its tools would load it and evaluate it wrongly."""
+    name = getattr(cell.the_architecture, "model_name", None)
+    if cell.activation.name != "relu":
+        raise BenchError(
+            f"{cell.title}: BackdoorBench would load these weights into a network with ReLU and evaluate that",
+            "only cells with the activation relu can be exported",
+        )
+    if name not in MODELS:
+        raise BenchError(
+            f"{cell.title}: {cell.architecture.label} is no network of BackdoorBench",
+            f"use one of {', '.join(f'backdoorbench:{model}' for model in MODELS)}",
+        )
+    if not cell.info.name.startswith("backdoorbench:"):
+        raise BenchError(
+            f"{cell.title}: BackdoorBench normalises images in its own way, and this network was trained on another",
+            f"use the data set backdoorbench:{cell.dataset.name}",
+        )
+    if cell.the_attack.searches:
+        raise BenchError(f"{cell.title}: the triggers of {cell.attack.label} are found in networks; a record has none")
+    return str(name)
+
+
+def take_network(cell: Cell, model: nn.Module, stages: Stages) -> Network:
+    """The network by the toolbox's name; `BenchError` if its structure was changed."""
+    name, weights = check_exportable(cell), model.state_dict()
+    own = stages.builder(0).state_dict()
+    if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in weights.items()}:
+        raise BenchError(
+            f"{cell.title}: the structure of {name} was changed, so BackdoorBench cannot load it",
+            f"{cell.defense.label} or {cell.attack.label} adapts networks",
+        )
+    return Network(name, cell.info.num_classes, weights)
+
+
+def export_attack(cell: Cell, stages: Stages, folder: Path) -> None:
+    """Write the poisoned sets and the undefended network of a cell as a new record."""
+    network = take_network(cell, stages.victim_network(), stages)
+    (train, test), (poisoned, triggered) = stages.data(), stages.poison()
+    write_attack(
+        folder, network, cell.info, (train, poisoned), (test, triggered), _facts(cell, len(train), len(poisoned))
+    )
+
+
+def export_defense(cell: Cell, stages: Stages, counts: Counts, record: Path) -> Path:
+    """Write the defended network of a cell into the record in the folder `record`, and return where."""
+    network = take_network(cell, stages.network(), stages)
+    return write_defense(
+        record, folder_name(cell.defense.label), network, counts, f"backdoor-bench-none {own_version()}"
+    )
+
+
+def folder_name(label: str) -> str:
+    """A label as the name of a folder that the toolbox's tools treat like any other."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", label).strip("._") or "defense"
+    return f"bbn_{name}" if name in SPECIAL else name
+
+
+def _facts(cell: Cell, size: int, poisoned: int) -> Mapping[str, Any]:
+    """What info.pickle says, in the toolbox's words; of an imported record, what that one said."""
+    attack = cell.the_attack
+    if isinstance(attack, BackdoorBenchRecord):
+        return dict(attack.read().info)
+    target, mode = getattr(attack, "target", None), getattr(attack, "label_mode", "all_to_one")
+    return {
+        "attack": cell.attack.name, "attack_label_trans": "all2all" if mode == "all_to_all" else "all2one",
+        "attack_target": target, "pratio": poisoned / size, "random_seed": cell.seed, "epochs": cell.recipe.epochs,
+        "batch_size": cell.recipe.batch_size, "lr": cell.recipe.lr, "num_classes": cell.info.num_classes,
+        "model": check_exportable(cell), "dataset": cell.info.name.removeprefix("backdoorbench:"),
+    }  # fmt: skip

@@ -1,0 +1,269 @@
+"""Reads record folders: attack_result.pt with an allow-list of harmless globals, paths kept inside the folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from numpy._core import multiarray
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from backdoor_bench_none.errors import BenchError
+from bbn_backdoorbench.words import ATTACK_RESULT, INFO, RECORD_KEYS, TRAINING_CONTROLLED
+
+#: all that numpy's arrays and scalars need; numpy 1 called the module `numpy.core`
+HARMLESS: list[Any] = [
+    np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, type(np.dtype("float64")),
+    type(np.dtype("int64")), (multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+    (multiarray.scalar, "numpy.core.multiarray.scalar"),
+]  # fmt: skip
+#: images decoded by one task of the pool
+CHUNK = 128
+
+
+class RecordError(BenchError):
+    """A file of BackdoorBench is not what it should be."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """bd_train or bd_test: the samples whose pixels come from the record, in the order of the file.
+
+    `indices` (k,) count in the clean set of `size` images; `labels` (k,) are the attacker's, `true_labels` (k,) the
+    clean set's; `files` are below the record's folder.
+    """
+
+    size: int
+    indices: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    true_labels: NDArray[np.int64]
+    files: tuple[Path, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class ToolboxRecord:
+    """A record folder, checked; `image_size` is (H, W, C), `info` what info.pickle says, empty if it is not there.
+
+    `has_truth` says whether the changed training samples are the poisoned ones: attacks that control training also
+    mark samples that bear no trigger.
+    """
+
+    folder: Path
+    model_name: str
+    num_classes: int
+    dataset: str
+    image_size: tuple[int, int, int]
+    weights: Mapping[str, Tensor] = field(repr=False)
+    train: Part | None
+    test: Part
+    info: Mapping[str, Any]
+    has_truth: bool
+
+
+def read_record(folder: Path) -> ToolboxRecord:
+    """The record in `folder`; `RecordError` names the file and the fact that is wrong with it."""
+    path = folder / ATTACK_RESULT
+    if not path.is_file():
+        raise RecordError(f"'{folder}' is no record: there is no {ATTACK_RESULT} in it", "name a folder below record/")
+    raw = load_checked(path)
+    if missing := [key for key in RECORD_KEYS if key not in raw]:
+        raise RecordError(f"'{path}' is no record of an attack: it lacks {', '.join(missing)}")
+    classes, size = _whole(raw["num_classes"], path, "num_classes"), _image_size(raw["img_size"], path)
+    info = _read_info(folder)
+    parts = {name: _read_part(raw[name], name, classes, path) for name in ("bd_train", "bd_test")}
+    test = parts["bd_test"]
+    if test is None:
+        raise RecordError(f"'{path}': bd_test is empty, so there is nothing to measure the attack on")
+    crossed = (folder / "cross_test_dataset").exists() or info.get("attack") in TRAINING_CONTROLLED
+    return ToolboxRecord(
+        folder, _text(raw["model_name"], path, "model_name"), classes, _text(raw["clean_data"], path, "clean_data"),
+        size, read_weights(raw["model"], path), parts["bd_train"], test, info, not crossed,
+    )  # fmt: skip
+
+
+def load_checked(path: Path) -> Mapping[str, Any]:
+    """The mapping in a file that torch wrote; nothing but tensors, numbers, texts and numpy arrays is unpickled."""
+    try:
+        _refuse_compression(path)
+        with torch.serialization.safe_globals(HARMLESS):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class)\W+([\w.]+)", str(error))
+        what = next(filter(None, found.groups()), "") if found else ""
+        named = f"it names {what}, which" if what else "what it holds"
+        raise RecordError(
+            f"'{path}' is not unpickled: {named} is not on the list of harmless things ({_first_line(error)})",
+            "nothing was executed; take the record from a source you trust, and have it written again",
+        ) from error
+    except (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise RecordError(f"'{path}' is truncated, or no file of torch: {_first_line(error)}") from error
+    if not isinstance(loaded, dict):
+        raise RecordError(f"'{path}' holds a {type(loaded).__name__}, not a mapping")
+    return loaded
+
+
+def _refuse_compression(path: Path) -> None:
+    """torch stores its parts as they are; a part that unpacks to something larger is no work of torch."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise RecordError(f"'{path}' is no file of torch: {packed[0]} in it is compressed")
+
+
+def read_weights(raw: object, path: Path) -> dict[str, Tensor]:
+    """A state dictionary without the prefix that parallel training leaves."""
+    if not isinstance(raw, dict) or not raw or not all(isinstance(value, Tensor) for value in raw.values()):
+        raise RecordError(f"'{path}': model is no state dictionary")
+    return {str(name).removeprefix("module."): tensor for name, tensor in raw.items()}
+
+
+def _read_info(folder: Path) -> Mapping[str, Any]:
+    path = folder / INFO
+    return load_checked(path) if path.is_file() else {}
+
+
+def _read_part(raw: object, name: str, classes: int, path: Path) -> Part | None:
+    """The samples of bd_train or bd_test; None where the attack leaves none."""
+    if raw is None:
+        return None
+    where = f"'{path}': {name}"
+    try:
+        container = raw["bd_data_container"]  # type: ignore[index]
+        entries, order = container["data_dict"], np.asarray(raw["original_index_array"])  # type: ignore[index]
+        changed = np.asarray(raw["poison_indicator"])  # type: ignore[index]
+        entries = {int(index): entry for index, entry in entries.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RecordError(f"{where} is no data set of BackdoorBench: {_first_line(error)}") from error
+    if order.ndim != 1 or changed.ndim != 1 or order.dtype.kind not in "iu" or not np.isin(changed, (0, 1)).all():
+        raise RecordError(f"{where}: original_index_array is not a list of indices, or poison_indicator not of 0 and 1")
+    if len(order) and not 0 <= int(order.min()) <= int(order.max()) < len(changed):
+        raise RecordError(f"{where}: an index is beyond the {len(changed)} images of the clean set")
+    if len(np.unique(order)) != len(order):
+        raise RecordError(f"{where}: an index stands twice in original_index_array")
+    indices = order[changed[order] == 1].astype(np.int64)
+    if missing := [int(index) for index in indices if int(index) not in entries]:
+        raise RecordError(f"{where}: sample {missing[0]} is marked as poisoned, and there is no image of it")
+    chosen = [entries[int(index)] for index in indices]
+    labels = np.array([_labels(entry, classes, where) for entry in chosen], dtype=np.int64).reshape(-1, 2)
+    files = tuple(_confine([_place(entry, where) for entry in chosen], path.parent))
+    return Part(len(changed), indices, labels[:, 0], labels[:, 1], files)
+
+
+def _labels(entry: object, classes: int, where: str) -> tuple[int, int]:
+    try:
+        wanted, true = (int(value) for value in entry["other_info"])  # type: ignore[index]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"{where}: an image lacks its two labels: {_first_line(error)}") from error
+    if not (0 <= wanted < classes and 0 <= true < classes):
+        raise RecordError(f"{where}: label {max(wanted, true, key=abs)} is none of the {classes} classes")
+    return wanted, true
+
+
+def _place(entry: object, where: str) -> PurePosixPath:
+    """The last three parts of an image's path: the folder of the set, of the class, and the file."""
+    try:
+        text = str(entry["path"])  # type: ignore[index]
+    except (KeyError, TypeError) as error:
+        raise RecordError(f"{where}: an image has no path") from error
+    written = PurePosixPath(text)
+    if written.is_absolute() or ".." in written.parts or "\\" in text or ":" in text:
+        raise RecordError(f"{where}: the path {text!r} leaves the record")
+    place = PurePosixPath(*written.parts[-3:])
+    if len(place.parts) != 3 or place.suffix != ".png":
+        raise RecordError(f"{where}: the path {text!r} does not end as .../bd_train_dataset/<label>/<index>.png")
+    return place
+
+
+def _confine(places: list[PurePosixPath], folder: Path) -> Iterator[Path]:
+    """The files below `folder`, none behind a symbolic link; folders are looked at once."""
+    root = folder.resolve()
+    checked = {}
+    for place in places:
+        parent = str(place.parent)
+        if parent not in checked:
+            checked[parent] = root / parent
+            if checked[parent].resolve() != checked[parent]:
+                raise RecordError(f"'{folder / parent}' is a symbolic link; a record holds its own images")
+        path = checked[parent] / place.name
+        if not os.path.lexists(path) or path.is_symlink():
+            fault = "is a symbolic link" if path.is_symlink() else "is missing"
+            raise RecordError(f"'{path}' {fault}; the record is not complete")
+        yield path
+
+
+def read_images(part: Part, shape: tuple[int, int, int]) -> Tensor:
+    """The changed images (k, C, H, W) uint8 of `part`, each of `shape` (C, H, W)."""
+    channels, height, width = shape
+    pixels = np.empty((len(part.files), height, width, channels), np.uint8)
+
+    def decode(start: int) -> None:
+        for row in range(start, min(start + CHUNK, len(part.files))):
+            pixels[row] = _decode(part.files[row], (height, width, channels))
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(decode, range(0, len(part.files), CHUNK)):
+            pass
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def _decode(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """One PNG (H, W, C); its header is compared with `shape` before a pixel is unpacked."""
+    height, width, channels = shape
+    try:
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
+            image: Image.Image = Image.open(file, formats=("PNG",))
+            if image.size != (width, height):
+                raise RecordError(f"'{path}' is {image.size[0]}x{image.size[1]}, the record says {width}x{height}")
+            if image.mode != ("RGB" if channels == 3 else "L"):
+                image = image.convert("RGB" if channels == 3 else "L")
+            return np.asarray(image).reshape(shape)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RecordError(f"'{path}' cannot be read as PNG: {_first_line(error)}") from error
+
+
+def hash_record(record: ToolboxRecord) -> str:
+    """The sha256 of attack_result.pt and of all images."""
+    digest = hashlib.sha256((record.folder / ATTACK_RESULT).read_bytes())
+    for part in (record.train, record.test):
+        for path in part.files if part is not None else ():
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _whole(value: object, path: Path, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 < int(value) <= 100_000:
+        raise RecordError(f"'{path}': {name} is {value!r}, not a number of classes")
+    return int(value)
+
+
+def _text(value: object, path: Path, name: str) -> str:
+    if not isinstance(value, str):
+        raise RecordError(f"'{path}': {name} is {value!r}, not a name")
+    return value
+
+
+def _image_size(value: object, path: Path) -> tuple[int, int, int]:
+    try:
+        height, width, channels = (int(extent) for extent in value)  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        raise RecordError(f"'{path}': img_size is {value!r}, not (H, W, C)") from error
+    if not (0 < height == width <= 1024 and channels in (1, 3)):
+        raise RecordError(f"'{path}': img_size is {value!r}; square images of 1 or 3 channels are read here")
+    return height, width, channels
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

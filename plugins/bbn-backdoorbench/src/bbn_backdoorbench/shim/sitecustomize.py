@@ -1,0 +1,26 @@
+"""Names that numpy 2 removed and BackdoorBench uses, for its processes only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+for name, value in {"infty": np.inf, "float": float, "int": int, "object": object}.items():
+    if name not in vars(np):
+        setattr(np, name, value)
+
+_asarray = np.asarray
+
+
+def asarray(values: Any, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
+    """As before numpy 1.24: lists of unequal lengths become an array of objects."""
+    try:
+        return _asarray(values, *args, **keywords)
+    except ValueError as error:
+        if "inhomogeneous" not in str(error):
+            raise
+        return _asarray(values, dtype=object)
+
+
+np.asarray = asarray  # type: ignore[assignment]

@@ -1,0 +1,260 @@
+"""BackdoorBench's own defenses, each run as a process in a copy of the user's checkout made of links."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import ClassVar, cast
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from backdoor_bench_none.api import Context, Defense, DefenseResult, DefenseTask, OracleTask, Stage
+from backdoor_bench_none.errors import BenchError, ConfigError
+from bbn_backdoorbench.attack import load_weights
+from bbn_backdoorbench.reading import RecordError, load_checked, read_weights
+from bbn_backdoorbench.words import DEFENSE_RESULT, HOME
+from bbn_backdoorbench.writing import Network, write_attack
+
+#: the interpreter of the checkout's environment; default: this one
+PYTHON = "BBN_BACKDOORBENCH_PYTHON"
+RECORD = "bbn"
+#: seconds between two looks at the deadline
+PATIENCE = 0.2
+Flag = str | int | float | bool
+
+
+class ToolboxDefense(Defense):
+    """Base of the toolbox's defenses. The checkout is the one that BBN_BACKDOORBENCH_HOME names, with its data sets in
+    data/; the script is given the whole record, as in the toolbox, the triggered test set included, and the network it
+    leaves is evaluated here.
+    """
+
+    stage: ClassVar[Stage] = Stage.POST_TRAINING
+    starts_from_victim: ClassVar[bool] = True
+    sees_ground_truth: ClassVar[bool] = True
+    #: the script in `defense/`
+    script: ClassVar[str]
+
+    options: dict[str, Flag] = Field(
+        default_factory=dict, description="further flags of the script by name, as {epochs: 10}; they win over its YAML"
+    )
+
+    def run(self, task: DefenseTask, context: Context) -> DefenseResult:
+        """The network in the script's defense_result.pt."""
+        given = cast("OracleTask", task)
+        home = find_checkout(self.script)
+        with tempfile.TemporaryDirectory(prefix="bbn-") as name:
+            place = Path(name).resolve()
+            if "record" in str(place):
+                raise ConfigError(f"BackdoorBench cannot work below '{place}'", "let TMPDIR not contain 'record'")
+            link_checkout(home, place)
+            network = self._write_record(given, place / "record" / RECORD)
+            self._execute(place, context, given.info.name.removeprefix("backdoorbench:"), network.model_name)
+            return self._read_result(place, given)
+
+    def _write_record(self, task: OracleTask, folder: Path) -> Network:
+        name = getattr(task.build.architecture, "model_name", None)
+        if name is None or not task.info.name.startswith("backdoorbench:"):
+            raise ConfigError(
+                f"BackdoorBench's {self.script} needs a network and a data set of BackdoorBench",
+                "as architecture backdoorbench:resnet18 and data set backdoorbench:cifar10",
+            )
+        network = Network(name, task.info.num_classes, task.victim().state_dict())
+        train, test = (task.original, task.poisoned_samples), (task.test, task.triggered_samples)
+        write_attack(folder, network, task.info, train, test, {"attack": "bbn"})
+        return network
+
+    def _execute(self, place: Path, context: Context, dataset: str, model: str) -> None:
+        command = self.command(place, context, dataset, model)
+        log = place / "output.txt"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command, cwd=place, env=environment(place), stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            try:
+                while process.poll() is None:
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(PATIENCE)
+                    context.check_deadline()
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if process.returncode != 0:
+            last = " | ".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:])
+            raise BenchError(f"BackdoorBench's defense/{self.script}.py ended with code {process.returncode}: {last}")
+
+    def command(self, place: Path, context: Context, dataset: str, model: str) -> list[str]:
+        """The script with every flag that it does not take from the record."""
+        configs = [place / "config" / "defense" / self.script / f"{name}.yaml" for name in (dataset, "config")]
+        config = next((path for path in configs if path.is_file()), None)
+        if config is None:
+            raise ConfigError(f"the checkout has no config/defense/{self.script}/{dataset}.yaml")
+        flags: dict[str, Flag] = {
+            "result_file": RECORD, "yaml_path": f"./{config.relative_to(place)}", "dataset": dataset, "model": model,
+            "device": str(context.device), "num_workers": 0, "random_seed": context.seed % 2**31, **self.clean_flags(),
+            **self.options,
+        }  # fmt: skip
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        return [os.environ.get(PYTHON) or sys.executable, f"./defense/{self.script}.py", *words]
+
+    def clean_flags(self) -> Mapping[str, Flag]:
+        """The share of clean data, for scripts that take some."""
+        return {"ratio": self.clean_fraction} if self.clean_fraction else {}
+
+    def _read_result(self, place: Path, task: DefenseTask) -> DefenseResult:
+        path = place / "record" / RECORD / "defense" / self.script / DEFENSE_RESULT
+        if not path.is_file():
+            raise RecordError(f"defense/{self.script}.py ended without writing {DEFENSE_RESULT}")
+        model: nn.Module = task.new_model()
+        load_weights(model, read_weights(load_checked(path).get("model"), path), path)
+        return DefenseResult(model.eval())
+
+
+class WithCleanData(ToolboxDefense):
+    """A defense that the toolbox grants clean images: it draws them from the clean training set by itself."""
+
+    clean_fraction: float = Field(0.05, gt=0, lt=1, description="share of clean training images, its `ratio`")
+
+
+def find_checkout(script: str) -> Path:
+    """The user's checkout; `ConfigError` if there is none, or if it lacks the script."""
+    named = os.environ.get(HOME)
+    if not named:
+        raise ConfigError(f"{HOME} is not set", "let it name a checkout of BackdoorBench, with its data sets in data/")
+    home = Path(named).expanduser().resolve()
+    for needed in (f"defense/{script}.py", "config/defense", "data"):
+        if not (home / needed).exists():
+            raise ConfigError(f"'{home}' is no checkout of BackdoorBench: {needed} is not there", f"set {HOME}")
+    return home
+
+
+def link_checkout(home: Path, place: Path) -> None:
+    """Everything of the checkout but its records, as links in `place`: what a script writes beside them stays there."""
+    for path in home.iterdir():
+        if path.name not in ("record", ".git"):
+            (place / path.name).symlink_to(path, target_is_directory=path.is_dir())
+    (place / "record").mkdir()
+
+
+def environment(place: Path) -> dict[str, str]:
+    """What the toolbox needs on a current stack (facts: torch 2.6 and later, numpy 2)."""
+    shim = str(Path(__file__).parent / "shim")
+    return {
+        **os.environ,
+        "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",  # only the record that we have just written is loaded
+        "PYTHONPATH": os.pathsep.join([shim, str(place)]),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "MPLBACKEND": "Agg",
+    }
+
+
+class ABL(ToolboxDefense):
+    """BackdoorBench's defense/abl.py."""
+
+    script: ClassVar[str] = "abl"
+
+
+class AC(ToolboxDefense):
+    """BackdoorBench's defense/ac.py."""
+
+    script: ClassVar[str] = "ac"
+
+
+class ANP(WithCleanData):
+    """BackdoorBench's defense/anp.py."""
+
+    script: ClassVar[str] = "anp"
+
+
+class BNP(ToolboxDefense):
+    """BackdoorBench's defense/bnp.py."""
+
+    script: ClassVar[str] = "bnp"
+
+
+class CLP(ToolboxDefense):
+    """BackdoorBench's defense/clp.py."""
+
+    script: ClassVar[str] = "clp"
+
+
+class EP(WithCleanData):
+    """BackdoorBench's defense/ep.py."""
+
+    script: ClassVar[str] = "ep"
+
+
+class FP(WithCleanData):
+    """BackdoorBench's defense/fp.py."""
+
+    script: ClassVar[str] = "fp"
+
+
+class FT(WithCleanData):
+    """BackdoorBench's defense/ft.py."""
+
+    script: ClassVar[str] = "ft"
+
+
+class FTSAM(WithCleanData):
+    """BackdoorBench's defense/ft-sam.py."""
+
+    script: ClassVar[str] = "ft-sam"
+
+
+class IBAU(WithCleanData):
+    """BackdoorBench's defense/i-bau.py."""
+
+    script: ClassVar[str] = "i-bau"
+
+
+class MCR(WithCleanData):
+    """BackdoorBench's defense/mcr.py."""
+
+    script: ClassVar[str] = "mcr"
+
+
+class NAD(WithCleanData):
+    """BackdoorBench's defense/nad.py."""
+
+    script: ClassVar[str] = "nad"
+
+
+class NC(WithCleanData):
+    """BackdoorBench's defense/nc.py."""
+
+    script: ClassVar[str] = "nc"
+
+
+class NPD(WithCleanData):
+    """BackdoorBench's defense/npd.py."""
+
+    script: ClassVar[str] = "npd"
+
+
+class RNP(WithCleanData):
+    """BackdoorBench's defense/rnp.py."""
+
+    script: ClassVar[str] = "rnp"
+
+
+class SAU(WithCleanData):
+    """BackdoorBench's defense/sau.py."""
+
+    script: ClassVar[str] = "sau"
+
+
+class Spectral(ToolboxDefense):
+    """BackdoorBench's defense/spectral.py."""
+
+    script: ClassVar[str] = "spectral"

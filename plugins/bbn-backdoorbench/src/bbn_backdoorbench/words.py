@@ -1,0 +1,65 @@
+"""BackdoorBench's words, once: its data sets, networks, scripts and record layout (read at its commit f02e353)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+#: the environment variable that names the user's checkout
+HOME = "BBN_BACKDOORBENCH_HOME"
+ATTACK_RESULT = "attack_result.pt"
+DEFENSE_RESULT = "defense_result.pt"
+INFO = "info.pickle"
+#: what attack_result.pt holds
+RECORD_KEYS = ("model_name", "num_classes", "model", "data_path", "img_size", "clean_data", "bd_train", "bd_test")
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """How the toolbox normalises a data set, on the 0..1 scale; `component` is the class here that reads it."""
+
+    component: str
+    num_classes: int
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    flip: bool = False
+
+
+DATASETS: Mapping[str, DatasetFacts] = {
+    "cifar10": DatasetFacts("CIFAR10", 10, 32, (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261), flip=True),
+    "cifar100": DatasetFacts("CIFAR100", 100, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "gtsrb": DatasetFacts("GTSRB", 43, 32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+#: the toolbox's networks that are reproduced here -> the class; all are torchvision's, with stems for ImageNet, but one
+MODELS: Mapping[str, str] = {
+    "preactresnet18": "PreActResNet18",
+    "resnet18": "ResNet18",
+    "resnet34": "ResNet34",
+    "resnet50": "ResNet50",
+    "alexnet": "AlexNet",
+    "vgg11": "VGG11",
+    "vgg16": "VGG16",
+    "vgg19": "VGG19",
+    "vgg19_bn": "VGG19BN",
+    "squeezenet1_0": "SqueezeNet10",
+    "densenet121": "DenseNet121",
+    "densenet161": "DenseNet161",
+    "shufflenet_v2_x1_0": "ShuffleNetV2",
+    "mobilenet_v2": "MobileNetV2",
+    "mobilenet_v3_large": "MobileNetV3Large",
+    "resnext50_32x4d": "ResNeXt50",
+    "wide_resnet50_2": "WideResNet50",
+    "mnasnet1_0": "MNASNet",
+    "efficientnet_b0": "EfficientNetB0",
+    "efficientnet_b3": "EfficientNetB3",
+    "convnext_tiny": "ConvNeXtTiny",
+}
+#: the scripts in `defense/` whose result is a network of the record's architecture -> the class here
+SCRIPTS: Mapping[str, str] = {
+    "abl": "ABL", "ac": "AC", "anp": "ANP", "bnp": "BNP", "clp": "CLP", "ep": "EP", "fp": "FP", "ft": "FT",
+    "ft-sam": "FTSAM", "i-bau": "IBAU", "mcr": "MCR", "nad": "NAD", "nc": "NC", "npd": "NPD", "rnp": "RNP",
+    "sau": "SAU", "spectral": "Spectral",
+}  # fmt: skip
+#: attacks that control training: their training sets are made up afterwards, and mark samples that bear no trigger
+TRAINING_CONTROLLED = frozenset({"wanet", "inputaware", "bpp", "blind", "lira"})

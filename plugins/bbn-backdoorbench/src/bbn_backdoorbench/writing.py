@@ -1,0 +1,143 @@
+"""Writes record folders as BackdoorBench's tools read them."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from backdoor_bench_none.api import DatasetInfo, ImageSet, PoisonedSamples
+from backdoor_bench_none.errors import BenchError
+from backdoor_bench_none.evaluation import Counts
+from bbn_backdoorbench.words import ATTACK_RESULT, DEFENSE_RESULT, INFO
+
+#: marks results of ours, which may be overwritten
+PLUGIN_KEY = "written_by"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network by the toolbox's name, with its weights."""
+
+    model_name: str
+    num_classes: int
+    weights: Mapping[str, Tensor]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a result file says of it."""
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.weights.items()}
+        return {"model_name": self.model_name, "num_classes": self.num_classes, "model": weights}
+
+
+def write_attack(
+    folder: Path,
+    network: Network,
+    info: DatasetInfo,
+    train: tuple[ImageSet, PoisonedSamples],
+    test: tuple[ImageSet, PoisonedSamples],
+    facts: Mapping[str, Any],
+) -> None:
+    """Write attack_result.pt, info.pickle and the images of both parts, each with its clean set, into a new `folder`.
+
+    The paths inside are relative to the folder that holds `record/`, so the folder must end up there by its own name.
+    """
+    dataset = info.name.removeprefix("backdoorbench:")
+    channels, height, width = info.shape
+    with new_folder(folder) as draft:
+        parts = {
+            name: _write_part(draft, folder.name, name, clean, samples, whole)
+            for name, (clean, samples), whole in (("bd_train", train, True), ("bd_test", test, False))
+        }
+        result = {
+            **network.as_dict(), "data_path": f"./data/{dataset}", "img_size": (height, width, channels),
+            "clean_data": dataset, **parts,
+        }  # fmt: skip
+        torch.save(result, draft / ATTACK_RESULT, pickle_protocol=2)
+        torch.save(dict(facts), draft / INFO, pickle_protocol=2)
+
+
+def _write_part(
+    draft: Path, record: str, name: str, clean: ImageSet, samples: PoisonedSamples, whole: bool
+) -> dict[str, Any]:
+    """The images of one part, and its state as the toolbox keeps it; `whole` if unchanged samples belong to it."""
+    place = f"./record/{record}/{name}_dataset"
+    true_labels = clean.labels[samples.indices].tolist()
+    entries: dict[int, dict[str, Any]] = {}
+    (draft / f"{name}_dataset").mkdir()
+    for index, image, label, true in zip(
+        samples.indices.tolist(), samples.images.permute(0, 2, 3, 1).numpy(), samples.labels.tolist(), true_labels,
+        strict=True,
+    ):  # fmt: skip
+        path = draft / f"{name}_dataset" / str(true) / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(path)
+        entries[index] = {"path": f"{place}/{true}/{index}.png", "other_info": [label, true]}
+    changed = np.zeros(len(clean), dtype=np.float64)
+    changed[samples.indices.numpy()] = 1
+    order = np.arange(len(clean), dtype=np.int64) if whole else np.sort(samples.indices.numpy().astype(np.int64))
+    container = {"save_folder_path": place, "data_dict": entries, "save_file_format": ".png"}
+    return {
+        "bd_data_container": container, "getitem_all": True, "getitem_all_switch": False,
+        "original_index_array": order, "poison_indicator": changed, "save_folder_path": place,
+    }  # fmt: skip
+
+
+def write_defense(folder: Path, name: str, network: Network, counts: Counts, written_by: str) -> Path:
+    """Write `defense/<name>/` with defense_result.pt and the two csv files into the record in `folder`.
+
+    A result of that name that is not ours is left alone, with an error.
+    """
+    target = folder / "defense" / name
+    if target.exists() and not (target / PLUGIN_KEY).is_file():
+        raise BenchError(f"'{target}' is there already, and not written by this package", "move it, or choose a name")
+    shutil.rmtree(target, ignore_errors=True)
+    with new_folder(target) as draft:
+        torch.save({**network.as_dict(), PLUGIN_KEY: written_by}, draft / DEFENSE_RESULT, pickle_protocol=2)
+        (draft / PLUGIN_KEY).write_text(written_by + "\n", encoding="utf-8")
+        _write_tables(draft, name, counts)
+    return target
+
+
+def _write_tables(folder: Path, name: str, counts: Counts) -> None:
+    """The last state in the columns that tools look for."""
+    shares = {
+        "test_acc": counts.benign_accuracy, "test_asr": counts.attack_success_rate, "test_ra": counts.robust_accuracy,
+    }  # fmt: skip
+    values: dict[str, Any] = {name: count.rate if count else None for name, count in shares.items()}
+    absent: dict[str, Any] = {name: value is None for name, value in values.items()}
+    rows = {"last": values, "valid_max": values, "exist_nan_value": absent}
+    _write_csv(folder / f"{name}_df.csv", [{"": 0, "epoch": 0, "batch": 0, **values}])
+    _write_csv(folder / f"{name}_df_summary.csv", [{"": row, "epoch": 0, "batch": 0, **of} for row, of in rows.items()])
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A draft that becomes `folder` when all is written; `BenchError` if it is there already or cannot be written."""
+    if folder.exists():
+        raise BenchError(f"'{folder}' is there already", "move it, or choose another folder with --output")
+    draft = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        draft.rename(folder)
+    except OSError as error:
+        raise BenchError(f"'{folder}' cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
