@@ -22,14 +22,29 @@ RECIPE = {
     "epochs": "epochs", "batch_size": "batch_size", "lr": "lr", "wd": "weight_decay", "weight_decay": "weight_decay",
     "sgd_momentum": "momentum", "momentum": "momentum",
 }  # fmt: skip
+#: the toolbox's words for parameters of one defense -> ours
+PARAMETERS: Mapping[str, Mapping[str, str]] = {
+    "nad": {"te_epochs": "teacher_epochs", "epochs": "epochs", "batch_size": "batch_size", "lr": "lr"},
+    "abl": {
+        "tuning_epochs": "isolation_epochs", "finetuning_epochs": "tuning_epochs", "gamma": "gamma",
+        "unlearning_epochs": "unlearning_epochs", "lr_unlearning_init": "unlearning_lr",
+        "isolation_ratio": "isolation_fraction", "gradient_ascent_type": "isolation",
+    },
+    "ac": {"nb_dims": "dimensions", "cluster_analysis": "rule"},
+}  # fmt: skip
+#: names of choices that differ
+VALUES = {"LGA": "lga", "Flooding": "flooding", "relative-size": "relative_size", "silhouette-scores": "silhouette"}
 #: the toolbox's words that choose what is run
 CHOICES = ("result_file", "dataset", "dataset_path", "model", "device", "random_seed", "ratio", "params")
+#: betas of NAD
+BETAS = ("beta1", "beta2", "beta3")
 #: the toolbox's words that mean nothing here
 UNUSED = (
     "num_workers", "amp", "pin_memory", "non_blocking", "prefetch", "checkpoint_load", "checkpoint_save", "log",
     "frequency_save", "lr_scheduler", "client_optimizer", "num_classes", "input_height", "input_width",
     "input_channel", "index", "save_path", "data_root", "poison_rate", "target_type", "target_label", "trigger_type",
-    "seed", "yaml_path", "attack", "te_epochs", "beta1", "beta2", "beta3", "p", "steplr_stepsize", "steplr_gamma",
+    "seed", "attack", "p", "steplr_stepsize", "steplr_gamma", "finetuning_ascent_model", "lr_finetuning_init",
+    "flooding", "threshold_clean", "threshold_bad", "interval", "nb_clusters",
 )  # fmt: skip
 
 
@@ -58,11 +73,11 @@ def read_settings(defense: str, arguments: Sequence[str]) -> Mapping[str, Any]:
     parser.add_argument(
         "--param", action="append", default=[], metavar="NAME=VALUE", help=f"parameter of {defense}; may be repeated"
     )
-    for word in sorted({*CHOICES[1:-1], *RECIPE, *UNUSED} - {"yaml_path"}):
+    for word in sorted(_known_words(defense) - {"result_file", "params"}):
         parser.add_argument(f"--{word}", help=argparse.SUPPRESS if word in UNUSED else None)
     given = vars(parser.parse_args(arguments))
     path, params = given.pop("yaml_path"), given.pop("param")
-    from_file = {} if path is None else _read_yaml(path)
+    from_file = {} if path is None else _read_yaml(path, defense)
     flags = {word: yaml.safe_load(value) for word, value in given.items() if value is not None}
     settings = {**{word: value for word, value in from_file.items() if value is not None}, **flags}
     settings["params"] = {**settings.get("params", {}), **_parse(params)}
@@ -73,14 +88,18 @@ def read_settings(defense: str, arguments: Sequence[str]) -> Mapping[str, Any]:
     return settings
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _known_words(defense: str) -> set[str]:
+    return {*CHOICES, *RECIPE, *PARAMETERS.get(defense, ()), *(BETAS if defense == "nad" else ()), *UNUSED}
+
+
+def _read_yaml(path: Path, defense: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"'{path}' cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"'{path}' holds no mapping")
-    known = {*CHOICES, *RECIPE, *UNUSED}
+    known = _known_words(defense)
     for word in values:
         if word not in known:
             raise ConfigError(f"'{path}': unknown key '{word}'", did_you_mean(str(word), known))
@@ -102,7 +121,9 @@ def run_defense(defense: str, settings: Mapping[str, Any]) -> Path:
             raise ConfigError(f"--{word} {settings[word]}: the record is of {own}")
     data = Path(str(settings.get("dataset_path", "./data"))) / record.dataset
     cell = plan_cell(_benchmark(defense, settings, record, folder, data), Registry.default())
-    stages = open_stages(cell, folder / "defense" / f".{defense}", choose_device(str(settings.get("device", "auto"))))
+    stages = open_stages(
+        cell, folder / "defense" / f".bbn-{defense}", choose_device(str(settings.get("device", "auto")))
+    )
     measured = stages.evaluate()
     stages.store.write_record(measured)
     assert measured.counts is not None
@@ -119,12 +140,21 @@ def _benchmark(defense: str, settings: Mapping[str, Any], record: ToolboxRecord,
     npz = data.with_suffix(".npz")
     text = benchmark_text(record, folder, *((None, npz) if npz.is_file() else (data, None)))
     values = yaml.safe_load(text)
-    params = dict(settings["params"])
-    if "ratio" in settings:
-        params.setdefault("clean_fraction", settings["ratio"])
-    values["matrix"]["defense"] = [{"name": defense, "params": params}]
-    recipe = {field: settings[word] for word, field in RECIPE.items() if word in settings}
+    values["matrix"]["defense"] = [{"name": defense, "params": as_parameters(defense, settings)}]
+    own = PARAMETERS.get(defense, {})
+    recipe = {field: settings[word] for word, field in RECIPE.items() if word in settings and word not in own}
     values["matrix"]["dataset"][0]["recipe"] = recipe
     values["seeds"] = [settings.get("random_seed", 0)]
     result: str = yaml.safe_dump(values, sort_keys=False)
     return result
+
+
+def as_parameters(defense: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Our parameters: from the toolbox's words, then those given by our names, which win."""
+    own = PARAMETERS.get(defense, {})
+    found = {field: VALUES.get(str(settings[word]), settings[word]) for word, field in own.items() if word in settings}
+    if "ratio" in settings:
+        found["clean_fraction"] = settings["ratio"]
+    if any(beta in settings for beta in BETAS):
+        found["betas"] = [settings.get(beta, default) for beta, default in zip(BETAS, (500, 1000, 1000), strict=True)]
+    return {**found, **settings["params"]}
