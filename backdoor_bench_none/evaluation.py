@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
@@ -14,66 +13,12 @@ from backdoor_bench_none.attack import PoisonedSamples
 from backdoor_bench_none.component import Component
 from backdoor_bench_none.context import Context
 from backdoor_bench_none.data.dataset import ImageSet
+from backdoor_bench_none.measures import Count, Counts, Detection, Outcomes
+from backdoor_bench_none.statistics import pack_outcomes, tpr_at_fpr
 from backdoor_bench_none.training import Pixels, predict_logits
 
 #: bumped when the evaluation changes results: part of every cell's key
 EVALUATION_REVISION = 1
-
-
-class Count(BaseModel):
-    """`hits` of `total`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    hits: int = Field(ge=0)
-    total: int = Field(gt=0)
-
-    @property
-    def rate(self) -> float:
-        """The share, 0 to 1."""
-        return self.hits / self.total
-
-
-class Counts(BaseModel):
-    """BA: clean test images given their label. ASR: triggered ones given the
-    attacker's label; RA: the same ones given their true label.
-
-    ASR and RA count the test samples whose label the attack would change, and are None where there is no trigger.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    benign_accuracy: Count
-    attack_success_rate: Count | None
-    robust_accuracy: Count | None
-
-
-class Detection(BaseModel):
-    """Which training samples a defense flagged, against the poisoned
-    ones; AUROC needs scores and both kinds of sample.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    true_positive: int
-    false_positive: int
-    true_negative: int
-    false_negative: int
-    auroc: float | None
-
-    @property
-    def tpr(self) -> float | None:
-        """The share of poisoned samples that were flagged."""
-        return _share(self.true_positive, self.false_negative)
-
-    @property
-    def fpr(self) -> float | None:
-        """The share of benign samples that were flagged."""
-        return _share(self.false_positive, self.true_negative)
-
-
-def _share(part: int, rest: int) -> float | None:
-    return part / (part + rest) if part + rest else None
 
 
 @dataclass(frozen=True)
@@ -125,6 +70,15 @@ def evaluate(
     return counts, evaluation
 
 
+def pack_evaluation(evaluation: Evaluation) -> Outcomes:
+    """The hits of every image."""
+    benign = evaluation.clean_predictions == evaluation.clean_labels
+    attacked = evaluation.triggered_predictions == evaluation.wanted_labels
+    return Outcomes(
+        benign=pack_outcomes(benign.numpy()), attacked=pack_outcomes(attacked.numpy()) if len(attacked) else None
+    )
+
+
 def _count(hits: Tensor) -> Count:
     return Count(hits=int(hits.sum()), total=len(hits))
 
@@ -132,26 +86,15 @@ def _count(hits: Tensor) -> Count:
 def score_detection(flagged: Tensor, scores: Tensor | None, poisoned: Tensor) -> Detection:
     """Compare `flagged` (N,) bool with the ground truth `poisoned` (N,) bool."""
     flagged, poisoned = flagged.cpu(), poisoned.cpu()
-    auroc = None
+    auroc = tpr = None
     if scores is not None and 0 < int(poisoned.sum()) < len(poisoned):
-        auroc = float(roc_auc_score(poisoned.numpy(), scores.double().cpu().numpy()))
+        suspicion = scores.double().cpu().numpy()
+        auroc, tpr = float(roc_auc_score(poisoned.numpy(), suspicion)), tpr_at_fpr(suspicion, poisoned.numpy(), 0.01)
     return Detection(
         true_positive=int((flagged & poisoned).sum()),
         false_positive=int((flagged & ~poisoned).sum()),
         true_negative=int((~flagged & ~poisoned).sum()),
         false_negative=int((~flagged & poisoned).sum()),
         auroc=auroc,
+        tpr_at_1_fpr=tpr,
     )
-
-
-def defense_effectiveness(before: Counts, after: Counts) -> float | None:
-    """DER = (max(0, dASR) - max(0, dBA) + 1) / 2 in [0, 1]: what was won in ASR
-    less what was lost in BA, against `before`, the undefended model.
-
-    The formula is that of BackdoorBench's documentation; the code there adds the BA term in places.
-    """
-    if before.attack_success_rate is None or after.attack_success_rate is None:
-        return None
-    won = max(0.0, before.attack_success_rate.rate - after.attack_success_rate.rate)
-    lost = max(0.0, before.benign_accuracy.rate - after.benign_accuracy.rate)
-    return (won - lost + 1) / 2

@@ -196,7 +196,7 @@ def _require_outcomes(name: str, outcomes: NDArray[np.bool_]) -> None:
 
 
 def _t_interval(center: float, deviation: float, count: int, alpha: float) -> Interval:
-    from scipy.special import stdtrit  # type: ignore[import-untyped]
+    from scipy.special import stdtrit
 
     half = -float(stdtrit(count - 1, alpha / 2)) * deviation / math.sqrt(count)
     return Interval(center - half, center + half)

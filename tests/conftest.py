@@ -16,8 +16,8 @@ import pytest
 
 from backdoor_bench_none.cell import AXES
 from backdoor_bench_none.cli.main import run_cli
-from backdoor_bench_none.evaluation import Count, Counts
 from backdoor_bench_none.executors.local import start_process_server
+from backdoor_bench_none.measures import Count, Counts
 from backdoor_bench_none.plan import Plan, make_plan
 from backdoor_bench_none.registry import Registry
 from backdoor_bench_none.results.record import AxisValue, Cost, Record

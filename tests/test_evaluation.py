@@ -10,7 +10,8 @@ from sklearn.metrics import confusion_matrix, roc_auc_score
 from torch import Tensor, nn
 
 from backdoor_bench_none.api import Context, DatasetInfo, ImageSet, PoisonedSamples
-from backdoor_bench_none.evaluation import Count, Counts, Detection, defense_effectiveness, evaluate, score_detection
+from backdoor_bench_none.evaluation import evaluate, score_detection
+from backdoor_bench_none.measures import Count, Counts, Detection, defense_effectiveness
 from backdoor_bench_none.training import Pixels
 
 CPU = Context(torch.device("cpu"), 0)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from backdoor_bench_none.cell import Cell
     from backdoor_bench_none.plan import Plan
     from backdoor_bench_none.registry import Registry
+    from backdoor_bench_none.results.measurement import Measurement
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -45,6 +46,14 @@ class Selection:
             raise NothingSelectedError(f"no cell of {len(plan.cells)} is selected", "`bbn plan` shows all cells")
         return selected
 
+    def wants_measured(self, measured: Measurement) -> bool:
+        """The same choice for a record, by the labels of its axes."""
+        matches = compile_expression(self.expression) if self.expression else lambda title: True
+        if self.seeds and measured.seed not in self.seeds:
+            return False
+        chosen = ((getattr(measured, axis), patterns) for axis, patterns in self.patterns.items() if patterns)
+        return all(_matches_one(label, patterns) for label, patterns in chosen) and matches(measured.title)
+
     def _wants(self, cell: Cell) -> bool:
         if self.seeds and cell.seed not in self.seeds:
             return False
@@ -53,7 +62,11 @@ class Selection:
 
 def _matches(choice: Any, patterns: tuple[str, ...]) -> bool:  # noqa: ANN401
     """Whether a label or a name is one of the patterns; `[` in a pattern is meant literally."""
-    return any(fnmatchcase(name, p.replace("[", "[[]")) for name in (choice.label, choice.name) for p in patterns)
+    return any(_matches_one(name, patterns) for name in (choice.label, choice.name))
+
+
+def _matches_one(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern.replace("[", "[[]")) for pattern in patterns)
 
 
 def selection_options(command: Command) -> Command:

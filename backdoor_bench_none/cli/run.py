@@ -113,7 +113,6 @@ def run_command(
     from backdoor_bench_none.plan import make_plan
     from backdoor_bench_none.report.tables import open_console, print_matrix
     from backdoor_bench_none.results.rows import make_rows
-    from backdoor_bench_none.results.store import Store
     from backdoor_bench_none.run.progress import Bars, Lines
     from backdoor_bench_none.run.runner import Options, run_plan
 
@@ -126,7 +125,7 @@ def run_command(
     reporter = Bars(console) if console.is_terminal and not quiet else Lines(console, quiet)
     options = Options(folder, device, slots, only, 1 if fail_fast else maxfail)
     summary = run_plan(plan, registry, options, reporter)
-    print_matrix(make_rows(plan, Store(folder)), console)
+    print_matrix(make_rows(plan, folder), console)
     for line in describe_summary(summary, file, folder if folder != Path("results") else None):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if summary.interrupted:

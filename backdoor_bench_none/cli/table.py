@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,6 +18,13 @@ from backdoor_bench_none.cli.options import (
 )
 from backdoor_bench_none.errors import ExitCode
 
+if TYPE_CHECKING:
+    from backdoor_bench_none.results.rows import Row
+
+
+def _split(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return tuple(filter(None, (part.strip() for part in (value or "").split(","))))
+
 
 @click.command("table")
 @file_argument
@@ -30,25 +38,64 @@ from backdoor_bench_none.errors import ExitCode
     show_default=True,
     help="csv and json have one row per combination, with all numbers.",
 )
+@click.option("--rows", callback=_split, metavar="AXES", help="Axes that make the lines, as attack,architecture.")
+@click.option("--columns", callback=_split, metavar="AXES", default="defense", show_default=True, help="Likewise.")
+@click.option(
+    "--metric", "metrics", callback=_split, metavar="METRICS", default="ba,asr", show_default=True,
+    help="Any of ba asr ra der tpr fpr auroc tpr_at_1_fpr seconds cost_ratio peak_memory clean_fraction.",
+)  # fmt: skip
+@click.option("--compare", nargs=2, metavar="A B", help="Two defenses, paired over seeds, cells and images.")
+@click.option("--paper", metavar="TABLE", help="The paper's numbers beside ours, as table1.")
 @click.option("--all", "everything", is_flag=True, help="All records of the results folder, whatever the file names.")
-def table_command(file: Path | None, results: Path | None, selection: Selection, form: str, everything: bool) -> int:
+def table_command(
+    file: Path | None,
+    results: Path | None,
+    selection: Selection,
+    form: str,
+    rows: tuple[str, ...],
+    columns: tuple[str, ...],
+    metrics: tuple[str, ...],
+    compare: tuple[str, str] | None,
+    paper: str | None,
+    everything: bool,
+) -> int:
     """Print the comparison matrix of a benchmark file (default:
     benchmark.yaml) from its records; cells without one are shown as missing.
     """
-    from backdoor_bench_none.plan import make_plan
-    from backdoor_bench_none.report.tables import open_console, print_matrix, render
-    from backdoor_bench_none.results.rows import make_rows, rows_of_records
-    from backdoor_bench_none.results.store import Store
+    from backdoor_bench_none.report.pivot import Layout
+    from backdoor_bench_none.report.tables import open_console, print_matrix, print_table, render, render_table
+
+    layout = Layout(rows, columns, metrics)
+    layout.check()
+    found, folder = find_rows(file, results, selection, everything)
+    if compare is not None or paper is not None:
+        from backdoor_bench_none.report.comparison import compare_defenses
+        from backdoor_bench_none.report.paper import compare_with_paper
+
+        table = compare_defenses(found, *compare, folder) if compare else compare_with_paper(found, str(paper))
+        print_table(table, open_console()) if form == "terminal" else click.echo(render_table(table, form))
+    elif form == "terminal":
+        print_matrix(found, open_console(), layout)
+    else:
+        click.echo(render(found, form, layout))
+    return ExitCode.OK
+
+
+def find_rows(
+    file: Path | None, results: Path | None, selection: Selection, everything: bool
+) -> tuple[list[Row], Path]:
+    """The rows of a benchmark file, or of all records, and the results folder."""
+    from backdoor_bench_none.results.index import read_measurements
+    from backdoor_bench_none.results.rows import make_rows, rows_of_measurements
 
     if everything:
-        rows = rows_of_records(Store(results or Path("results")).records())
-    else:
-        path = find_file(file)
-        plan = selection.apply(make_plan(path, open_registry(path)))
-        warn_of_absent(plan)
-        rows = make_rows(plan, Store(results or plan.config.results))
-    if form == "terminal":
-        print_matrix(rows, open_console())
-    else:
-        click.echo(render(rows, form))
-    return ExitCode.OK
+        folder = results or Path("results")
+        return rows_of_measurements(m for m in read_measurements(folder) if selection.wants_measured(m)), folder
+
+    from backdoor_bench_none.plan import make_plan
+
+    path = find_file(file)
+    plan = selection.apply(make_plan(path, open_registry(path)))
+    warn_of_absent(plan)
+    folder = results or plan.config.results
+    return make_rows(plan, folder), folder

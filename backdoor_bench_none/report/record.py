@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from backdoor_bench_none.evaluation import Count
+from backdoor_bench_none.measures import Count
 from backdoor_bench_none.results.record import Record
 
 STAGES = ("data", "crafter", "backbone", "poison", "benign", "victim", "defense", "search", "evaluate")

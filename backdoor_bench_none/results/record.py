@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from backdoor_bench_none.cell import AXES, Cell
-from backdoor_bench_none.evaluation import Counts, Detection
+from backdoor_bench_none.measures import Counts, Detection, Outcomes
 
 Status = Literal["done", "failed", "timeout", "skipped"]
 
@@ -58,6 +58,8 @@ class Record(_Part):
     recipe: dict[str, Any]
     counts: Counts | None = None
     detection: Detection | None = None
+    #: hits of every test image, where they were kept
+    outcomes: Outcomes | None = None
     infected: bool | None = None
     clean_fraction: float = 0.0
     metrics: dict[str, float | None] = {}

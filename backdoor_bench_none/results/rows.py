@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from statistics import fmean
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from backdoor_bench_none.cell import AXES
-from backdoor_bench_none.evaluation import Count, defense_effectiveness
-from backdoor_bench_none.plan import Plan
-from backdoor_bench_none.results.record import Record
-from backdoor_bench_none.results.store import Store
-from backdoor_bench_none.seeds import canonical_json
+from backdoor_bench_none.measures import Count, defense_effectiveness
+from backdoor_bench_none.results.index import read_measurements
+from backdoor_bench_none.results.measurement import Measurement
+from backdoor_bench_none.results.metrics import METRICS
+from backdoor_bench_none.statistics import Interval, spread_over_seeds, wilson_interval
+
+if TYPE_CHECKING:
+    from backdoor_bench_none.plan import Plan
 
 #: the labels of all axes
 Labels = tuple[str, ...]
+BASELINE = "no_defense"
 
 
 @dataclass(frozen=True)
 class Row:
     """Means over `seeds`, the seeds with numbers; shares are fractions of 1, seconds those of the defense alone.
 
-    `cost_ratio` is the time to a defended network over that of one undefended training. `status` is done, or partial
-    when some seeds lack numbers, or what became of all of them: failed, timeout, skipped, missing; `reason` says why.
+    `deviations` are standard deviations over seeds, from two on. `intervals` are at 95 %: Student's t over seeds, or,
+    for one seed, Wilson's over test images, which leaves out what another training would change. `per_seed` has the
+    values behind the means. `cost_ratio` is the time to a defended network over that of one undefended training.
+    `status` is done, or partial when some seeds lack numbers, or what became of all of them: failed, timeout, skipped,
+    missing; `reason` says why.
     """
 
     dataset: str
@@ -43,54 +51,66 @@ class Row:
     tpr: float | None = None
     fpr: float | None = None
     auroc: float | None = None
+    tpr_at_1_fpr: float | None = None
     seconds: float | None = None
     cost_ratio: float | None = None
-    peak_memory: int | None = None
+    peak_memory: float | None = None
     clean_fraction: float | None = None
     sees_ground_truth: bool = False
+    is_baseline: bool = False
+    keys: list[str] = field(default_factory=list)
+    deviations: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    per_seed: dict[str, list[float | None]] = field(default_factory=dict)
+    #: name and parameters of each component, by axis
+    components: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, as JSON values."""
         return asdict(self)
 
+    @property
+    def rest(self) -> Labels:
+        """The labels of all axes but the defense: what rows to be compared have in common."""
+        return without_defense(tuple(getattr(self, axis) for axis in AXES))
+
 
 @dataclass(frozen=True)
 class _Slot:
-    """One seed of one row: its record, or why there is none."""
+    """One seed of one row: its measurement, or why there is none."""
 
     labels: Labels
     seed: int
-    record: Record | None
+    measured: Measurement | None
     #: tells rows of equal labels apart
     identity: str = ""
     reason: str | None = None
     is_baseline: bool = False
 
 
-def make_rows(plan: Plan, store: Store) -> list[Row]:
+def make_rows(plan: Plan, results: Path) -> list[Row]:
     """The rows of a plan, in its order; cells without a record are `missing`."""
+    known = {measured.key: measured for measured in read_measurements(results)}
     slots = []
     for cell in plan.cells:
         labels = tuple(getattr(cell, axis).label for axis in AXES)
-        baseline = cell.defense.name == "no_defense"
-        slots.append(_Slot(labels, cell.seed, store.read_record(cell.key), "", plan.skipped.get(cell.key), baseline))
+        baseline = cell.defense.name == BASELINE
+        slots.append(_Slot(labels, cell.seed, known.get(cell.key), "", plan.skipped.get(cell.key), baseline))
     return _rows(slots)
 
 
-def rows_of_records(records: Iterable[Record]) -> list[Row]:
+def rows_of_measurements(measurements: Iterable[Measurement]) -> list[Row]:
     """The rows of all records of a results folder."""
-    slots = []
-    for record in records:
-        labels = tuple(record.axes[axis].label for axis in AXES)
-        axes = {axis: value.model_dump(exclude={"label"}) for axis, value in record.axes.items()}
-        identity = canonical_json([axes, record.recipe, record.upstream.get("dataset_sha256")])
-        slots.append(_Slot(labels, record.seed, record, identity, None, record.axes["defense"].name == "no_defense"))
+    slots = [
+        _Slot(m.labels, m.seed, m, m.identity, None, f'"defense":{{"name":"{BASELINE}"' in m.names)
+        for m in measurements
+    ]
     return _rows(sorted(slots, key=lambda slot: (slot.labels, slot.identity, slot.seed)))
 
 
 def _rows(slots: Sequence[_Slot]) -> list[Row]:
     baselines = {
-        (_without_defense(s.labels), s.seed): s.record for s in slots if s.is_baseline and s.record is not None
+        (without_defense(s.labels), s.seed): s.measured for s in slots if s.is_baseline and s.measured is not None
     }
     seen: Counter[tuple[Labels, str, int]] = Counter()
     grouped: dict[tuple[Labels, str, int], list[_Slot]] = {}
@@ -101,66 +121,81 @@ def _rows(slots: Sequence[_Slot]) -> list[Row]:
     return [_row(labels, group, baselines) for (labels, _, _), group in grouped.items()]
 
 
-def _without_defense(labels: Labels) -> Labels:
+def without_defense(labels: Labels) -> Labels:
+    """The labels of all other axes."""
     return tuple(label for axis, label in zip(AXES, labels, strict=True) if axis != "defense")
 
 
-def _row(labels: Labels, slots: list[_Slot], baselines: Mapping[tuple[Labels, int], Record]) -> Row:
-    done = [slot.record for slot in slots if slot.record is not None and slot.record.counts is not None]
-    pairs = [(record, baselines.get((_without_defense(labels), record.seed))) for record in done]
+def _row(labels: Labels, slots: list[_Slot], baselines: Mapping[tuple[Labels, int], Measurement]) -> Row:
+    done = [slot.measured for slot in slots if slot.measured is not None and slot.measured.ba_total is not None]
+    values = [_values(measured, baselines.get((without_defense(labels), measured.seed))) for measured in done]
+    columns = {name: [value[name] for value in values] for name in METRICS}
+    per_seed = {name: column for name, column in columns.items() if any(value is not None for value in column)}
+    means, deviations, intervals = _summarize(per_seed, done)
     status, reason = _status(slots, len(done))
+    axes: dict[str, Any] = dict(zip(AXES, labels, strict=True))
     return Row(
-        **dict(zip(AXES, labels, strict=True)),
-        seeds=[record.seed for record in done],
-        status=status,
-        reason=reason,
-        ba=_mean(done, lambda r: _rate(r.counts and r.counts.benign_accuracy)),
-        asr=_mean(done, lambda r: _rate(r.counts and r.counts.attack_success_rate)),
-        ra=_mean(done, lambda r: _rate(r.counts and r.counts.robust_accuracy)),
-        der=_mean(pairs, lambda pair: _der(*pair)),
-        tpr=_mean(done, lambda r: r.detection and r.detection.tpr),
-        fpr=_mean(done, lambda r: r.detection and r.detection.fpr),
-        auroc=_mean(done, lambda r: r.detection and r.detection.auroc),
-        seconds=_mean(done, lambda r: r.costs["defense"].seconds),
-        cost_ratio=_mean(pairs, lambda pair: cost_ratio(*pair)),
-        peak_memory=max((m for r in done if (m := r.costs["defense"].peak_memory) is not None), default=None),
-        clean_fraction=done[0].clean_fraction if done else None,
-        sees_ground_truth=any(record.sees_ground_truth for record in done),
-    )
+        **axes, **means, seeds=[measured.seed for measured in done], status=status, reason=reason,
+        sees_ground_truth=any(measured.sees_ground_truth for measured in done),
+        is_baseline=any(slot.is_baseline for slot in slots), keys=[measured.key for measured in done],
+        deviations=deviations, intervals=intervals, per_seed=per_seed,
+        components=json.loads(done[0].names) if done else {},
+    )  # fmt: skip
+
+
+def _values(measured: Measurement, baseline: Measurement | None) -> dict[str, float | None]:
+    """All metrics of one seed."""
+    counts = measured.counts
+    assert counts is not None
+    before = baseline.counts if baseline is not None and baseline.key != measured.key else None
+    return {
+        "ba": _rate(counts.benign_accuracy), "asr": _rate(counts.attack_success_rate),
+        "ra": _rate(counts.robust_accuracy), "der": defense_effectiveness(before, counts) if before else None,
+        "tpr": measured.tpr, "fpr": measured.fpr, "auroc": measured.auroc, "tpr_at_1_fpr": measured.tpr_at_1_fpr,
+        "seconds": measured.seconds, "cost_ratio": cost_ratio(measured, baseline),
+        "peak_memory": measured.peak_memory, "clean_fraction": measured.clean_fraction,
+    }  # fmt: skip
+
+
+def _summarize(
+    per_seed: Mapping[str, Sequence[float | None]], done: Sequence[Measurement]
+) -> tuple[dict[str, Any], dict[str, float], dict[str, Interval]]:
+    means: dict[str, Any] = {}
+    deviations, intervals = dict[str, float](), dict[str, Interval]()
+    for name, column in per_seed.items():
+        spread = spread_over_seeds([value for value in column if value is not None])
+        means[name] = max(filter(None, column), default=spread.mean) if name == "peak_memory" else spread.mean
+        if spread.deviation is not None and spread.interval is not None:
+            deviations[name], intervals[name] = spread.deviation, spread.interval
+    if len(done) == 1:
+        for name in ("ba", "asr", "ra"):
+            hits, total = getattr(done[0], f"{name}_hits"), getattr(done[0], f"{name}_total")
+            if total:
+                intervals[name] = wilson_interval(hits, total)
+    return means, deviations, intervals
 
 
 def _status(slots: list[_Slot], done: int) -> tuple[str, str | None]:
-    without = [slot for slot in slots if slot.record is None or slot.record.counts is None]
+    without = [slot for slot in slots if slot.measured is None or slot.measured.ba_total is None]
     if not without:
         return "done", None
-    reasons = [slot.reason or (slot.record.reason if slot.record else "not run yet") for slot in without]
+    reasons = [slot.reason or (slot.measured.reason if slot.measured else "not run yet") for slot in without]
     first = without[0]
-    status = "skipped" if first.reason else first.record.status if first.record else "missing"
+    status = "skipped" if first.reason else first.measured.status if first.measured else "missing"
     return ("partial" if done else status), reasons[0]
-
-
-def _mean(values: Sequence[Any], of: Callable[[Any], float | None]) -> float | None:
-    found = [number for value in values if (number := of(value)) is not None]
-    return fmean(found) if found else None
 
 
 def _rate(count: Count | None) -> float | None:
     return None if count is None else count.rate
 
 
-def _der(record: Record, baseline: Record | None) -> float | None:
-    if baseline is None or baseline.counts is None or record.counts is None or record.key == baseline.key:
-        return None
-    return defense_effectiveness(baseline.counts, record.counts)
-
-
-def cost_ratio(record: Record, baseline: Record | None) -> float | None:
+def cost_ratio(measured: Measurement, baseline: Measurement | None) -> float | None:
     """Seconds to a defended network over those of one undefended training, `baseline`'s victim.
 
     A defense that begins with an ordinary training bears its cost; a repair of a finished network does not.
     """
-    victim = record.costs.get("victim") or (baseline.costs.get("victim") if baseline else None)
-    if victim is None or victim.seconds == 0:
+    victim = measured.victim_seconds or (baseline.victim_seconds if baseline else None)
+    if not victim or measured.seconds is None:
         return None
-    begins = "victim" in record.costs and record.defense_stage != "post_training"
-    return (record.costs["defense"].seconds + (victim.seconds if begins else 0.0)) / victim.seconds
+    begins = measured.victim_seconds is not None and measured.defense_stage != "post_training"
+    return (measured.seconds + (victim if begins else 0.0)) / victim

@@ -22,7 +22,7 @@ from backdoor_bench_none.context import Context
 from backdoor_bench_none.data.dataset import DatasetInfo, ImageSet
 from backdoor_bench_none.defense import DefenseTask, OracleTask
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.evaluation import Evaluation, evaluate, score_detection
+from backdoor_bench_none.evaluation import Evaluation, evaluate, pack_evaluation, score_detection
 from backdoor_bench_none.models.architecture import Architecture, ModelSpec
 from backdoor_bench_none.models.builder import ModelBuilder
 from backdoor_bench_none.recipe import Recipe
@@ -288,7 +288,8 @@ class Stages:
         }  # fmt: skip
         losses = self.victim().meta["losses"] if cell.the_defense.starts_from_victim else []
         return Record.of(
-            cell, "done", counts=counts, detection=detection, metrics=metrics, infected=defended.meta["infected"],
+            cell, "done", counts=counts, detection=detection,
+            outcomes=pack_evaluation(evaluation), metrics=metrics, infected=defended.meta["infected"],
             extras=defended.meta["extras"], victim_losses=losses, upstream=upstream,
             triggers=[] if found is None else _with_counts(found, evaluation),
             provenance=dict(self.provenance), defense_stage=cell.the_defense.stage,

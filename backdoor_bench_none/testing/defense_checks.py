@@ -21,6 +21,9 @@ from backdoor_bench_none.testing.bench import Bench, mixed_order, weights_of
 from backdoor_bench_none.testing.checks import Check, disturbed, equal, left_alone, require, same_weights
 from backdoor_bench_none.training import Pixels, predict_logits
 
+#: so few flagged samples say nothing of their order
+FEW = 10
+
 
 def _stages(defense: Defense, bench: Bench) -> Stages:
     return cast("Stages", bench.keep("stages", defense, lambda: bench.stages(defense=defense)))
@@ -194,7 +197,8 @@ def check_order_of_samples(defense: Defense, bench: Bench) -> None:
         if values is None:
             continue
         one, other = (values.detach().cpu().double()[places] for places in twins)
-        if name == "scores" or 0 < int(values.sum()) < len(values):
+        # of a handful of flags a single pair that the last one divides says nothing
+        if name == "scores" or FEW <= int(values.sum()) <= len(values) - FEW:
             require(
                 _agreement(one, other) > 0.5,
                 f"equal images get different {name}: they are not in the order of task.train (a shuffled loader?)",

@@ -31,7 +31,8 @@ from backdoor_bench_none.api import (
     TriggerAttack,
 )
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.evaluation import Counts, evaluate
+from backdoor_bench_none.evaluation import evaluate
+from backdoor_bench_none.measures import Counts
 from backdoor_bench_none.plugins import Plugins
 from backdoor_bench_none.registry import Registry
 from backdoor_bench_none.training import Centralized, Pixels

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from backdoor_bench_none.api import Context, DatasetInfo, FoundTriggers, ImageSet, SearchTask
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.evaluation import Count, evaluate
+from backdoor_bench_none.evaluation import evaluate
+from backdoor_bench_none.measures import Count
 from backdoor_bench_none.plan import Plan
 from backdoor_bench_none.results.store import Artifact, Store
 from backdoor_bench_none.run.stages import Stages

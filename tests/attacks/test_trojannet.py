@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from backdoor_bench_none.api import AttackTask, Context, DatasetInfo, ModelSpec, Recipe, VictimTask
 from backdoor_bench_none.data.digits import Digits
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.evaluation import Count
+from backdoor_bench_none.measures import Count
 from backdoor_bench_none.models.builder import ModelBuilder
 from backdoor_bench_none.models.mlp import MLP
 from backdoor_bench_none.plan import Plan

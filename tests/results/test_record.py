@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from backdoor_bench_none.evaluation import Detection
+from backdoor_bench_none.measures import Detection
 from backdoor_bench_none.plan import Plan
 from backdoor_bench_none.results.record import Cost, Failure, Record
 from backdoor_bench_none.results.store import Store

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from backdoor_bench_none.evaluation import Detection
+from backdoor_bench_none.measures import Detection
 from backdoor_bench_none.plan import Plan
+from backdoor_bench_none.results.measurement import Measurement
 from backdoor_bench_none.results.record import Record
-from backdoor_bench_none.results.rows import Row, make_rows, rows_of_records
+from backdoor_bench_none.results.rows import Row, make_rows, rows_of_measurements
 from backdoor_bench_none.results.store import Store
 
 MakeRecord = Callable[..., Record]
@@ -24,6 +25,10 @@ def record(make_record: MakeRecord) -> MakeRecord:
     """As `make_record`, each with a key of its own, by defense."""
     keys = (f"{number:016x}" for number in count())
     return lambda defense="none", **fields: make_record(next(keys), axes={"defense": defense}, **fields)
+
+
+def rows_of_records(records: list[Record]) -> list[Row]:
+    return rows_of_measurements(map(Measurement.of, records))
 
 
 def row_of(records: list[Record], defense: str = "none") -> Row:
@@ -99,7 +104,7 @@ def rows(tiny_plan: TinyPlan, tmp_path: Path) -> Callable[..., Row]:
                 store.write_record(Record.of(cell, status, reason=None if status == "done" else f"it {status}"))  # type: ignore[arg-type]
         reasons = dict.fromkeys((cell.key for cell in plan.cells), skipped) if skipped else {}
         plan = Plan(plan.config, plan.cells, reasons, 0)
-        (row,) = make_rows(plan, store)
+        (row,) = make_rows(plan, store.root)
         return row
 
     return make
@@ -125,13 +130,13 @@ def test_partial(tiny_plan: TinyPlan, tmp_path: Path, make_record: MakeRecord) -
     plan, store = tiny_plan(defense="none", seeds="0, 1"), Store(tmp_path / "results")
     store.write_record(make_record(plan.cells[0].key, ba=90))
     store.write_record(Record.of(plan.cells[1], "failed", reason="it broke"))
-    (row,) = make_rows(plan, store)
+    (row,) = make_rows(plan, store.root)
     assert (row.status, row.reason, row.seeds, row.ba) == ("partial", "it broke", [0], 0.9)
 
 
 def test_rows_stand_in_the_order_of_the_plan(tiny_plan: TinyPlan, tmp_path: Path) -> None:
     plan = tiny_plan(attack="clean, badnets", activation="relu, elu", seeds="0, 1")
-    rows = make_rows(plan, Store(tmp_path / "results"))
+    rows = make_rows(plan, tmp_path / "results")
     found = [(row.attack, row.activation, row.defense) for row in rows]
     assert found == [
         (attack, activation, defense)
@@ -171,4 +176,4 @@ include:
     store = Store(tmp_path / "results")
     for cell in plan.cells:
         store.write_record(make_record(cell.key))
-    assert distinct_seeds(make_rows(plan, store))
+    assert distinct_seeds(make_rows(plan, store.root))

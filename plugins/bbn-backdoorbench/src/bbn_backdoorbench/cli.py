@@ -14,7 +14,7 @@ from backdoor_bench_none.errors import BenchError, ExitCode
 
 if TYPE_CHECKING:
     from backdoor_bench_none.cell import Cell
-    from backdoor_bench_none.evaluation import Counts
+    from backdoor_bench_none.measures import Counts
     from backdoor_bench_none.registry import Registry
     from backdoor_bench_none.run.stages import Stages
     from bbn_backdoorbench.reading import ToolboxRecord

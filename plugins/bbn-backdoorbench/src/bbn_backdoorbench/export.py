@@ -11,7 +11,7 @@ from torch import nn
 
 from backdoor_bench_none.cell import Cell
 from backdoor_bench_none.errors import BenchError
-from backdoor_bench_none.evaluation import Counts
+from backdoor_bench_none.measures import Counts
 from backdoor_bench_none.plugins import own_version
 from backdoor_bench_none.run.stages import Stages
 from bbn_backdoorbench.attack import BackdoorBenchRecord

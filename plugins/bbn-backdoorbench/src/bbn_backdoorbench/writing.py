@@ -17,7 +17,7 @@ from torch import Tensor
 
 from backdoor_bench_none.api import DatasetInfo, ImageSet, PoisonedSamples
 from backdoor_bench_none.errors import BenchError
-from backdoor_bench_none.evaluation import Counts
+from backdoor_bench_none.measures import Counts
 from bbn_backdoorbench.words import ATTACK_RESULT, DEFENSE_RESULT, INFO
 
 #: marks results of ours, which may be overwritten

@@ -1,0 +1,89 @@
+"""What is measured of a finished network, as counts: nothing here needs torch."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Count(BaseModel):
+    """`hits` of `total`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hits: int = Field(ge=0)
+    total: int = Field(gt=0)
+
+    @property
+    def rate(self) -> float:
+        """The share, 0 to 1."""
+        return self.hits / self.total
+
+
+class Counts(BaseModel):
+    """BA: clean test images given their label. ASR: triggered ones given the
+    attacker's label; RA: the same ones given their true label.
+
+    ASR and RA count the test samples whose label the attack would change, and are None where there is no trigger.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    benign_accuracy: Count
+    attack_success_rate: Count | None
+    robust_accuracy: Count | None
+
+
+class Detection(BaseModel):
+    """Which training samples a defense flagged, against the poisoned
+    ones; AUROC needs scores and both kinds of sample.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    true_positive: int
+    false_positive: int
+    true_negative: int
+    false_negative: int
+    auroc: float | None
+    #: the highest share of poisoned samples found by a threshold that flags at most 1 % of the benign ones
+    tpr_at_1_fpr: float | None = None
+
+    @property
+    def tpr(self) -> float | None:
+        """The share of poisoned samples that were flagged."""
+        return _share(self.true_positive, self.false_negative)
+
+    @property
+    def fpr(self) -> float | None:
+        """The share of benign samples that were flagged."""
+        return _share(self.false_positive, self.true_negative)
+
+
+def _share(part: int, rest: int) -> float | None:
+    return part / (part + rest) if part + rest else None
+
+
+class Outcomes(BaseModel):
+    """Whether each image was a hit, in the order of the test set, as packed bits (`statistics.unpack_outcomes`): for
+    McNemar's test of two defenses on the same images.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    #: clean test images given their label
+    benign: str
+    #: triggered ones given the attacker's label; None where there is no trigger
+    attacked: str | None
+
+
+def defense_effectiveness(before: Counts, after: Counts) -> float | None:
+    """DER = (max(0, dASR) - max(0, dBA) + 1) / 2 in [0, 1]: what was won in ASR
+    less what was lost in BA, against `before`, the undefended model.
+
+    The formula is that of BackdoorBench's documentation; the code there adds the BA term in places.
+    """
+    if before.attack_success_rate is None or after.attack_success_rate is None:
+        return None
+    won = max(0.0, before.attack_success_rate.rate - after.attack_success_rate.rate)
+    lost = max(0.0, before.benign_accuracy.rate - after.benign_accuracy.rate)
+    return (won - lost + 1) / 2

@@ -1,0 +1,95 @@
+"""index.sqlite: what tables need of all records of a folder. It is made from the records and may be deleted."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from backdoor_bench_none.results.measurement import COLUMNS, Measurement
+from backdoor_bench_none.results.record import Record
+
+NAME = "index.sqlite"
+#: a file's name, its time of change in nanoseconds, and its size: another of them, and it is read again
+Stamp = tuple[str, int, int]
+#: bumped when the meaning of a column changes
+REVISION = 1
+SELECT = f"SELECT {', '.join(COLUMNS)} FROM records ORDER BY key"  # noqa: S608 - our own names
+INSERT = f"INSERT OR REPLACE INTO records VALUES ({', '.join('?' * (len(COLUMNS) + 2))})"  # noqa: S608
+
+
+def read_measurements(root: Path) -> list[Measurement]:
+    """The measurements of all records below `root`, by key: from the index, after records that changed were read.
+
+    Where the index cannot be written or is damaged, the records themselves are read.
+    """
+    stamps = {stamp[0]: stamp for stamp in _stamps(root)}
+    if not stamps:
+        return []
+    try:
+        with closing(_open(root / NAME)) as database:
+            _refresh(database, root, stamps)
+            found = database.execute(SELECT).fetchall()
+    except (sqlite3.Error, OSError):
+        return sorted(_read(root, stamps).values(), key=lambda measurement: measurement.key)
+    return [Measurement(*row) for row in found]
+
+
+def _stamps(root: Path) -> Iterator[Stamp]:
+    """The record files as they are now."""
+    try:
+        folders = [entry.path for entry in os.scandir(root / "records") if entry.is_dir()]
+    except OSError:
+        return
+    for folder in folders:
+        for entry in os.scandir(folder):
+            if entry.name.endswith(".json") and not entry.name.startswith("."):
+                stat = entry.stat()
+                yield entry.name.removesuffix(".json"), stat.st_mtime_ns, stat.st_size
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=5)
+    (revision,) = database.execute("PRAGMA user_version").fetchone()
+    if revision != REVISION:
+        with database:
+            database.execute("DROP TABLE IF EXISTS records")
+            columns = ", ".join(f"{name}{' PRIMARY KEY' if name == 'key' else ''}" for name in COLUMNS)
+            database.execute(f"CREATE TABLE records ({columns}, file_changed INTEGER, file_size INTEGER)")
+            database.execute(f"PRAGMA user_version = {REVISION}")
+    return database
+
+
+def _refresh(database: sqlite3.Connection, root: Path, stamps: Mapping[str, Stamp]) -> None:
+    known = {row[0]: row for row in database.execute("SELECT key, file_changed, file_size FROM records")}
+    gone = [(key,) for key in known.keys() - stamps.keys()]
+    changed = {key: stamp for key, stamp in stamps.items() if known.get(key) != stamp}
+    if not gone and not changed:
+        return
+    read = _read(root, changed)
+    unreadable = [(key,) for key in changed.keys() - read.keys()]
+    with database:
+        database.executemany("DELETE FROM records WHERE key = ?", gone + unreadable)
+        rows = [(*measurement.as_row(), *changed[key][1:]) for key, measurement in read.items()]
+        database.executemany(INSERT, rows)
+
+
+def _read(root: Path, stamps: Mapping[str, Any]) -> dict[str, Measurement]:
+    """The measurements in these records; one that cannot be read is told of, and left out."""
+    found = {}
+    for key in stamps:
+        path = root / "records" / key[:2] / f"{key}.json"
+        try:
+            found[key] = Measurement.of(Record.model_validate_json(path.read_bytes()))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValidationError, ValueError, KeyError) as error:
+            fault = str(error).splitlines()[0]
+            warnings.warn(f"record '{path}' cannot be read and counts as missing: {fault}", UserWarning, stacklevel=4)
+    return found

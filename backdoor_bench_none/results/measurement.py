@@ -1,0 +1,117 @@
+"""What tables need of a record, flat: the columns of the index."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from backdoor_bench_none.cell import AXES
+from backdoor_bench_none.measures import Count, Counts, Detection
+from backdoor_bench_none.results.record import Cost, Record
+from backdoor_bench_none.seeds import canonical_json
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One record: its axes by label, counts, seconds and bytes. `names` are the components' names and parameters by
+    axis, as JSON; `identity` tells records of equal labels apart; `victim_seconds` is None where none was trained.
+    """
+
+    key: str
+    title: str
+    status: str
+    reason: str | None
+    dataset: str
+    attack: str
+    defense: str
+    architecture: str
+    activation: str
+    trainer: str
+    seed: int
+    names: str
+    identity: str
+    ba_hits: int | None = None
+    ba_total: int | None = None
+    asr_hits: int | None = None
+    asr_total: int | None = None
+    ra_hits: int | None = None
+    ra_total: int | None = None
+    tpr: float | None = None
+    fpr: float | None = None
+    auroc: float | None = None
+    tpr_at_1_fpr: float | None = None
+    seconds: float | None = None
+    victim_seconds: float | None = None
+    peak_memory: int | None = None
+    clean_fraction: float = 0.0
+    defense_stage: str | None = None
+    sees_ground_truth: bool = False
+
+    @classmethod
+    def of(cls, record: Record) -> Self:
+        """The measurement in a record."""
+        axes = {axis: value.model_dump(exclude={"label"}) for axis, value in record.axes.items()}
+        identity = canonical_json([axes, record.recipe, record.upstream.get("dataset_sha256")])
+        names = {axis: {"name": value.name, "params": value.params} for axis, value in record.axes.items()}
+        values: dict[str, Any] = {
+            **{axis: record.axes[axis].label for axis in AXES},
+            **_counts(record.counts),
+            **_detection(record.detection),
+            **_costs(record.costs),
+        }
+        return cls(
+            key=record.key, title=record.title, status=record.status, reason=record.reason, seed=record.seed,
+            names=canonical_json(names), identity=hashlib.sha256(identity.encode()).hexdigest()[:16],
+            clean_fraction=record.clean_fraction, defense_stage=record.defense_stage,
+            sees_ground_truth=record.sees_ground_truth, **values,
+        )  # fmt: skip
+
+    @property
+    def counts(self) -> Counts | None:
+        """BA, ASR and RA; None where the cell has no numbers."""
+        benign = _count(self.ba_hits, self.ba_total)
+        if benign is None:
+            return None
+        attacked, robust = _count(self.asr_hits, self.asr_total), _count(self.ra_hits, self.ra_total)
+        return Counts.model_construct(benign_accuracy=benign, attack_success_rate=attacked, robust_accuracy=robust)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of all axes."""
+        return (self.dataset, self.attack, self.defense, self.architecture, self.activation, self.trainer)
+
+    def as_row(self) -> tuple[Any, ...]:
+        """The values in the order of the fields."""
+        return tuple(asdict(self).values())
+
+
+COLUMNS = tuple(field.name for field in fields(Measurement))
+
+
+def _counts(counts: Counts | None) -> dict[str, int]:
+    if counts is None:
+        return {}
+    found = {"ba": counts.benign_accuracy, "asr": counts.attack_success_rate, "ra": counts.robust_accuracy}
+    return {
+        f"{name}_{part}": getattr(count, part) for name, count in found.items() if count for part in ("hits", "total")
+    }
+
+
+def _detection(detection: Detection | None) -> dict[str, float | None]:
+    names = ("tpr", "fpr", "auroc", "tpr_at_1_fpr")
+    return {} if detection is None else {name: getattr(detection, name) for name in names}
+
+
+def _costs(costs: Mapping[str, Cost]) -> dict[str, float | int | None]:
+    found: dict[str, float | int | None] = {}
+    if (defense := costs.get("defense")) is not None:
+        found |= {"seconds": defense.seconds, "peak_memory": defense.peak_memory}
+    if (victim := costs.get("victim")) is not None:
+        found["victim_seconds"] = victim.seconds
+    return found
+
+
+def _count(hits: int | None, total: int | None) -> Count | None:
+    return None if hits is None or total is None else Count.model_construct(hits=hits, total=total)
