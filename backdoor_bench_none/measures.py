@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Count(BaseModel):
@@ -11,7 +13,13 @@ class Count(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     hits: int = Field(ge=0)
-    total: int = Field(gt=0)
+    total: int = Field(gt=0, le=2**40)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.hits > self.total:
+            raise ValueError(f"{self.hits} hits of {self.total}")
+        return self
 
     @property
     def rate(self) -> float:
@@ -40,10 +48,10 @@ class Detection(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    true_positive: int
-    false_positive: int
-    true_negative: int
-    false_negative: int
+    true_positive: int = Field(ge=0, le=2**40)
+    false_positive: int = Field(ge=0, le=2**40)
+    true_negative: int = Field(ge=0, le=2**40)
+    false_negative: int = Field(ge=0, le=2**40)
     auroc: float | None
     #: the highest share of poisoned samples found by a threshold that flags at most 1 % of the benign ones
     tpr_at_1_fpr: float | None = None

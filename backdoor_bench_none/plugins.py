@@ -87,6 +87,7 @@ class Plugins:
     ) -> None:
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
+        self.external = external
         self.bbnfile = bbnfile
         self.providers: list[Provider] = []
         self.broken: list[Broken] = []

@@ -6,17 +6,22 @@ from pathlib import Path
 
 import click
 
-from backdoor_bench_none.errors import ConfigError, ExitCode
-from backdoor_bench_none.paper import benchmark_text
+from backdoor_bench_none.errors import ConfigError, ExitCode, did_you_mean
+from backdoor_bench_none.paper import benchmark_names, benchmark_text
 
 
 @click.command("init")
 @click.argument("file", default="benchmark.yaml", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--from", "origin", metavar="NAME", help="Write that of a table or figure of the paper, as table4.")
+@click.option(
+    "--from",
+    "origin",
+    metavar="NAME",
+    help="Write that of a table or figure of the paper, as table4, or of a track, as digits-v1.",
+)
 @click.option("--force", is_flag=True, help="Overwrite a file that is there.")
 def init_command(file: Path, origin: str | None, force: bool) -> int:
     """Write a commented benchmark file that runs in minutes on a CPU, or one of the paper's."""
-    text = default_benchmark() if origin is None else benchmark_text(origin)
+    text = default_benchmark() if origin is None else text_from(origin)
     if file.exists() and not force:
         raise ConfigError(f"'{file}' is there already", "--force overwrites it")
     try:
@@ -25,6 +30,18 @@ def init_command(file: Path, origin: str | None, force: bool) -> int:
         raise ConfigError(f"'{file}' cannot be written: {error.strerror}") from error
     click.echo(f"wrote {file}; run it: bbn run {file}")
     return ExitCode.OK
+
+
+def text_from(name: str) -> str:
+    """The benchmark file of a track of the leaderboard, or of a table or figure of the paper."""
+    from backdoor_bench_none.leaderboard.track import read_track, track_names
+
+    if name in track_names():
+        return read_track(name).commented_text()
+    known = [*benchmark_names(), *track_names()]
+    if name not in known:
+        raise ConfigError(f"there is no benchmark file '{name}'", did_you_mean(name, known))
+    return benchmark_text(name)
 
 
 def default_benchmark() -> str:

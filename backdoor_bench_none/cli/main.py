@@ -28,6 +28,7 @@ VERBS = {
     "table": "table",
     "results": "results",
     "paper": "paper",
+    "leaderboard": "leaderboard",
     "check": "check",
     "new": "new",
     "doctor": "doctor",

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from backdoor_bench_none.statistics import Interval
+
 Better = Literal["higher", "lower"]
 
 
@@ -24,6 +26,15 @@ class Metric:
     def heading(self) -> str:
         """The title with an arrow to the better side."""
         return f"{self.title} {'↑' if self.better == 'higher' else '↓'}"
+
+    @property
+    def is_share(self) -> bool:
+        """Whether its values lie between 0 and 1."""
+        return self.scale == 100.0
+
+    def bound(self, interval: Interval) -> Interval:
+        """`interval`, of a share without what lies below 0 or above 1, which Student's t does not know."""
+        return Interval(max(0.0, interval.low), min(1.0, interval.high)) if self.is_share else interval
 
     def show(self, value: float | None) -> str:
         """The value as tables show it; a dash for none."""

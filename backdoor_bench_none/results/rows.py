@@ -28,7 +28,7 @@ BASELINE = "no_defense"
 class Row:
     """Means over `seeds`, the seeds with numbers; shares are fractions of 1, seconds those of the defense alone.
 
-    `deviations` are standard deviations over seeds, from two on. `intervals` are at 95 %: Student's t over seeds, or,
+    `deviations` are standard deviations over seeds, from two on. `intervals` are at 95 %: Student's t over seeds, within 0 to 1, or,
     for one seed, Wilson's over test images, which leaves out what another training would change. `per_seed` has the
     values behind the means. `cost_ratio` is the time to a defended network over that of one undefended training.
     `status` is done, or partial when some seeds lack numbers, or what became of all of them: failed, timeout, skipped,
@@ -166,7 +166,7 @@ def _summarize(
         spread = spread_over_seeds([value for value in column if value is not None])
         means[name] = max(filter(None, column), default=spread.mean) if name == "peak_memory" else spread.mean
         if spread.deviation is not None and spread.interval is not None:
-            deviations[name], intervals[name] = spread.deviation, spread.interval
+            deviations[name], intervals[name] = spread.deviation, METRICS[name].bound(spread.interval)
     if len(done) == 1:
         for name in ("ba", "asr", "ra"):
             hits, total = getattr(done[0], f"{name}_hits"), getattr(done[0], f"{name}_total")

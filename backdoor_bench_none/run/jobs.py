@@ -25,6 +25,8 @@ class Settings:
     bbnfile: Path | None = None
     #: bytes that a process may allocate
     memory: int | None = None
+    #: whether installed plugins are loaded
+    external: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def _do(job: Job, settings: Settings, device: str, threads: int | None, progress
 
     if threads is not None:
         torch.set_num_threads(threads)
-    registry = Registry(Plugins(bbnfile=settings.bbnfile))
+    registry = Registry(Plugins(external=settings.external, bbnfile=settings.bbnfile))
     cell = Cell.from_spec(job.spec, registry)
     chosen = choose_device(device)
     torch.backends.cudnn.benchmark = chosen.type == "cuda"  # batches have one size, so the search pays

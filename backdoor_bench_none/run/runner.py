@@ -90,7 +90,10 @@ def run_plan(plan: Plan, registry: Registry, options: Options, reporter: Reporte
     jobs = pack_jobs(todo, store)
     executor = cast("Executor", _executor(plan, registry, options))
     budget = plan.config.budget
-    settings = Settings(options.results, options.device, budget.cell_timeout, registry.plugins.bbnfile, budget.memory)
+    plugins = registry.plugins
+    settings = Settings(
+        options.results, options.device, budget.cell_timeout, plugins.bbnfile, budget.memory, plugins.external
+    )
     reporter.start(plan.config.name, jobs, summary.cached, summary.skipped)
     try:
         with executor.open(settings) as pool, _count_interrupts(reporter) as interrupts:

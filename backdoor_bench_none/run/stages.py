@@ -23,6 +23,7 @@ from backdoor_bench_none.data.dataset import DatasetInfo, ImageSet
 from backdoor_bench_none.defense import DefenseTask, OracleTask
 from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.evaluation import Evaluation, evaluate, pack_evaluation, score_detection
+from backdoor_bench_none.measures import Counts, Detection
 from backdoor_bench_none.models.architecture import Architecture, ModelSpec
 from backdoor_bench_none.models.builder import ModelBuilder
 from backdoor_bench_none.recipe import Recipe
@@ -214,7 +215,7 @@ class Stages:
         with forbid_changes(train=task.train, clean=task.clean):
             result = cell.the_defense.run(task, context)
         check_result(result, len(task.train))
-        check_loadable(result.model, self._defended_shell(), "Defense.adapt")
+        check_loadable(result.model, self.defended_shell(), "Defense.adapt")
         found = {name: x for name in ("flagged", "scores") if (x := getattr(result, name)) is not None}
         tensors = {f"model.{name}": tensor for name, tensor in result.model.state_dict().items()}
         return Artifact({**tensors, **found}, {"extras": dict(result.extras), "infected": result.infected})
@@ -235,7 +236,7 @@ class Stages:
             )  # fmt: skip
         return DefenseTask(**given)
 
-    def _defended_shell(self) -> nn.Module:
+    def defended_shell(self) -> nn.Module:
         """The structure of the network that the defense returns."""
         starts = self._victim_shell() if self.cell.the_defense.starts_from_victim else self.builder(0)
         return self.cell.the_defense.adapt(starts)
@@ -253,7 +254,7 @@ class Stages:
     def network(self) -> nn.Module:
         """The network that the defense returned, in eval mode, on the device."""
         weights = {name[6:]: x for name, x in self.defense().tensors.items() if name.startswith("model.")}
-        model = move(self._defended_shell(), self.context.device)
+        model = move(self.defended_shell(), self.context.device)
         model.load_state_dict(weights)
         return model.eval()
 
@@ -265,18 +266,10 @@ class Stages:
         return Artifact(tensors, {"facts": [dict(fact) for fact in found.facts]})
 
     def _evaluate(self, defended: Artifact) -> Record:
-        cell, (_, test), (_, triggered) = self.cell, self.data(), self.poison()
-        pixels = Pixels.of(cell.info, self.context.device)
+        cell = self.cell
         found = self.search() if cell.the_attack.searches else None
-        parts = [triggered] if found is None else (found.stamp(index, test) for index in range(len(found.labels)))
-        counts, evaluation = evaluate(self.network(), test, parts, pixels, self.context)
-        detection = None
-        if (flagged := defended.tensors.get("flagged")) is not None:
-            counted = ~self.decoys()
-            scores = defended.tensors.get("scores")
-            detection = score_detection(
-                flagged[counted], None if scores is None else scores[counted], self.poisoned()[counted]
-            )
+        counts, evaluation = self.evaluate_network(self.network())
+        detection = self.detect(defended.tensors.get("flagged"), defended.tensors.get("scores"))
         metrics = {
             f"{choice.label}.{name}": float(value)
             for choice in cell.metrics
@@ -295,6 +288,20 @@ class Stages:
             provenance=dict(self.provenance), defense_stage=cell.the_defense.stage,
             sees_ground_truth=cell.the_defense.sees_ground_truth,
         )  # fmt: skip
+
+    def evaluate_network(self, model: nn.Module) -> tuple[Counts, Evaluation]:
+        """The counts of a finished network on the clean and the triggered test set."""
+        (_, test), (_, triggered) = self.data(), self.poison()
+        found = self.search() if self.cell.the_attack.searches else None
+        parts = [triggered] if found is None else (found.stamp(index, test) for index in range(len(found.labels)))
+        return evaluate(model, test, parts, Pixels.of(self.cell.info, self.context.device), self.context)
+
+    def detect(self, flagged: Tensor | None, scores: Tensor | None) -> Detection | None:
+        """What a defense flagged (N,) bool and scored (N,), against the ground truth; None if it flagged nothing."""
+        if flagged is None:
+            return None
+        counted = ~self.decoys()
+        return score_detection(flagged[counted], None if scores is None else scores[counted], self.poisoned()[counted])
 
     # What they share.
 

@@ -7,7 +7,9 @@ it must say of the other.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -107,7 +109,8 @@ class Bench:
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = torch.device(device)
-        self._folder = tempfile.TemporaryDirectory(prefix="bbn-bench-")
+        self._folder = tempfile.mkdtemp(prefix="bbn-bench-")
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._kept: dict[tuple[str, type, str], Any] = {}
         self._classes: dict[str, list[type]] = {}
 
@@ -138,7 +141,7 @@ class Bench:
 
     def stages(self, kind: type[Stages] = Stages, **under_test: Component) -> Stages:
         """The stages of such a cell; what several checks need of them is computed once."""
-        return kind(self.cell(**under_test), Store(Path(self._folder.name)), self.context)
+        return kind(self.cell(**under_test), Store(Path(self._folder)), self.context)
 
     def keep(self, name: str, component: Component, compute: Any) -> Any:  # noqa: ANN401
         """What `compute()` returns, computed once for `component`."""

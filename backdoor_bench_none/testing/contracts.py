@@ -92,12 +92,12 @@ class Contract:
         super().__init_subclass__(**keywords)
         component = cls.__dict__.get(cls._attribute)
         if component is not None:
+
+            def test_contract(self: Contract, contract: _Contract, bbn_device: str) -> None:
+                contract(bbn_device)  # a function for each class: marks are kept on it
+
             decorate = parametrize_contracts([component], expected_failures=cls.expected_failures)
-            cls.test_contract = decorate(_test_contract)  # type: ignore[attr-defined]
-
-
-def _test_contract(self: Contract, contract: _Contract, bbn_device: str) -> None:
-    contract(bbn_device)
+            cls.test_contract = decorate(test_contract)  # type: ignore[attr-defined]
 
 
 class AttackContract(Contract):

@@ -1,0 +1,127 @@
+"""The site: one page per track, one per submission, CSV and JSON; static, and complete without a network."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from backdoor_bench_none.errors import BenchError
+from backdoor_bench_none.leaderboard.standings import (
+    SCORED,
+    Entry,
+    Refused,
+    as_table,
+    rank_entries,
+    read_entries,
+    show,
+)
+from backdoor_bench_none.leaderboard.track import Track, read_track, track_names
+from backdoor_bench_none.plugins import own_version
+from backdoor_bench_none.report.escape import escape_csv
+from backdoor_bench_none.results.metrics import METRICS
+from backdoor_bench_none.results.rows import Row
+
+
+def build_site(paths: Sequence[Path], output: Path) -> tuple[list[Entry], list[Refused]]:
+    """Write the site of all submissions at or below `paths` into `output`, in place of an older site.
+
+    What cannot be read is refused, with its reason on the page of the track list. An `output` that holds anything else
+    than an older site is left alone, with an error.
+    """
+    entries, refused = read_entries(paths)
+    by_track: dict[str, list[Entry]] = {}
+    for entry in entries:
+        name = entry.submission.track
+        if name in track_names() and entry.submission.track_sha256 == read_track(name).sha256:
+            by_track.setdefault(name, []).append(entry)
+        else:
+            refused.append(Refused(entry.submission.title, f"it is made for a track '{name}' that is not the one here"))
+    pages: dict[str, str] = {}
+    tracks = []
+    for name in track_names():
+        track, ranked = read_track(name), rank_entries(by_track.get(name, []))
+        tracks.append((track, ranked))
+        pages |= _track_pages(track, ranked)
+    pages["index.html"] = _render("index.html.jinja", tracks=tracks, refused=refused, root=".", title="Leaderboard")
+    _write(pages, output)
+    return [entry for _, ranked in tracks for entry in ranked], refused
+
+
+def _track_pages(track: Track, entries: Sequence[Entry]) -> dict[str, str]:
+    table = as_table(entries)
+    metrics = {name: METRICS[name] for name in SCORED}
+    pages = {
+        f"{track.name}/index.html": _render(
+            "track.html.jinja", track=track, entries=entries, metrics=metrics, root="..", title=track.title
+        ),
+        f"{track.name}/standings.json": json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False),
+        f"{track.name}/standings.csv": _csv(table),
+    }
+    for entry in entries:
+        history = [other for other in entries if _is_same_defense(entry, other)]
+        pages[f"{track.name}/{entry.slug}.html"] = _render(
+            "defense.html.jinja", track=track, entry=entry, metrics=metrics, history=history, root="..",
+            title=entry.submission.title,
+        )  # fmt: skip
+    return pages
+
+
+def _is_same_defense(one: Entry, other: Entry) -> bool:
+    """Other versions and parameters of a defense are its history."""
+    first, second = one.submission, other.submission
+    return (first.defense.name, first.source.distribution) == (second.defense.name, second.source.distribution)
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("backdoor_bench_none.leaderboard"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.globals.update(show=show, show_row=show_row, is_link=is_link, version=own_version(), METRICS=METRICS)
+    return environment.get_template(template).render(**values)
+
+
+def show_row(row: Row, metric: str) -> str:
+    """The mean of a row and its interval."""
+    facts, interval = METRICS[metric], row.intervals.get(metric)
+    value = facts.show(getattr(row, metric))
+    return value if interval is None else f"{value} [{facts.show(interval.low)}, {facts.show(interval.high)}]"
+
+
+def is_link(text: str) -> bool:
+    """Whether a stranger's text may become a link: the web, and nothing that a browser would run."""
+    return text.startswith("https://") and not any(c.isspace() or ord(c) < 32 or c in "\"'<>`" for c in text)
+
+
+def _csv(table: Sequence[Mapping[str, Any]]) -> str:
+    if not table:
+        return ""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(table[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([{name: escape_csv(value) for name, value in line.items()} for line in table])
+    return out.getvalue()
+
+
+def _write(pages: Mapping[str, str], output: Path) -> None:
+    """Write all pages beside `output`, and then put them in its place."""
+    if output.exists() and any(output.iterdir()) and not (output / "index.html").is_file():
+        raise BenchError(f"'{output}' is there already and is no site of ours", "choose another folder with --output")
+    draft = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        for name, text in pages.items():
+            path = draft / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        shutil.rmtree(output, ignore_errors=True)
+        draft.rename(output)
+    except OSError as error:
+        raise BenchError(f"'{output}' cannot be written: {error.strerror or error}") from error

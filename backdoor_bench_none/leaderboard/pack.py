@@ -1,0 +1,92 @@
+"""Makes a submission of the results folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from backdoor_bench_none.cell import Cell
+from backdoor_bench_none.errors import BenchError
+from backdoor_bench_none.leaderboard.submission import (
+    Source,
+    Submission,
+    SubmissionError,
+    hash_file,
+    write_submission,
+)
+from backdoor_bench_none.leaderboard.track import Track
+from backdoor_bench_none.plan import Plan
+from backdoor_bench_none.plugins import own_version
+from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.results.record import Record
+from backdoor_bench_none.results.store import Store
+
+
+def pack(track: Track, registry: Registry, results: Path, folder: Path, **about: Any) -> Submission:
+    """Write the submission of `about["defense"]` with `about["params"]` into `folder`, which must not be there.
+
+    `SubmissionError` names the cells that have no numbers or no weights, and rules that are broken.
+    """
+    defense, params = about.pop("defense"), about.pop("params")
+    plan = track.plan(registry, defense, params)
+    provider = registry.entry("defense", defense).provider
+    if provider.plugin == "bbnfile" or "+" in provider.version:
+        raise SubmissionError(
+            f"the defense '{defense}' is of {provider}, which nobody can install",
+            "`bbn new defense NAME` makes a package",
+        )
+    store = Store(results)
+    records = _check_complete(plan, store)
+    component = plan.cells[0].the_defense
+    if component.clean_fraction > track.highest_clean_fraction:
+        raise SubmissionError(
+            f"{defense} asks for {component.clean_fraction:g} of the training set as clean data; "
+            f"{track.name} allows {track.highest_clean_fraction:g}"
+        )
+    if folder.exists():
+        raise BenchError(f"'{folder}' is there already", "choose another folder with --output")
+    files: dict[str, str] = {}
+    for cell in plan.cells:
+        files |= _write_cell(cell, records[cell.key], store, folder)
+    submission = Submission(
+        track=track.name, track_sha256=track.sha256, defense=records[plan.cells[0].key].axes["defense"],
+        stage=component.stage.value, clean_fraction=component.clean_fraction,
+        sees_ground_truth=component.sees_ground_truth,
+        source=Source(distribution=provider.distribution, version=provider.version), core_version=own_version(),
+        files=files, **about,
+    )  # fmt: skip
+    write_submission(folder, submission)
+    return submission
+
+
+def _check_complete(plan: Plan, store: Store) -> Mapping[str, Record]:
+    records, faults = {}, []
+    for cell in plan.cells:
+        record = store.read_record(cell.key)
+        if record is None or record.status != "done":
+            faults.append(f"{cell.title}: {record.status if record else 'not run yet'}")
+        elif store.find_artifact("defense", cell.defense_key) is None:
+            faults.append(f"{cell.title}: its weights are no longer there")
+        else:
+            records[cell.key] = record
+    if faults:
+        raise SubmissionError(
+            f"{len(faults)} of {len(plan.cells)} cells of the track are missing, the first is {faults[0]}",
+            "run the track's benchmark with the defense: `bbn init FILE --from TRACK`, add it, `bbn run FILE`",
+        )
+    return records
+
+
+def _write_cell(cell: Cell, record: Record, store: Store, folder: Path) -> dict[str, str]:
+    """The record and the tensors of one cell, and their hashes."""
+    artifact = store.load_artifact("defense", cell.defense_key)
+    assert artifact is not None
+    names = {"record": f"records/{cell.key}.json", "weights": f"weights/{cell.key}.safetensors"}
+    for name in names.values():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / names["record"]).write_bytes(store.record_path(record.key).read_bytes())
+    save_file({name: tensor.contiguous() for name, tensor in artifact.tensors.items()}, folder / names["weights"])
+    return {name: hash_file(folder / name) for name in names.values()}

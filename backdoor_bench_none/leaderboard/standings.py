@@ -1,0 +1,224 @@
+"""What a track's submissions come to: one entry each, with claimed, submitted and verified numbers apart."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from backdoor_bench_none.errors import BenchError
+from backdoor_bench_none.leaderboard.submission import (
+    MANIFEST,
+    VERIFICATION,
+    Submission,
+    hash_file,
+    open_submission,
+    read_json,
+    read_submission,
+)
+from backdoor_bench_none.leaderboard.verification import Verification
+from backdoor_bench_none.results.measurement import Measurement
+from backdoor_bench_none.results.metrics import METRICS
+from backdoor_bench_none.results.record import Record
+from backdoor_bench_none.results.rows import Row, rows_of_measurements
+from backdoor_bench_none.statistics import Spread, compare_paired, rank_with_ties, spread_over_seeds
+
+#: the metrics of a standing, in its order; ranks are by the first
+SCORED = ("der", "asr", "ba", "ra", "cost_ratio")
+
+
+@dataclass
+class Entry:
+    """One submission of a track. `submitted` and `verified` are spreads over seeds of the means over attacked cells;
+    `verified` has counts that a verifier computed from the weights. `rank` is by the mean of DER.
+    """
+
+    submission: Submission
+    records: Mapping[str, Record]
+    verification: Verification | None
+    slug: str
+    submitted: dict[str, Spread] = field(default_factory=dict)
+    verified: dict[str, Spread] = field(default_factory=dict)
+    clean_ba: Spread | None = None
+    rank: float | None = None
+    #: not distinguishable from the best of its track, None if it cannot be told
+    is_close: bool | None = None
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def status(self) -> str:
+        """`unverified`, or what the verification says."""
+        return "unverified" if self.verification is None else self.verification.verdict
+
+    @property
+    def competes(self) -> bool:
+        """Not the baseline, not told the truth, not refused."""
+        baseline = self.submission.defense.name == "no_defense"
+        return not baseline and not self.submission.sees_ground_truth and self.status != "refused"
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A submission that cannot even be read, and why."""
+
+    name: str
+    reason: str
+
+
+def find_submissions(paths: Sequence[Path]) -> list[Path]:
+    """The submissions at or below `paths`: folders with submission.json, and zip archives."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_file() or (path / MANIFEST).is_file():
+            found.append(path)
+        else:
+            found += sorted({*(p.parent for p in path.rglob(MANIFEST)), *path.rglob("*.zip")})
+    return found
+
+
+def read_entries(paths: Sequence[Path]) -> tuple[list[Entry], list[Refused]]:
+    """Every submission, read without trust, and those that are refused."""
+    entries, refused = [], []
+    for path in find_submissions(paths):
+        try:
+            with open_submission(path) as folder:
+                submission, records = read_submission(folder)
+                verification = read_verification(path if path.is_dir() else folder, hash_file(folder / MANIFEST))
+        except BenchError as error:
+            refused.append(Refused(path.name, error.message))
+            continue
+        entries.append(Entry(submission, records, verification, make_slug(submission)))
+    return entries, refused
+
+
+def read_verification(folder: Path, submission_sha256: str) -> Verification | None:
+    """The verification beside a submission, if there is one of this very submission."""
+    path = folder / VERIFICATION
+    if not path.is_file() or path.is_symlink():
+        return None
+    try:
+        found = Verification.model_validate(read_json(path))
+    except (ValidationError, BenchError):
+        return None
+    return found if found.submission_sha256 == submission_sha256 else None
+
+
+def make_slug(submission: Submission) -> str:
+    """A file name that is a function of defense, parameters, package and version."""
+    parts = (submission.defense.name, submission.source.distribution, submission.source.version)
+    identity = repr((*parts, submission.defense.revision, sorted(submission.defense.params.items())))
+    words = re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")[:60]
+    return f"{words}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+
+
+def rank_entries(entries: Sequence[Entry]) -> list[Entry]:
+    """Score the entries of one track, pair each with the submitted baseline, and sort them by rank."""
+    rows = _rows_of(entries, verified=False)
+    checked = _rows_of(entries, verified=True)
+    for index, entry in enumerate(entries):
+        entry.rows = rows[index]
+        entry.submitted = _score(rows[index])
+        entry.verified = _score(checked[index]) if entry.verification and entry.verification.reevaluated else {}
+        entry.verified.pop("cost_ratio", None)  # seconds are those of the submitter's machine
+        clean = [row for row in rows[index] if row.asr is None and row.ba is not None]
+        entry.clean_ba = _means_over_seeds(clean, "ba")
+    competing = [entry for entry in entries if entry.competes and "der" in entry.submitted]
+    ranks = rank_with_ties([_best_known(entry).mean for entry in competing], higher_is_better=True)
+    for entry, rank in zip(competing, ranks, strict=True):
+        entry.rank = rank
+    competing.sort(key=lambda entry: entry.rank or 0.0)
+    for entry in competing[1:]:
+        entry.is_close = _is_close(competing[0], entry)
+    return sorted(entries, key=lambda entry: (entry.rank is None, entry.rank or 0.0, entry.submission.title))
+
+
+def _best_known(entry: Entry) -> Spread:
+    return entry.verified.get("der") or entry.submitted["der"]
+
+
+def _rows_of(entries: Sequence[Entry], *, verified: bool) -> list[list[Row]]:
+    """The rows of each entry, with DER against the no_defense of the track."""
+    measured: list[Measurement] = []
+    for index, entry in enumerate(entries):
+        counts = entry.verification.reevaluated if verified and entry.verification else {}
+        for key, record in entry.records.items():
+            if verified and key not in counts:
+                continue
+            shown = record.model_copy(update={"counts": counts[key]}) if verified else record
+            axes = dict(shown.axes)
+            axes["defense"] = axes["defense"].model_copy(update={"label": str(index)})
+            measured.append(Measurement.of(shown.model_copy(update={"axes": axes})))
+    found: list[list[Row]] = [[] for _ in entries]
+    for row in rows_of_measurements(measured):
+        found[int(row.defense)].append(row)
+    return found
+
+
+def _score(rows: Sequence[Row]) -> dict[str, Spread]:
+    """Spreads over seeds of the means over attacked cells."""
+    attacked = [row for row in rows if row.asr is not None]
+    spreads = {name: _means_over_seeds(attacked, name) for name in SCORED}
+    return {name: spread for name, spread in spreads.items() if spread is not None}
+
+
+def _means_over_seeds(rows: Sequence[Row], metric: str) -> Spread | None:
+    by_seed: dict[int, list[float]] = {}
+    for row in rows:
+        for seed, value in zip(row.seeds, row.per_seed.get(metric, ()), strict=False):
+            if value is not None:
+                by_seed.setdefault(seed, []).append(value)
+    means = [sum(values) / len(values) for _, values in sorted(by_seed.items())]
+    if not means:
+        return None
+    spread = spread_over_seeds(means)
+    return replace(spread, interval=spread.interval and METRICS[metric].bound(spread.interval))
+
+
+def _is_close(best: Entry, other: Entry) -> bool | None:
+    """Whether a paired t test over seeds and cells cannot tell the two DERs apart."""
+    values: dict[tuple[object, int], list[float | None]] = {}
+    for side, entry in enumerate((best, other)):
+        for row in entry.rows:
+            for seed, value in zip(row.seeds, row.per_seed.get("der", ()), strict=False):
+                values.setdefault((row.rest, seed), [None, None])[side] = value
+    pairs = [pair for pair in values.values() if None not in pair]
+    found = compare_paired([float(a or 0) for a, _ in pairs], [float(b or 0) for _, b in pairs]).distinguishable
+    return None if found is None else not found
+
+
+def as_table(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """One flat mapping per entry, for CSV and JSON: claimed, submitted and verified numbers apart."""
+    return [_flat(entry) for entry in entries]
+
+
+def _flat(entry: Entry) -> dict[str, Any]:
+    submission = entry.submission
+    line: dict[str, Any] = {
+        "rank": entry.rank, "defense": submission.defense.label, "distribution": submission.source.distribution,
+        "version": submission.source.version, "status": entry.status, "stage": submission.stage,
+        "clean_fraction": submission.clean_fraction, "sees_ground_truth": submission.sees_ground_truth,
+        "clean_ba": entry.clean_ba and entry.clean_ba.mean,
+    }  # fmt: skip
+    for name in SCORED:
+        line[f"claimed_{name}"] = submission.claims.get(name)  # type: ignore[call-overload]
+        for source in ("submitted", "verified"):
+            spread: Spread | None = getattr(entry, source).get(name)
+            line[f"{source}_{name}"] = spread and spread.mean
+            line[f"{source}_{name}_low"] = spread.interval.low if spread and spread.interval else None
+            line[f"{source}_{name}_high"] = spread.interval.high if spread and spread.interval else None
+    return line
+
+
+def show(spread: Spread | None, metric: str) -> str:
+    """A mean and its interval, as tables show them."""
+    if spread is None:
+        return "–"
+    facts = METRICS[metric]
+    if spread.interval is None:
+        return facts.show(spread.mean)
+    return f"{facts.show(spread.mean)} [{facts.show(spread.interval.low)}, {facts.show(spread.interval.high)}]"

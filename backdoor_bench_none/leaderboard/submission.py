@@ -1,0 +1,214 @@
+"""A submission: submission.json, a record and the defended weights of every cell of a track, each with its hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import stat
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from backdoor_bench_none.errors import BenchError
+from backdoor_bench_none.results.record import AxisValue, Record
+
+MANIFEST = "submission.json"
+VERIFICATION = "verification.json"
+#: all that a submission may hold; hexadecimal keys are those of cells
+ALLOWED = re.compile(r"submission\.json|records/[0-9a-f]{16}\.json|weights/[0-9a-f]{16}\.safetensors")
+SCHEMA = 1
+LARGEST_JSON = 8 * 2**20
+LARGEST_SUBMISSION = 16 * 2**30
+MOST_FILES = 20_000
+Text = Annotated[str, Field(max_length=500)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class SubmissionError(BenchError):
+    """A submission is not what it should be."""
+
+
+class Source(BaseModel):
+    """The package that the defense is part of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    distribution: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+!-]{0,99}$")]
+
+
+class Submission(BaseModel):
+    """What submission.json says. `claims` are the authors' own means, as fractions of 1; `files` are sha256 by path."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    schema_version: Literal[1] = Field(1, alias="schema")
+    track: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,49}$")]
+    track_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    defense: AxisValue
+    stage: Literal["pre_training", "in_training", "post_training"]
+    clean_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
+    sees_ground_truth: bool = False
+    source: Source
+    core_version: Text
+    authors: Text = ""
+    paper: Text = ""
+    code: Text = ""
+    claims: dict[Literal["ba", "asr", "ra", "der"], Share] = {}
+    files: Annotated[dict[str, str], Field(max_length=MOST_FILES)]
+
+    @property
+    def title(self) -> str:
+        """Defense, package and version."""
+        return f"{self.defense.label} ({self.source.distribution} {self.source.version})"
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401
+    """The JSON in a file: not too large, no key twice, no NaN or infinity."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
+            raise ValueError(f"the key {twice!r} stands twice")
+        return found
+
+    def refuse(constant: str) -> float:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    if path.stat().st_size > LARGEST_JSON:
+        raise SubmissionError(f"'{path.name}' is larger than {LARGEST_JSON} bytes")
+    try:
+        return json.loads(path.read_bytes(), object_pairs_hook=once, parse_constant=refuse, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise SubmissionError(f"'{path.name}' is no valid JSON: {error}") from error
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large")
+    return number
+
+
+@contextmanager
+def open_submission(path: Path) -> Iterator[Path]:
+    """The folder of a submission; an archive is unpacked into a temporary one, after every name in it was checked."""
+    if path.is_dir():
+        yield path
+        return
+    if not path.is_file():
+        raise SubmissionError(f"there is no submission '{path}'", "`bbn leaderboard pack` makes one")
+    with tempfile.TemporaryDirectory(prefix="bbn-submission-") as folder:
+        _unpack(path, Path(folder))
+        yield Path(folder)
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = [part for part in archive.infolist() if not part.is_dir()]
+            _check_archive(parts, path)
+            for part in parts:
+                target = folder / part.filename
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(part) as source, target.open("wb") as file:
+                    _copy(source, file, part)
+    except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:
+        raise SubmissionError(f"'{path}' is no readable zip archive: {error}") from error
+
+
+def _check_archive(parts: list[zipfile.ZipInfo], path: Path) -> None:
+    if len(parts) > MOST_FILES or sum(part.file_size for part in parts) > LARGEST_SUBMISSION:
+        raise SubmissionError(f"'{path}' unpacks to more than {MOST_FILES} files or {LARGEST_SUBMISSION} bytes")
+    for part in parts:
+        if stat.S_ISLNK(part.external_attr >> 16):
+            raise SubmissionError(f"'{path}': {part.filename!r} is a symbolic link")
+        if not ALLOWED.fullmatch(part.filename):
+            raise SubmissionError(f"'{path}': {part.filename!r} does not belong in a submission")
+        if part.filename.endswith(".json") and part.file_size > LARGEST_JSON:
+            raise SubmissionError(f"'{path}': {part.filename!r} is larger than {LARGEST_JSON} bytes")
+    names = [part.filename for part in parts]
+    if len(set(names)) < len(names):
+        raise SubmissionError(f"'{path}': a file stands twice")
+
+
+def _copy(source: Any, file: Any, part: zipfile.ZipInfo) -> None:  # noqa: ANN401
+    """Unpack no more than the size that was declared and checked."""
+    left = part.file_size
+    while chunk := source.read(min(2**20, left + 1)):
+        left -= len(chunk)
+        if left < 0:
+            raise SubmissionError(f"{part.filename!r} unpacks to more than it declares")
+        file.write(chunk)
+
+
+def read_submission(folder: Path) -> tuple[Submission, dict[str, Record]]:
+    """The manifest and the records by key of an unpacked submission; every file is there, and has its hash."""
+    path = folder / MANIFEST
+    if not path.is_file() or path.is_symlink():
+        raise SubmissionError(f"'{folder}' is no submission: it has no {MANIFEST}", "`bbn leaderboard pack` makes one")
+    raw = read_json(path)
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise SubmissionError(
+            f"{MANIFEST} has schema {schema}, this version knows {SCHEMA}", "update backdoor-bench-none"
+        )
+    submission: Submission = _validate(Submission, raw, MANIFEST)
+    _check_files(folder, submission.files)
+    records = {}
+    for name in submission.files:
+        if name.startswith("records/"):
+            record: Record = _validate(Record, read_json(folder / name), name)
+            records[Path(name).stem] = record
+    return submission, records
+
+
+def _validate(model: Any, raw: object, name: str) -> Any:  # noqa: ANN401
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"])) or "-"
+        raise SubmissionError(f"{name}: {place}: {fault['msg']}") from error
+
+
+def _check_files(folder: Path, files: Mapping[str, str]) -> None:
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
+    there -= {MANIFEST, VERIFICATION}
+    if odd := sorted((there | set(files)) - (there & set(files))):
+        raise SubmissionError(f"{odd[0]!r} is {'not listed in' if odd[0] in there else 'missing beside'} {MANIFEST}")
+    for name, wanted in files.items():
+        path = folder / name
+        if not ALLOWED.fullmatch(name) or path.is_symlink() or path.parent.is_symlink():
+            raise SubmissionError(f"{name!r} does not belong in a submission")
+        if hash_file(path) != wanted:
+            raise SubmissionError(
+                f"{name!r} does not have the hash that {MANIFEST} says", "it was changed after packing"
+            )
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_submission(folder: Path, submission: Submission) -> None:
+    """Write the manifest into `folder`, beside the files it lists."""
+    text = json.dumps(submission.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def write_archive(folder: Path, path: Path) -> None:
+    """The submission in `folder` as a zip archive."""
+    made = shutil.make_archive(str(path.with_suffix("")), "zip", folder)
+    Path(made).replace(path)
