@@ -84,14 +84,11 @@ class Outcomes(BaseModel):
     attacked: str | None
 
 
-def defense_effectiveness(before: Counts, after: Counts) -> float | None:
-    """DER = (max(0, dASR) - max(0, dBA) + 1) / 2 in [0, 1]: what was won in ASR
-    less what was lost in BA, against `before`, the undefended model.
+def defense_effectiveness(before: tuple[float, float], after: tuple[float, float]) -> float:
+    """DER = (max(0, dASR) - max(0, dBA) + 1) / 2 in [0, 1]: what was won in ASR less what was lost in BA, for (BA, ASR)
+    of the undefended and of the defended network, as fractions of 1.
 
     The formula is that of BackdoorBench's documentation; the code there adds the BA term in places.
     """
-    if before.attack_success_rate is None or after.attack_success_rate is None:
-        return None
-    won = max(0.0, before.attack_success_rate.rate - after.attack_success_rate.rate)
-    lost = max(0.0, before.benign_accuracy.rate - after.benign_accuracy.rate)
+    won, lost = max(0.0, before[1] - after[1]), max(0.0, before[0] - after[0])
     return (won - lost + 1) / 2

@@ -11,7 +11,8 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, mean, stdev
+from functools import cache
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,10 +83,9 @@ def spread_over_seeds(values: Sequence[float], confidence: float = 0.95) -> Spre
     numbers = _require_finite("values", values)
     if not numbers:
         raise ValueError("values is empty: give the value of at least one seed")
-    center, count = mean(numbers), len(numbers)
+    (center, deviation), count = _mean_and_deviation(numbers), len(numbers)
     if count == 1:
         return Spread(center, None, None, 1)
-    deviation = stdev(numbers)
     return Spread(center, deviation, _t_interval(center, deviation, count, 1 - confidence), count)
 
 
@@ -101,13 +101,12 @@ def compare_paired(first: Sequence[float], second: Sequence[float], alpha: float
     differences = _require_finite("first - second", [float(a) - float(b) for a, b in zip(first, second, strict=True)])
     if len(differences) < 2:
         return Comparison(differences[0] if differences else None, None, None, len(differences), None)
-    center, pairs = mean(differences), len(differences)
+    (center, deviation), pairs = _mean_and_deviation(differences), len(differences)
     # 0.1 + 0.2 against 0.3 on every seed must not become a difference without variance, hence with p 0
     rounding = max(8 * sys.float_info.epsilon * max(map(abs, [*first, *second])), sys.float_info.min)
     if max(differences) - min(differences) <= rounding:
         is_zero = abs(center) <= rounding
         return Comparison(center, Interval(center, center), 1.0 if is_zero else 0.0, pairs, not is_zero)
-    deviation = stdev(differences)
     p_value = _t_test(center, deviation, pairs)
     return Comparison(center, _t_interval(center, deviation, pairs, alpha), p_value, pairs, p_value < alpha)
 
@@ -178,6 +177,15 @@ def tpr_at_fpr(scores: NDArray[np.floating], positives: NDArray[np.bool_], fpr: 
     return float(true_rates[false_rates <= fpr].max())
 
 
+def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation, summed exactly (`statistics.stdev` is 20 times slower); 0 for one value."""
+    first = values[0]
+    center = first + math.fsum(value - first for value in values) / len(values)  # equal values have no deviation
+    if len(values) == 1:
+        return center, 0.0
+    return center, math.sqrt(math.fsum((value - center) ** 2 for value in values) / (len(values) - 1))
+
+
 def _require_fraction(name: str, value: float) -> None:
     if not 0 < value < 1:
         raise ValueError(f"{name} is {value}: give a number between 0 and 1, such as 0.95 or 0.05")
@@ -196,10 +204,15 @@ def _require_outcomes(name: str, outcomes: NDArray[np.bool_]) -> None:
 
 
 def _t_interval(center: float, deviation: float, count: int, alpha: float) -> Interval:
+    half = _t_quantile(count - 1, 1 - alpha / 2) * deviation / math.sqrt(count)
+    return Interval(center - half, center + half)
+
+
+@cache
+def _t_quantile(degrees: int, probability: float) -> float:
     from scipy.special import stdtrit
 
-    half = -float(stdtrit(count - 1, alpha / 2)) * deviation / math.sqrt(count)
-    return Interval(center - half, center + half)
+    return float(stdtrit(degrees, probability))
 
 
 def _t_test(center: float, deviation: float, count: int) -> float:

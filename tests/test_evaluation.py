@@ -170,19 +170,14 @@ def test_detection_survives_json() -> None:
     ],
 )
 def test_defense_effectiveness_by_hand(before: tuple[int, int], after: tuple[int, int], expected: float) -> None:
-    assert defense_effectiveness(make_counts(*before), make_counts(*after)) == pytest.approx(expected)
+    shares = [(ba / 100, asr / 100) for ba, asr in (before, after)]
+    assert defense_effectiveness(*shares) == pytest.approx(expected)
 
 
 def test_losing_accuracy_lowers_effectiveness() -> None:
-    before = make_counts(90, 100)
-    values = [defense_effectiveness(before, make_counts(benign, 10)) for benign in (90, 80, 50, 10)]
+    values = [defense_effectiveness((0.9, 1.0), (benign, 0.1)) for benign in (0.9, 0.8, 0.5, 0.1)]
     assert values == sorted(values, reverse=True)
     assert len(set(values)) == 4
-
-
-@pytest.mark.parametrize(("before", "after"), [(None, None), (100, None), (None, 100)])
-def test_effectiveness_needs_an_attack(before: int | None, after: int | None) -> None:
-    assert defense_effectiveness(make_counts(90, before), make_counts(90, after)) is None
 
 
 def test_a_part_without_images_keeps_its_place() -> None:

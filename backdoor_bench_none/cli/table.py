@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,7 +70,8 @@ def table_command(
 
     layout = Layout(rows, columns, metrics)
     layout.check()
-    found, folder = find_rows(file, results, selection, everything)
+    with _no_garbage_collection():
+        found, folder = find_rows(file, results, selection, everything)
     if compare is not None or paper is not None:
         from backdoor_bench_none.report.comparison import compare_defenses
         from backdoor_bench_none.report.paper import compare_with_paper
@@ -79,6 +83,16 @@ def table_command(
     else:
         click.echo(render(found, form, layout))
     return ExitCode.OK
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """20,000 records make many objects and no garbage: looking for some takes a tenth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def find_rows(

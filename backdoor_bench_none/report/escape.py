@@ -21,9 +21,9 @@ def escape_latex(text: str) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """`text` for a cell of a Markdown table: no bars, no HTML, no links."""
+    """`text` for a cell of a Markdown table or a line below it: no bars, no HTML, no links, no emphasis."""
     flat = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|!])", r"\\\1", flat)
+    return re.sub(r"([\\`*_|]|\](?=\())", r"\\\1", flat)
 
 
 def escape_csv(value: object) -> object:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from backdoor_bench_none.cell import AXES
-from backdoor_bench_none.measures import Count, Counts, Detection
+from backdoor_bench_none.measures import Counts, Detection
 from backdoor_bench_none.results.record import Cost, Record
 from backdoor_bench_none.seeds import canonical_json
 
@@ -68,14 +68,10 @@ class Measurement:
             sees_ground_truth=record.sees_ground_truth, **values,
         )  # fmt: skip
 
-    @property
-    def counts(self) -> Counts | None:
-        """BA, ASR and RA; None where the cell has no numbers."""
-        benign = _count(self.ba_hits, self.ba_total)
-        if benign is None:
-            return None
-        attacked, robust = _count(self.asr_hits, self.asr_total), _count(self.ra_hits, self.ra_total)
-        return Counts.model_construct(benign_accuracy=benign, attack_success_rate=attacked, robust_accuracy=robust)
+    def rate(self, name: str) -> float | None:
+        """The share `ba`, `asr` or `ra`; None where it was not measured."""
+        hits, total = getattr(self, f"{name}_hits"), getattr(self, f"{name}_total")
+        return hits / total if total else None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -111,7 +107,3 @@ def _costs(costs: Mapping[str, Cost]) -> dict[str, float | int | None]:
     if (victim := costs.get("victim")) is not None:
         found["victim_seconds"] = victim.seconds
     return found
-
-
-def _count(hits: int | None, total: int | None) -> Count | None:
-    return None if hits is None or total is None else Count.model_construct(hits=hits, total=total)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backdoor_bench_none.cell import AXES
-from backdoor_bench_none.measures import Count, defense_effectiveness
+from backdoor_bench_none.measures import defense_effectiveness
 from backdoor_bench_none.results.index import read_measurements
 from backdoor_bench_none.results.measurement import Measurement
 from backdoor_bench_none.results.metrics import METRICS
@@ -22,15 +22,17 @@ if TYPE_CHECKING:
 #: the labels of all axes
 Labels = tuple[str, ...]
 BASELINE = "no_defense"
+DEFENSE = AXES.index("defense")
 
 
 @dataclass(frozen=True)
 class Row:
     """Means over `seeds`, the seeds with numbers; shares are fractions of 1, seconds those of the defense alone.
 
-    `deviations` are standard deviations over seeds, from two on. `intervals` are at 95 %: Student's t over seeds, within 0 to 1, or,
-    for one seed, Wilson's over test images, which leaves out what another training would change. `per_seed` has the
-    values behind the means. `cost_ratio` is the time to a defended network over that of one undefended training.
+    `deviations` are standard deviations over seeds, from two on. `intervals` are at 95 %: Student's t over seeds, cut
+    to 0 to 1 for shares, or, for one seed, Wilson's over test images, which leaves out what another training would
+    change. `per_seed` has the values behind the means. `cost_ratio` is the time to a defended network over that of one
+    undefended training.
     `status` is done, or partial when some seeds lack numbers, or what became of all of them: failed, timeout, skipped,
     missing; `reason` says why.
     """
@@ -123,7 +125,7 @@ def _rows(slots: Sequence[_Slot]) -> list[Row]:
 
 def without_defense(labels: Labels) -> Labels:
     """The labels of all other axes."""
-    return tuple(label for axis, label in zip(AXES, labels, strict=True) if axis != "defense")
+    return (*labels[:DEFENSE], *labels[DEFENSE + 1 :])
 
 
 def _row(labels: Labels, slots: list[_Slot], baselines: Mapping[tuple[Labels, int], Measurement]) -> Row:
@@ -145,12 +147,9 @@ def _row(labels: Labels, slots: list[_Slot], baselines: Mapping[tuple[Labels, in
 
 def _values(measured: Measurement, baseline: Measurement | None) -> dict[str, float | None]:
     """All metrics of one seed."""
-    counts = measured.counts
-    assert counts is not None
-    before = baseline.counts if baseline is not None and baseline.key != measured.key else None
+    ba, asr, ra = (measured.rate(name) for name in ("ba", "asr", "ra"))
     return {
-        "ba": _rate(counts.benign_accuracy), "asr": _rate(counts.attack_success_rate),
-        "ra": _rate(counts.robust_accuracy), "der": defense_effectiveness(before, counts) if before else None,
+        "ba": ba, "asr": asr, "ra": ra, "der": _effectiveness(measured, baseline),
         "tpr": measured.tpr, "fpr": measured.fpr, "auroc": measured.auroc, "tpr_at_1_fpr": measured.tpr_at_1_fpr,
         "seconds": measured.seconds, "cost_ratio": cost_ratio(measured, baseline),
         "peak_memory": measured.peak_memory, "clean_fraction": measured.clean_fraction,
@@ -185,8 +184,14 @@ def _status(slots: list[_Slot], done: int) -> tuple[str, str | None]:
     return ("partial" if done else status), reasons[0]
 
 
-def _rate(count: Count | None) -> float | None:
-    return None if count is None else count.rate
+def _effectiveness(measured: Measurement, baseline: Measurement | None) -> float | None:
+    """DER against the undefended network of the same seed; None for that network itself."""
+    if baseline is None or baseline.key == measured.key:
+        return None
+    before, after = ((m.rate("ba"), m.rate("asr")) for m in (baseline, measured))
+    if before[0] is None or before[1] is None or after[0] is None or after[1] is None:
+        return None
+    return defense_effectiveness((before[0], before[1]), (after[0], after[1]))
 
 
 def cost_ratio(measured: Measurement, baseline: Measurement | None) -> float | None:
