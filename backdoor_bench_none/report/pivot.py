@@ -10,7 +10,7 @@ from backdoor_bench_none.cell import AXES
 from backdoor_bench_none.errors import ConfigError, did_you_mean
 from backdoor_bench_none.results.metrics import METRICS, Metric
 from backdoor_bench_none.results.rows import Row
-from backdoor_bench_none.statistics import compare_paired
+from backdoor_bench_none.statistics import compare_paired, rank_with_ties
 
 #: the order of axes in lines; the defense makes the columns unless told otherwise
 LINE_AXES = ("dataset", "attack", "architecture", "activation", "trainer")
@@ -105,7 +105,8 @@ def pivot(rows: Sequence[Row], layout: Layout | None = None) -> Pivot:
     lines = [(line, [found.get(column) for column in columns]) for line, found in boxes.items()]
     fixed = [axis for axis in LINE_AXES if axis not in (*axes, *layout.columns) and axis != "trainer"]
     title = " · ".join([*(str(getattr(rows[0], axis)) for axis in fixed if rows), describe_seeds(rows)])
-    footnotes = [_legend(metrics, rows, tested), *(f"* {name} was {text}" for name, text in grants.items())]
+    footnotes = [_legend(metrics, rows, tested), *describe_ranks(rows, metrics)]
+    footnotes += [f"* {name} was {text}" for name, text in grants.items()]
     footnotes += [f"[{number}] {note}" for number, note in enumerate(notes, 1)]
     return Pivot(title, axes, names, lines, metrics, footnotes)
 
@@ -167,6 +168,37 @@ def _rank_group(group: Sequence[Row], metric: Metric, found: dict[tuple[int, str
             if not distinguishable:
                 found[id(row), metric.name] = "close"
     return tested
+
+
+def mean_ranks(rows: Sequence[Row], metric: Metric) -> tuple[dict[str, float], int]:
+    """The mean rank of each competing defense, 1 the best and ties averaged, over the combinations of the other axes
+    in which all of them have a number; and how many these are.
+    """
+    competing = [row for row in rows if not row.is_baseline and not row.sees_ground_truth]
+    defenses = list(dict.fromkeys(row.defense for row in competing))
+    groups: dict[object, dict[str, float]] = defaultdict(dict)
+    for row in competing:
+        if (value := getattr(row, metric.name)) is not None:
+            groups[row.rest][row.defense] = value
+    ranks = [
+        rank_with_ties([group[defense] for defense in defenses], metric.better == "higher")
+        for group in groups.values()
+        if len(group) == len(defenses)
+    ]
+    if len(defenses) < 2 or not ranks:
+        return {}, 0
+    totals = [sum(rank or 0.0 for rank in column) for column in zip(*ranks, strict=True)]
+    return {name: total / len(ranks) for name, total in zip(defenses, totals, strict=True)}, len(ranks)
+
+
+def describe_ranks(rows: Sequence[Row], metrics: Sequence[Metric]) -> Iterable[str]:
+    """A note on mean ranks, where there are several combinations to take a mean over."""
+    for metric in metrics:
+        ranks, count = mean_ranks(rows, metric)
+        if count > 1:
+            order = sorted(ranks, key=lambda name: ranks[name])
+            shown = ", ".join(f"{name} {ranks[name]:.2g}" for name in order)
+            yield f"Mean rank by {metric.title} over {count} combinations, ties averaged: {shown}"
 
 
 def are_distinguishable(first: Row, second: Row, metric: str) -> bool | None:

@@ -105,6 +105,21 @@ def test_baseline_and_oracle_do_not_compete(rows: MakeRows) -> None:
     assert any("oracle_filter was told which samples are poisoned" in note for note in made.footnotes)
 
 
+def test_mean_ranks_with_ties(rows: MakeRows) -> None:
+    data = [*rows(SEEDS), *rows({"none": [(80, 9)], "nad": [(85, 1)], "abl": [(80, 50)]}, {"attack": "blended"})]
+    # BA: badnets none 1, nad 2, abl 3; blended nad 1, none and abl 2.5 each. ASR: 1.5, 1.5, 3 and 2, 1, 3
+    notes = [note for note in pivot(data).footnotes if note.startswith("Mean rank")]
+    assert notes == [
+        "Mean rank by BA over 2 combinations, ties averaged: nad 1.5, none 1.8, abl 2.8",
+        "Mean rank by ASR over 2 combinations, ties averaged: nad 1.2, none 1.8, abl 3",
+    ]
+
+
+def test_ranks_leave_out_combinations_in_which_a_defense_is_missing(rows: MakeRows) -> None:
+    data = [*rows(SEEDS), *rows({"none": [(80, 9)], "nad": [(85, 1)]}, {"attack": "blended"})]
+    assert not [note for note in pivot(data).footnotes if note.startswith("Mean rank")]
+
+
 def test_one_seed_is_not_tested(rows: MakeRows) -> None:
     made = pivot(rows({"none": [(90, 2)], "nad": [(89, 3)]}))
     assert not any(part.close for part in box(made, "badnets", "nad").parts)
