@@ -57,7 +57,9 @@ def test_verbs_in_examples_are_there(page: Path) -> None:
 def test_the_tutorial_runs(write_benchmark: Callable[..., Path], bbn: Any, tmp_path: Path) -> None:
     page = ROOT / "docs" / "write-a-defense.md"
     code = next(block for block in blocks(page, "python") if "class MyDefense(Defense)" in block)
-    hook = "\nfrom backdoor_bench_none import hookimpl\n@hookimpl\ndef bbn_defenses(): return {'my_defense': MyDefense}\n"
+    hook = (
+        "\nfrom backdoor_bench_none import hookimpl\n@hookimpl\ndef bbn_defenses(): return {'my_defense': MyDefense}\n"
+    )
     (tmp_path / "bbnfile.py").write_text(code + hook)
     write_benchmark(defense="no_defense, my_defense")
     said = bbn("run")

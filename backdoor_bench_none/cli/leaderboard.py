@@ -53,6 +53,8 @@ def pack_command(
     target = output or Path("submissions") / track / defense / registry.entry("defense", defense).provider.version
     given: dict[str, Any] = {"defense": defense, "params": parse_params(param), "claims": _claims(claim), **about}
     if target.suffix == ".zip":
+        if target.exists():
+            raise BenchError(f"'{target}' is there already", "choose another file with --output")
         with tempfile.TemporaryDirectory(prefix="bbn-submission-") as folder:
             submission = pack(found, registry, results or Path("results"), Path(folder) / "submission", **given)
             write_archive(Path(folder) / "submission", target)
@@ -66,7 +68,7 @@ def _claims(pairs: tuple[str, ...]) -> dict[str, Any]:
     claims = parse_params(pairs)
     known = ("ba", "asr", "ra", "der")
     for name, value in claims.items():
-        if name not in known or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        if name not in known or type(value) not in (int, float) or not 0 <= value <= 1:
             raise ConfigError(f"--claim {name}={value}", f"one of {', '.join(known)}, as a fraction of 1")
     return claims
 
@@ -74,42 +76,44 @@ def _claims(pairs: tuple[str, ...]) -> dict[str, Any]:
 @leaderboard_command.command("verify")
 @click.argument("submission", type=click.Path(path_type=Path))
 @click.option("--cells", "sample", type=click.IntRange(min=0), default=3, show_default=True, help="Cells to run again.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Which cells are drawn.")
+@click.option("--seed", type=int, help="Which cells are drawn; default: nobody can know beforehand.")
 @click.option("--run-code", is_flag=True, help="Import and run the installed package of a stranger's defense.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--results", type=click.Path(path_type=Path), help="Where to keep work; default: a temporary folder.")
-@click.option("--output", type=click.Path(path_type=Path), help="Where to write verification.json, for a .zip.")
+@click.option("--output", type=click.Path(path_type=Path), help="Where to write what is found; default: beside it.")
 def verify_command(
-    submission: Path, sample: int, seed: int, run_code: bool, device: str, results: Path | None, output: Path | None
-) -> int:
+    submission: Path, sample: int, seed: int | None, run_code: bool, device: str, results: Path | None,
+    output: Path | None,
+) -> int:  # fmt: skip
     """Check form and hashes of SUBMISSION, evaluate every model again from its weights, run a sample of cells again.
 
     Nothing is unpickled, and no code of the submission's authors is imported without --run-code. Exit code 1 if it is
     refused.
     """
+    import secrets
     import tempfile
 
     from backdoor_bench_none.context import Context, choose_device
-    from backdoor_bench_none.leaderboard.submission import open_submission
-    from backdoor_bench_none.leaderboard.verification import write_verification
+    from backdoor_bench_none.leaderboard.submission import as_plain, open_submission
+    from backdoor_bench_none.leaderboard.verification import find_verification, write_verification
     from backdoor_bench_none.leaderboard.verify import Verifier
     from backdoor_bench_none.report.tables import open_console
     from backdoor_bench_none.run.progress import Lines
 
-    chosen = choose_device(device)
-    if submission.is_file() and output is None:
-        raise BenchError("an archive is not written to", "name a folder for verification.json with --output")
+    chosen, drawn = choose_device(device), secrets.randbelow(2**32) if seed is None else seed
     with open_submission(submission) as folder, tempfile.TemporaryDirectory(prefix="bbn-verify-") as work:
         verifier = Verifier(
-            folder, results or Path(work), Context(chosen, 0), run_code, sample, seed, Lines(open_console())
+            folder, results or Path(work), Context(chosen, 0), run_code, sample, drawn, Lines(open_console())
         )
         found = verifier.verify()
-    path = write_verification(output or submission, found)
+    path = output or find_verification(submission)
+    write_verification(path, found)
     for finding in found.findings:
         if not finding.ok:
-            place = f" of {finding.cell}" if finding.cell else ""
+            place = f" of {as_plain(finding.cell)}" if finding.cell else ""
             click.echo(f"FAILED  {finding.check}{place}: {finding.message}")
-    click.echo(f"{len(found.reevaluated)} models evaluated again, {len(found.repeated)} cells run again")
+    repeated = f"{len(found.repeated)} cells run again (--seed {drawn})"
+    click.echo(f"{len(found.reevaluated)} models evaluated again, {repeated}")
     click.echo(f"{found.verdict}; wrote {path}")
     return ExitCode.CELLS_FAILED if found.verdict == "refused" else ExitCode.OK
 
@@ -120,12 +124,13 @@ def verify_command(
 def build_command(submissions: tuple[Path, ...], output: Path) -> int:
     """Build the site of all SUBMISSIONS: folders, archives, or folders of them."""
     from backdoor_bench_none.leaderboard.build import build_site
+    from backdoor_bench_none.leaderboard.submission import as_plain
 
     for path in submissions:
         if not path.exists():
             raise BenchError(f"there is no '{path}'")
     entries, refused = build_site(submissions, output)
     for each in refused:
-        click.echo(f"refused {each.name}: {each.reason}", err=True)
+        click.echo(f"refused {as_plain(each.name)}: {as_plain(each.reason)}", err=True)
     click.echo(f"wrote {output}/index.html: {len(entries)} submissions, {len(refused)} refused")
     return ExitCode.OK

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Mapping
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +14,7 @@ from backdoor_bench_none.plugins import own_version
 
 if TYPE_CHECKING:
     from backdoor_bench_none.plugins import Entry
+    from backdoor_bench_none.registry import Registry
 
 #: verb -> module under backdoor_bench_none.cli, which has a command of that name
 VERBS = {
@@ -26,6 +25,7 @@ VERBS = {
     "run": "run",
     "status": "status",
     "table": "table",
+    "plot": "plot",
     "results": "results",
     "paper": "paper",
     "leaderboard": "leaderboard",
@@ -41,25 +41,31 @@ class LazyGroup(click.Group):
     A plugin's verb does not stand in for one of ours.
     """
 
-    @cached_property
-    def _added(self) -> Mapping[str, Entry]:
-        """The verbs of plugins."""
-        from backdoor_bench_none.cli.options import open_registry
-
-        registry = open_registry(None)
-        return {name: registry.entry("command", name) for name in registry.names("command") if name not in VERBS}
-
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The verbs in the order of a day's work, then those of plugins."""
-        return [*VERBS, *self._added]
+        return [*VERBS, *_added_verbs(ctx)]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """The verb's command."""
+        """The verb's command; in the list of help, one that cannot be imported is shown with the reason."""
         if name not in VERBS:
-            return _import_command(self._added[name]) if name in self._added else None
+            return _import_command(_registry(ctx).entry("command", name)) if name in _added_verbs(ctx) else None
         module = importlib.import_module(f"backdoor_bench_none.cli.{VERBS[name]}")
         command: click.Command = getattr(module, f"{name}_command")
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """As click's; a verb that cannot be imported does not take the others down."""
+        rows = []
+        for name in self.list_commands(ctx):
+            try:
+                command = self.get_command(ctx, name)
+            except BenchError as error:
+                rows.append((name, f"(broken) {error.message}"))
+                continue
+            if command is not None and not command.hidden:
+                rows.append((name, command.get_short_help_str(formatter.width - 20)))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -67,9 +73,25 @@ class LazyGroup(click.Group):
         """As click's, with a suggestion for an unknown verb."""
         from backdoor_bench_none.errors import did_you_mean
 
-        if args and args[0] not in VERBS and not args[0].startswith("-") and args[0] not in self._added:
+        if args and args[0] not in VERBS and not args[0].startswith("-") and args[0] not in _added_verbs(ctx):
             raise BenchError(f"unknown command '{args[0]}'", did_you_mean(args[0], self.list_commands(ctx)))
         return super().resolve_command(ctx, args)
+
+
+def _registry(ctx: click.Context) -> Registry:
+    """The plugins, looked up once for each command line."""
+    from backdoor_bench_none.cli.options import open_registry
+
+    key = "backdoor_bench_none.registry"
+    if key not in ctx.meta:
+        ctx.meta[key] = open_registry(None)
+    registry: Registry = ctx.meta[key]
+    return registry
+
+
+def _added_verbs(ctx: click.Context) -> list[str]:
+    """The verbs of plugins that are none of ours."""
+    return [name for name in _registry(ctx).names("command") if name not in VERBS]
 
 
 def _import_command(entry: Entry) -> click.Command:

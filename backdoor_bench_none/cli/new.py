@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from backdoor_bench_none.errors import ExitCode
+from backdoor_bench_none.cli.options import open_registry
+from backdoor_bench_none.errors import ConfigError, ExitCode
 from backdoor_bench_none.scaffold import KINDS, write_package
 
 
@@ -16,6 +17,8 @@ from backdoor_bench_none.scaffold import KINDS, write_package
 @click.option("--output", type=click.Path(path_type=Path), help="Folder to write; default: bbn-<name>.")
 def new_command(kind: str, name: str, output: Path | None) -> int:
     """Write a package with a working attack, defense or architecture called NAME, and its contract test."""
+    if name in open_registry(None).names(kind):
+        raise ConfigError(f"there is {kind} '{name}' already", "choose a name of its own: the built-in one would win")
     folder = output or Path(f"bbn-{name.replace('_', '-')}")
     for path in write_package(kind, name, folder):
         click.echo(f"wrote {path}")

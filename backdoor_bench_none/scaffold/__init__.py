@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from keyword import iskeyword
 from pathlib import Path
 from string import Template
 
 from backdoor_bench_none.errors import ConfigError
+from backdoor_bench_none.plugins import BUILTINS
 
 KINDS = ("attack", "defense", "architecture")
 #: file in the package -> template beside this module
@@ -21,8 +23,7 @@ FILES = {
 
 def write_package(kind: str, name: str, folder: Path) -> list[Path]:
     """Write the package `bbn-<name>` into `folder`, which must not be there, and return its files."""
-    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
-        raise ConfigError(f"'{name}' is not a name for a component", "lower-case words joined by _, as my_defense")
+    _check_name(kind, name)
     if folder.exists():
         raise ConfigError(f"'{folder}' is there already", "choose another name, or another folder with --output")
     words = {
@@ -31,12 +32,12 @@ def write_package(kind: str, name: str, folder: Path) -> list[Path]:
         "name": name,
         "module": f"bbn_{name}",
         "distribution": f"bbn-{name.replace('_', '-')}",
-        "Class": "".join(word.capitalize() for word in name.split("_")),
+        "Class": _class_of(name),
         "Contract": f"{kind.capitalize()}Contract",
     }
     written = []
     for target, template in FILES.items():
-        text = (Path(__file__).parent / Template(template).substitute(words)).read_text(encoding="utf-8")
+        text = _read(Template(template).substitute(words))
         path = folder / Template(target).substitute(words)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,3 +46,20 @@ def write_package(kind: str, name: str, folder: Path) -> list[Path]:
             raise ConfigError(f"'{path}' cannot be written: {error.strerror}") from error
         written.append(path)
     return written
+
+
+def _check_name(kind: str, name: str) -> None:
+    """Raise `ConfigError` for what is no name, or one that what is written would fall over."""
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or iskeyword(name):
+        raise ConfigError(f"'{name}' is not a name for a component", "lower-case words joined by _, as my_defense")
+    imported = re.search(rf"^from .*\b{_class_of(name)}\b", _read(f"{kind}.py.txt"), re.MULTILINE)
+    if f"bbn_{name}" in BUILTINS or imported:
+        raise ConfigError(f"'{name}' is the name of something else in backdoor-bench-none", "choose another name")
+
+
+def _class_of(name: str) -> str:
+    return "".join(word.capitalize() for word in name.split("_"))
+
+
+def _read(template: str) -> str:
+    return (Path(__file__).parent / template).read_text(encoding="utf-8")

@@ -1,0 +1,3 @@
+"""Needs a newer core."""
+
+bbn_api_version = 99

@@ -1,0 +1,8 @@
+"""Calls its attack as a built-in is called."""
+
+from backdoor_bench_none import hookimpl
+
+
+@hookimpl
+def bbn_attacks() -> dict[str, str]:
+    return {"badnets": "bbn_broken_clash.components:Never"}
