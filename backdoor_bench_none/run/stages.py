@@ -100,16 +100,16 @@ class Stages:
         if self.cell.the_defense.starts_from_victim:
             if self.cell.the_attack.starts_from_benign:
                 self.benign()
-            if not self.victim().meta["losses"]:
-                del self.costs["victim"]  # it was not trained here, so there is no training to compare costs with
+            self.victim()
         if self.cell.the_attack.searches:
             self.search()
         with self._measure() as measured:
             record = self._evaluate(defended)
         self.costs["evaluate"] = measured.cost
-        return record.model_copy(
-            update={"costs": self.costs, "warnings": [*defended.meta["warnings"], *measured.warnings]}
-        )
+        costs = dict(self.costs)
+        if not record.victim_losses:
+            costs.pop("victim", None)  # it was not trained here, so there is no training to compare costs with
+        return record.model_copy(update={"costs": costs, "warnings": [*defended.meta["warnings"], *measured.warnings]})
 
     # How each is computed.
 

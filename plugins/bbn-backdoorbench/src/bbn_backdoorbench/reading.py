@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import pickle
 import re
+import stat
 import zipfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,8 @@ HARMLESS: list[Any] = [
 ]  # fmt: skip
 #: images decoded by one task of the pool
 CHUNK = 128
+#: bytes of the file of one image
+LARGEST_IMAGE = 2**25
 
 
 class RecordError(BenchError):
@@ -49,7 +53,7 @@ class Part:
     indices: NDArray[np.int64]
     labels: NDArray[np.int64]
     true_labels: NDArray[np.int64]
-    files: tuple[Path, ...] = field(repr=False)
+    files: tuple[str, ...] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,10 @@ def load_checked(path: Path) -> Mapping[str, Any]:
         with torch.serialization.safe_globals(HARMLESS):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class)\W+([\w.]+)", str(error))
-        what = next(filter(None, found.groups()), "") if found else ""
-        named = f"it names {what}, which" if what else "what it holds"
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it names {found[1]}, which is" if found else "it holds something that is"
         raise RecordError(
-            f"'{path}' is not unpickled: {named} is not on the list of harmless things ({_first_line(error)})",
+            f"'{path}' is not unpickled: {what} not on the list of harmless things",
             "nothing was executed; take the record from a source you trust, and have it written again",
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -172,35 +175,36 @@ def _labels(entry: object, classes: int, where: str) -> tuple[int, int]:
     return wanted, true
 
 
-def _place(entry: object, where: str) -> PurePosixPath:
-    """The last three parts of an image's path: the folder of the set, of the class, and the file."""
+def _place(entry: object, where: str) -> tuple[str, str]:
+    """The last three parts of an image's path: the folders of the set and of the class, and the file."""
     try:
         text = str(entry["path"])  # type: ignore[index]
     except (KeyError, TypeError) as error:
         raise RecordError(f"{where}: an image has no path") from error
-    written = PurePosixPath(text)
-    if written.is_absolute() or ".." in written.parts or "\\" in text or ":" in text:
+    parts = text.split("/")
+    if parts[0] == "" or ".." in parts or "\\" in text or ":" in text:
         raise RecordError(f"{where}: the path {text!r} leaves the record")
-    place = PurePosixPath(*written.parts[-3:])
-    if len(place.parts) != 3 or place.suffix != ".png":
+    if len(parts) < 3 or "" in parts or not text.endswith(".png"):
         raise RecordError(f"{where}: the path {text!r} does not end as .../bd_train_dataset/<label>/<index>.png")
-    return place
+    return f"{parts[-3]}/{parts[-2]}", parts[-1]
 
 
-def _confine(places: list[PurePosixPath], folder: Path) -> Iterator[Path]:
+def _confine(places: list[tuple[str, str]], folder: Path) -> Iterator[str]:
     """The files below `folder`, none behind a symbolic link; folders are looked at once."""
     root = folder.resolve()
-    checked = {}
-    for place in places:
-        parent = str(place.parent)
+    checked: dict[str, str] = {}
+    for parent, name in places:
         if parent not in checked:
-            checked[parent] = root / parent
-            if checked[parent].resolve() != checked[parent]:
-                raise RecordError(f"'{folder / parent}' is a symbolic link; a record holds its own images")
-        path = checked[parent] / place.name
-        if not os.path.lexists(path) or path.is_symlink():
-            fault = "is a symbolic link" if path.is_symlink() else "is missing"
-            raise RecordError(f"'{path}' {fault}; the record is not complete")
+            checked[parent] = str(root / parent)
+            if (root / parent).resolve() != root / parent:
+                raise RecordError(f"'{root / parent}' is a symbolic link; a record holds its own images")
+        path = f"{checked[parent]}/{name}"
+        try:
+            is_file = stat.S_ISREG(os.lstat(path).st_mode)
+        except OSError as error:
+            raise RecordError(f"'{path}' is missing; the record is not complete") from error
+        if not is_file:
+            raise RecordError(f"'{path}' is a symbolic link, or no file; a record holds its own images")
         yield path
 
 
@@ -219,19 +223,29 @@ def read_images(part: Part, shape: tuple[int, int, int]) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-def _decode(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+def _decode(path: str, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     """One PNG (H, W, C); its header is compared with `shape` before a pixel is unpacked."""
     height, width, channels = shape
+    mode = "RGB" if channels == 3 else "L"
     try:
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
-            image: Image.Image = Image.open(file, formats=("PNG",))
-            if image.size != (width, height):
-                raise RecordError(f"'{path}' is {image.size[0]}x{image.size[1]}, the record says {width}x{height}")
-            if image.mode != ("RGB" if channels == 3 else "L"):
-                image = image.convert("RGB" if channels == 3 else "L")
-            return np.asarray(image).reshape(shape)
+        image: Image.Image = Image.open(io.BytesIO(_read_bytes(path)), formats=("PNG",))
+        if image.size != (width, height):
+            raise RecordError(f"'{path}' is {image.size[0]}x{image.size[1]}, the record says {width}x{height}")
+        return np.asarray(image if image.mode == mode else image.convert(mode)).reshape(shape)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RecordError(f"'{path}' cannot be read as PNG: {_first_line(error)}") from error
+
+
+def _read_bytes(path: str) -> bytes:
+    """The content of a file that is no symbolic link and not absurdly large; read at once, which is half the time."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        content = os.read(descriptor, LARGEST_IMAGE + 1)
+    finally:
+        os.close(descriptor)
+    if len(content) > LARGEST_IMAGE:
+        raise OSError(f"it is larger than {LARGEST_IMAGE} bytes")
+    return content
 
 
 def hash_record(record: ToolboxRecord) -> str:
@@ -239,7 +253,7 @@ def hash_record(record: ToolboxRecord) -> str:
     digest = hashlib.sha256((record.folder / ATTACK_RESULT).read_bytes())
     for part in (record.train, record.test):
         for path in part.files if part is not None else ():
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            digest.update(hashlib.sha256(_read_bytes(path)).digest())
     return digest.hexdigest()
 
 

@@ -1,0 +1,95 @@
+"""Our defenses from BackdoorBench's command line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from standins import MODEL, SOURCE
+
+from bbn_backdoorbench.as_defense import as_parameters, main, read_settings
+
+
+@pytest.fixture
+def root(write_record: Callable[..., Path], npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """BackdoorBench's root, as far as our defenses need it: a record, and the clean images."""
+    write_record()
+    (tmp_path / "data").mkdir()
+    shutil.copy(npz, tmp_path / "data" / "cifar10.npz")
+    return tmp_path
+
+
+def run(*arguments: str, defense: str = "none") -> int:
+    return main(defense, ["--result_file", "badnet_1", "--dataset", "cifar10", "--model", MODEL, *arguments])
+
+
+def test_none_from_the_command_line(root: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE), *filter(None, sys.path)])}
+    command = [
+        sys.executable, "-m", "bbn_backdoorbench.none", "--result_file", "badnet_1", "--dataset", "cifar10",
+        "--model", MODEL, "--device", "cpu", "--num_workers", "0", "--lr", "0.001", "--param", "epochs=1",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "test_acc 0." in done.stdout
+    assert "not used here: num_workers" in done.stderr
+    folder = root / "record" / "badnet_1" / "defense" / "none"
+    result = torch.load(folder / "defense_result.pt", weights_only=True)
+    assert (result["model_name"], result["num_classes"]) == (MODEL, 10)
+    assert {path.name for path in folder.iterdir()} >= {"none_df.csv", "none_df_summary.csv"}
+
+
+@pytest.mark.parametrize("defense", ["dp_sgd", "nad", "ac", "abl"])
+def test_the_other_defenses_run(defense: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = {"nad": ["--te_epochs", "1", "--epochs", "1", "--ratio", "0.2"], "abl": ["--isolation_ratio", "0.05"]}
+    code = run("--lr", "0.001", "--epochs", "1", *quick.get(defense, []), defense=defense)
+    assert code == 0, capsys.readouterr().err
+    assert (root / "record" / "badnet_1" / "defense" / defense / "defense_result.pt").is_file()
+
+
+@pytest.mark.parametrize(("flags", "epochs"), [([], 7), (["--epochs", "2"], 2)])
+def test_the_command_line_wins_over_the_file(flags: list[str], epochs: int, root: Path) -> None:
+    Path("nad.yaml").write_text("epochs: 7\nte_epochs: 3\nbeta1: 100\ncheckpoint_load:\nnum_workers: 4\n")
+    settings = read_settings("nad", ["--result_file", "badnet_1", "--yaml_path", "nad.yaml", *flags])
+    assert as_parameters("nad", settings) == {"epochs": epochs, "teacher_epochs": 3, "betas": [100, 1000, 1000]}
+
+
+def test_our_names_win_over_the_toolboxs_words(root: Path) -> None:
+    settings = read_settings("abl", ["--result_file", "x", "--gamma", "0.3", "--param", "gamma=0.7"])
+    assert as_parameters("abl", settings) == {"gamma": 0.7}
+    settings = read_settings("abl", ["--result_file", "x", "--gradient_ascent_type", "Flooding"])
+    assert as_parameters("abl", settings) == {"isolation": "flooding"}
+
+
+def test_faults_are_told_without_a_traceback(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("odd.yaml").write_text("epoch: 7\n")
+    faults = {
+        ("--yaml_path", "odd.yaml"): "unknown key 'epoch'",
+        ("--yaml_path", "none.yaml"): "cannot be read",
+        ("--model", "resnet18"): "--model resnet18: the record is of squeezenet1_0",
+        ("--dataset", "gtsrb"): "--dataset gtsrb: the record is of cifar10",
+        ("--result_file", "nothing"): "is no record",
+        ("--device", "cuda:9"): "there is no device 'cuda:9'",
+        ("--param", "epochs=-1"): "epochs",
+    }
+    for arguments, message in faults.items():
+        assert run(*arguments) == 2, arguments
+        said = capsys.readouterr().err
+        assert message in said
+        assert "Traceback" not in said
+    assert not (root / "record" / "nothing").exists()  # the toolbox would make the folder
+
+
+def test_the_toolboxs_own_result_is_left_alone(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = root / "record" / "badnet_1" / "defense" / "nad"
+    theirs.mkdir(parents=True)
+    (theirs / "defense_result.pt").write_bytes(b"theirs")
+    assert run("--epochs", "1", "--te_epochs", "1", "--lr", "0.001", "--ratio", "0.2", defense="nad") == 2
+    assert "not written by this package" in capsys.readouterr().err
+    assert (theirs / "defense_result.pt").read_bytes() == b"theirs"
