@@ -31,6 +31,8 @@ BROKEN = ROOT / "tests" / "packages"
 #: what stands in a checkout and matters for a wheel
 FOLDERS = ("backdoor_bench_none", "attacks", "defenses", "plugins", "tests")
 FILES = ("benchmark.yaml", "pyproject.toml", "README.md", "LICENSE")
+#: the distribution of the bridge to BackdoorBench
+BRIDGE = "bbn-backdoorbench"
 #: what `bbn new` is asked for: kind -> name
 GENERATED = {"attack": "my_attack", "defense": "my_defense", "architecture": "my_architecture"}
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input")
@@ -155,7 +157,8 @@ def workshop(shared: Shared, own_wheel: Path) -> Path:
         for kind, name in GENERATED.items():
             said = environment.run("bbn", "new", kind, name, cwd=folder)
             assert said.returncode == 0, said.stderr
-        environment.install(build(sorted(folder.glob("bbn-*")), folder / "wheels"))
+        bridge = shutil.copytree(ROOT / "plugins" / BRIDGE, folder / "bridge" / BRIDGE)
+        environment.install(build([*sorted(folder.glob("bbn-*")), bridge], folder / "wheels"))
 
     return shared("workshop", fill)
 
@@ -226,7 +229,19 @@ def test_bbn_list_shows_every_package_with_its_version(environment: Environment,
     example = identity(ROOT / "plugins" / "bbn-example")
     wanted = [("attack", "cross", *example), ("defense", "trim_losses", *example)]
     wanted += [(kind, name, f"bbn-{name.replace('_', '-')}", "0.1.0") for kind, name in GENERATED.items()]
-    assert sorted(row for row in rows if row[2] != "backdoor-bench-none") == sorted(wanted)
+    assert sorted(row for row in rows if row[2] not in ("backdoor-bench-none", BRIDGE)) == sorted(wanted)
+    bridge = {row[1] for row in rows if row[2:] == identity(ROOT / "plugins" / BRIDGE)}
+    assert {"backdoorbench_record", "backdoorbench:cifar10", "backdoorbench:resnet18", "backdoorbench:ft"} <= bridge
+
+
+def test_the_bridge_to_backdoorbench_is_installed_whole(environment: Environment, tmp_path: Path) -> None:
+    said = environment.run("bbn", "backdoorbench", "import", tmp_path, cwd=tmp_path)
+    assert said.returncode == 2
+    assert "is no record: there is no attack_result.pt in it" in said.stderr
+    said = environment.run("python", "-m", "bbn_backdoorbench.none", "--help", cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert "--result_file" in said.stdout
+    assert list((environment.folder / "lib").glob("*/site-packages/bbn_backdoorbench/shim/sitecustomize.py"))
 
 
 @pytest.fixture(scope="session")
