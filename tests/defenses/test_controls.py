@@ -20,7 +20,17 @@ from bbn_defenses.oracle_filter import OracleFilter
 from bbn_defenses.spectral_signatures import SpectralSignatures, outlier_scores
 from torch import Tensor, nn
 
-from backdoor_bench_none.api import Architecture, Batch, Context, Defense, DefenseTask, ImageSet, ModelSpec, OracleTask
+from backdoor_bench_none.api import (
+    Architecture,
+    Batch,
+    Context,
+    Defense,
+    DefenseTask,
+    ImageSet,
+    ModelSpec,
+    OracleTask,
+    PoisonedSamples,
+)
 from backdoor_bench_none.defense import Stage
 from backdoor_bench_none.errors import BenchError, TrainingError
 from backdoor_bench_none.models.features import collect_features
@@ -213,7 +223,12 @@ def test_a_network_whose_activations_are_not_finite_is_an_error(dozing: Make, de
 
 def as_oracle(tiny: Any) -> OracleTask:
     values = {field.name: getattr(tiny.task, field.name) for field in fields(tiny.task)}
-    return OracleTask(**values, poisoned=tiny.poisoned)
+    train = tiny.task.train
+    nothing = PoisonedSamples.nothing(train)  # the filter asks for the truth about training samples alone
+    return OracleTask(
+        **values, poisoned=tiny.poisoned, original=train, poisoned_samples=nothing, test=train,
+        triggered_samples=nothing,
+    )  # fmt: skip
 
 
 def test_the_oracle_trains_on_exactly_the_benign_samples(dozing: Make) -> None:
@@ -282,13 +297,13 @@ def test_every_defense_ends_with_a_record(architecture: str, tmp_path: Path, mon
     store.create()
     plan = make_plan(tmp_path / "b.yaml", Registry.default(tmp_path))
     tasks: dict[str, DefenseTask] = {}
-    make = Stages._task
+    make = Stages.defense_task
 
     def spy(stages: Stages) -> DefenseTask:
         tasks[stages.cell.defense.name] = task = make(stages)
         return task
 
-    monkeypatch.setattr(Stages, "_task", spy)
+    monkeypatch.setattr(Stages, "defense_task", spy)
     records: list[Record] = []
     for cell in plan.cells:
         if cell.key in plan.skipped:

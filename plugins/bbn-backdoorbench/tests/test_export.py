@@ -84,7 +84,9 @@ def test_our_own_attack_becomes_a_record(
 ) -> None:
     attack = f"{{name: badnets, params: {{label_mode: {mode}, trigger_kind: static, poison_rate: 0.2}}}}"
     path = write_benchmark(attack=attack, architecture='"backdoorbench:resnet18"')
-    path.write_text(path.read_text().replace("epochs: 1, batch_size: 20, lr: 0.001", "epochs: 12, batch_size: 20, lr: 0.02"))
+    path.write_text(
+        path.read_text().replace("epochs: 1, batch_size: 20, lr: 0.001", "epochs: 12, batch_size: 20, lr: 0.02")
+    )
     evaluate(path)
     (key,) = keys(bbn).values()
     assert bbn("backdoorbench", "export", key, "--output", "out/record/ours").code == 0
