@@ -1,0 +1,63 @@
+"""What `bbn run` left of one cell: read, never computed again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from backdoor_bench_none.context import Context
+from backdoor_bench_none.errors import BenchError, ConfigError
+from backdoor_bench_none.report.plots.canvas import plain
+from backdoor_bench_none.results.store import Artifact, Store
+from backdoor_bench_none.run.stages import Stages
+
+if TYPE_CHECKING:
+    from backdoor_bench_none.plan import Plan
+
+#: cells that an error names
+LISTED = 6
+
+
+class FinishedStages(Stages):
+    """The stages of a finished cell: one that is not there is an error."""
+
+    def _artifact(
+        self,
+        stage: str,
+        key: str,
+        compute: Callable[[], Artifact],
+        needed: Sequence[Callable[[], object]] = (),
+        name: str | None = None,
+    ) -> Artifact:
+        name = name or stage
+        artifact = self._cached.get(name) or self.store.load_artifact(stage, key)
+        if artifact is None:
+            title = plain(self.cell.title, 100)
+            labels = {"-a": self.cell.attack.label, "-d": self.cell.defense.label}
+            choice = "".join(f" {option} {shlex.quote(plain(label))}" for option, label in labels.items())
+            raise BenchError(
+                f"the {name} stage of {title} is not in '{self.store.root}'",
+                f"`bbn run --only all{choice} -s {self.cell.seed}` computes it again",
+            )
+        self._cached[name] = artifact
+        return artifact
+
+
+def open_cell(plan: Plan, store: Store) -> FinishedStages:
+    """The one cell of `plan`, which must be done."""
+    if len(plan.cells) > 1:
+        titles = [plain(cell.title, 100) for cell in plan.cells[:LISTED]]
+        more = f" and {len(plan.cells) - LISTED} more" if len(plan.cells) > LISTED else ""
+        raise ConfigError(
+            f"{len(plan.cells)} cells are selected, this picture shows one: {', '.join(titles)}{more}",
+            "narrow it down with -a, -d, -m, --activation, --dataset, -s and -k",
+        )
+    cell = plan.cells[0]
+    record = store.read_record(cell.key)
+    if record is None or record.status != "done":
+        state = "has not been run" if record is None else f"is {record.status}: {plain(record.reason, 100)}"
+        raise BenchError(f"{plain(cell.title, 100)} {state}", "`bbn run` makes what the picture shows")
+    return FinishedStages(cell, store, Context(torch.device("cpu"), 0))
