@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 #: A plugin module may set `bbn_api_version`; a newer one than this is refused.
 API_VERSION = 1
 #: Registered by import name, so that a bare checkout works without being installed.
-BUILTINS = ("backdoor_bench_none.builtin", "bbn_attacks", "bbn_defenses")
+BUILTINS = ("backdoor_bench_none.builtin", "backdoor_bench_none.loggers", "bbn_attacks", "bbn_defenses")
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Plugins:
 
 
 def _own_provider(module: str) -> Provider:
-    return Provider(module.partition(".")[0], "backdoor-bench-none", own_version(), builtin=True)
+    return Provider(module, "backdoor-bench-none", own_version(), builtin=True)
 
 
 def own_version() -> str:
