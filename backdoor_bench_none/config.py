@@ -79,6 +79,7 @@ class Entry(_Strict):
 
 AnEntry = Annotated[Entry, BeforeValidator(_named)]
 Entries = Annotated[list[AnEntry], BeforeValidator(_listed), Field(min_length=1)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Names = Annotated[list[str], BeforeValidator(_listed)]
 
 
@@ -118,7 +119,7 @@ class Config(_Strict):
 
     version: Literal[1]
     name: str = Field(min_length=1)
-    seeds: Annotated[list[int], BeforeValidator(_listed), Field(min_length=1)] = [0]
+    seeds: Annotated[list[Seed], BeforeValidator(_listed), Field(min_length=1)] = [0]
     results: Path = Path("results")
     matrix: Matrix
     include: list[Matrix] = []

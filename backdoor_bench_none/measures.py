@@ -52,9 +52,9 @@ class Detection(BaseModel):
     false_positive: int = Field(ge=0, le=2**40)
     true_negative: int = Field(ge=0, le=2**40)
     false_negative: int = Field(ge=0, le=2**40)
-    auroc: float | None
+    auroc: float | None = Field(ge=0, le=1, allow_inf_nan=False)
     #: the highest share of poisoned samples found by a threshold that flags at most 1 % of the benign ones
-    tpr_at_1_fpr: float | None = None
+    tpr_at_1_fpr: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
 
     @property
     def tpr(self) -> float | None:

@@ -437,7 +437,7 @@ def test_hook_is_documented(name: str) -> None:
 
 def test_every_kind_of_component_has_a_hook_and_a_base() -> None:
     without_arguments = {name for name, hook in HOOKS.items() if not inspect.signature(hook).parameters}
-    assert set(hookspecs.COMPONENT_HOOKS) == without_arguments
+    assert set(hookspecs.NAMING_HOOKS) == without_arguments
     assert set(hookspecs.COMPONENT_HOOKS.values()) == set(BASES)
 
 

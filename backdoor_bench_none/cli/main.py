@@ -25,6 +25,7 @@ VERBS = {
     "run": "run",
     "status": "status",
     "table": "table",
+    "report": "report",
     "plot": "plot",
     "results": "results",
     "paper": "paper",

@@ -28,6 +28,9 @@ from backdoor_bench_none.report.escape import escape_csv
 from backdoor_bench_none.results.metrics import METRICS
 from backdoor_bench_none.results.rows import Row
 
+#: tells our pages from others
+MARK = '<meta name="generator" content="backdoor-bench-none">'
+
 
 def build_site(paths: Sequence[Path], output: Path) -> tuple[list[Entry], list[Refused]]:
     """Write the site of all submissions at or below `paths` into `output`, in place of an older site.
@@ -112,7 +115,7 @@ def _csv(table: Sequence[Mapping[str, Any]]) -> str:
 
 def _write(pages: Mapping[str, str], output: Path) -> None:
     """Write all pages beside `output`, and then put them in its place."""
-    if output.exists() and any(output.iterdir()) and not (output / "index.html").is_file():
+    if output.exists() and not _is_site(output):
         raise BenchError(f"'{output}' is there already and is no site of ours", "choose another folder with --output")
     draft = output.with_name(f".{output.name}.partial")
     try:
@@ -125,3 +128,11 @@ def _write(pages: Mapping[str, str], output: Path) -> None:
         draft.rename(output)
     except OSError as error:
         raise BenchError(f"'{output}' cannot be written: {error.strerror or error}") from error
+
+
+def _is_site(folder: Path) -> bool:
+    """Whether it may be replaced: an empty folder, or one with a page of ours."""
+    if not folder.is_dir():
+        return False
+    index = folder / "index.html"
+    return not any(folder.iterdir()) or (index.is_file() and MARK in index.read_text("utf-8", "replace"))

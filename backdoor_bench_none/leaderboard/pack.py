@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from safetensors.torch import save_file
 from backdoor_bench_none.cell import Cell
 from backdoor_bench_none.errors import BenchError
 from backdoor_bench_none.leaderboard.submission import (
-    Source,
+    MANIFEST,
     Submission,
     SubmissionError,
     hash_file,
+    validate,
+    write_json,
     write_submission,
 )
 from backdoor_bench_none.leaderboard.track import Track
@@ -48,17 +51,25 @@ def pack(track: Track, registry: Registry, results: Path, folder: Path, **about:
         )
     if folder.exists():
         raise BenchError(f"'{folder}' is there already", "choose another folder with --output")
-    files: dict[str, str] = {}
-    for cell in plan.cells:
-        files |= _write_cell(cell, records[cell.key], store, folder)
-    submission = Submission(
-        track=track.name, track_sha256=track.sha256, defense=records[plan.cells[0].key].axes["defense"],
-        stage=component.stage.value, clean_fraction=component.clean_fraction,
-        sees_ground_truth=component.sees_ground_truth,
-        source=Source(distribution=provider.distribution, version=provider.version), core_version=own_version(),
-        files=files, **about,
-    )  # fmt: skip
-    write_submission(folder, submission)
+    facts = {
+        "track": track.name, "track_sha256": track.sha256, "defense": records[plan.cells[0].key].axes["defense"],
+        "stage": component.stage.value, "clean_fraction": component.clean_fraction,
+        "sees_ground_truth": component.sees_ground_truth, "core_version": own_version(),
+        "source": {"distribution": provider.distribution, "version": provider.version}, **about,
+    }  # fmt: skip
+    validate(Submission, {**facts, "files": {}}, MANIFEST)
+    draft = folder.with_name(f".{folder.name}.partial")
+    try:
+        files: dict[str, str] = {}
+        for cell in plan.cells:
+            files |= _write_cell(cell, records[cell.key], store, draft)
+        submission: Submission = validate(Submission, {**facts, "files": files}, MANIFEST)
+        write_submission(draft, submission)
+        draft.rename(folder)
+    except OSError as error:
+        raise BenchError(f"'{folder}' cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     return submission
 
 
@@ -71,7 +82,7 @@ def _check_complete(plan: Plan, store: Store) -> Mapping[str, Record]:
         elif store.find_artifact("defense", cell.defense_key) is None:
             faults.append(f"{cell.title}: its weights are no longer there")
         else:
-            records[cell.key] = record
+            records[cell.key] = _relabel(cell, record)
     if faults:
         raise SubmissionError(
             f"{len(faults)} of {len(plan.cells)} cells of the track are missing, the first is {faults[0]}",
@@ -80,13 +91,20 @@ def _check_complete(plan: Plan, store: Store) -> Mapping[str, Record]:
     return records
 
 
+def _relabel(cell: Cell, record: Record) -> Record:
+    """The record with the track's labels: another benchmark file may have named the same cell otherwise."""
+    axes = {axis: value.model_copy(update={"label": getattr(cell, axis).label}) for axis, value in record.axes.items()}
+    return record.model_copy(update={"axes": axes, "title": cell.title})
+
+
 def _write_cell(cell: Cell, record: Record, store: Store, folder: Path) -> dict[str, str]:
     """The record and the tensors of one cell, and their hashes."""
     artifact = store.load_artifact("defense", cell.defense_key)
-    assert artifact is not None
+    if artifact is None:
+        raise SubmissionError(f"{cell.title}: its weights are damaged", "`bbn run --only all` makes them again")
     names = {"record": f"records/{cell.key}.json", "weights": f"weights/{cell.key}.safetensors"}
     for name in names.values():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / names["record"]).write_bytes(store.record_path(record.key).read_bytes())
+    write_json(folder / names["record"], record)
     save_file({name: tensor.contiguous() for name, tensor in artifact.tensors.items()}, folder / names["weights"])
     return {name: hash_file(folder / name) for name in names.values()}

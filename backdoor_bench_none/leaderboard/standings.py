@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,20 +13,21 @@ from pydantic import ValidationError
 from backdoor_bench_none.errors import BenchError
 from backdoor_bench_none.leaderboard.submission import (
     MANIFEST,
-    VERIFICATION,
     Submission,
     hash_file,
     open_submission,
     read_json,
     read_submission,
 )
-from backdoor_bench_none.leaderboard.verification import Verification
+from backdoor_bench_none.leaderboard.verification import Verification, find_verification
 from backdoor_bench_none.results.measurement import Measurement
 from backdoor_bench_none.results.metrics import METRICS
 from backdoor_bench_none.results.record import Record
 from backdoor_bench_none.results.rows import Row, rows_of_measurements
 from backdoor_bench_none.statistics import Spread, compare_paired, rank_with_ties, spread_over_seeds
 
+#: whose no_defense is the baseline of a track
+OWN = "backdoor-bench-none"
 #: the metrics of a standing, in its order; ranks are by the first
 SCORED = ("der", "asr", "ba", "ra", "cost_ratio")
 
@@ -41,7 +41,8 @@ class Entry:
     submission: Submission
     records: Mapping[str, Record]
     verification: Verification | None
-    slug: str
+    #: of its manifest
+    sha256: str
     submitted: dict[str, Spread] = field(default_factory=dict)
     verified: dict[str, Spread] = field(default_factory=dict)
     clean_ba: Spread | None = None
@@ -49,6 +50,13 @@ class Entry:
     #: not distinguishable from the best of its track, None if it cannot be told
     is_close: bool | None = None
     rows: list[Row] = field(default_factory=list)
+
+    @property
+    def slug(self) -> str:
+        """The name of its page; no two submissions have the same."""
+        parts = (self.submission.defense.name, self.submission.source.distribution, self.submission.source.version)
+        words = re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")[:60]
+        return f"{words}-{self.sha256[:8]}"
 
     @property
     def status(self) -> str:
@@ -83,22 +91,25 @@ def find_submissions(paths: Sequence[Path]) -> list[Path]:
 
 def read_entries(paths: Sequence[Path]) -> tuple[list[Entry], list[Refused]]:
     """Every submission, read without trust, and those that are refused."""
-    entries, refused = [], []
+    entries: list[Entry] = []
+    refused: list[Refused] = []
     for path in find_submissions(paths):
         try:
             with open_submission(path) as folder:
                 submission, records = read_submission(folder)
-                verification = read_verification(path if path.is_dir() else folder, hash_file(folder / MANIFEST))
-        except BenchError as error:
-            refused.append(Refused(path.name, error.message))
+                sha256 = hash_file(folder / MANIFEST)
+        except (BenchError, OSError) as error:
+            refused.append(Refused(path.name, str(error).partition("\n")[0]))
             continue
-        entries.append(Entry(submission, records, verification, make_slug(submission)))
+        if any(entry.sha256 == sha256 for entry in entries):
+            refused.append(Refused(path.name, "the same submission stands here twice"))
+            continue
+        entries.append(Entry(submission, records, read_verification(find_verification(path), sha256), sha256))
     return entries, refused
 
 
-def read_verification(folder: Path, submission_sha256: str) -> Verification | None:
-    """The verification beside a submission, if there is one of this very submission."""
-    path = folder / VERIFICATION
+def read_verification(path: Path, submission_sha256: str) -> Verification | None:
+    """The verification in a file, if there is one, of this very submission."""
     if not path.is_file() or path.is_symlink():
         return None
     try:
@@ -106,14 +117,6 @@ def read_verification(folder: Path, submission_sha256: str) -> Verification | No
     except (ValidationError, BenchError):
         return None
     return found if found.submission_sha256 == submission_sha256 else None
-
-
-def make_slug(submission: Submission) -> str:
-    """A file name that is a function of defense, parameters, package and version."""
-    parts = (submission.defense.name, submission.source.distribution, submission.source.version)
-    identity = repr((*parts, submission.defense.revision, sorted(submission.defense.params.items())))
-    words = re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")[:60]
-    return f"{words}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
 def rank_entries(entries: Sequence[Entry]) -> list[Entry]:
@@ -143,6 +146,7 @@ def _best_known(entry: Entry) -> Spread:
 
 def _rows_of(entries: Sequence[Entry], *, verified: bool) -> list[list[Row]]:
     """The rows of each entry, with DER against the no_defense of the track."""
+    baseline = choose_baseline(entries)
     measured: list[Measurement] = []
     for index, entry in enumerate(entries):
         counts = entry.verification.reevaluated if verified and entry.verification else {}
@@ -151,12 +155,26 @@ def _rows_of(entries: Sequence[Entry], *, verified: bool) -> list[list[Row]]:
                 continue
             shown = record.model_copy(update={"counts": counts[key]}) if verified else record
             axes = dict(shown.axes)
-            axes["defense"] = axes["defense"].model_copy(update={"label": str(index)})
+            name = "no_defense" if entry is baseline else f"entry {index}"
+            axes["defense"] = axes["defense"].model_copy(update={"label": str(index), "name": name})
             measured.append(Measurement.of(shown.model_copy(update={"axes": axes})))
     found: list[list[Row]] = [[] for _ in entries]
     for row in rows_of_measurements(measured):
         found[int(row.defense)].append(row)
     return found
+
+
+def choose_baseline(entries: Sequence[Entry]) -> Entry | None:
+    """The no_defense that all others are measured against: ours, not refused, and the best verified one."""
+    order = ("verified", "reevaluated", "unverified")
+    own = [
+        entry
+        for entry in entries
+        if entry.submission.defense.name == "no_defense"
+        and entry.submission.source.distribution == OWN
+        and entry.status in order
+    ]
+    return min(own, key=lambda entry: order.index(entry.status), default=None)
 
 
 def _score(rows: Sequence[Row]) -> dict[str, Spread]:

@@ -9,14 +9,18 @@ import re
 import shutil
 import stat
 import tempfile
+import unicodedata
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from lzma import LZMAError
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from backdoor_bench_none.cell import AXES
 from backdoor_bench_none.errors import BenchError
 from backdoor_bench_none.results.record import AxisValue, Record
 
@@ -28,12 +32,46 @@ SCHEMA = 1
 LARGEST_JSON = 8 * 2**20
 LARGEST_SUBMISSION = 16 * 2**30
 MOST_FILES = 20_000
-Text = Annotated[str, Field(max_length=500)]
+#: arrays and objects of JSON inside one another, and digits of an integer
+DEEPEST = 32
+MOST_DIGITS = 20
+LONGEST_LABEL = 200
+#: seconds, and bytes, that a stage may be said to have taken
+LONGEST_STAGE = 1e9
+LARGEST_MEMORY = 2**60
+#: Unicode categories that a terminal or a page obeys instead of showing them
+CONTROLS = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+def as_plain(text: str, longest: int = 500) -> str:
+    """A stranger's text for a terminal or a log: no control characters, and not too long."""
+    shown = "".join("\ufffd" if unicodedata.category(character) in CONTROLS else character for character in text)
+    return shown if len(shown) <= longest else f"{shown[:longest]}…"
+
+
+def _require_plain(text: str) -> str:
+    if any(unicodedata.category(character) in CONTROLS for character in text):
+        raise ValueError("it holds control characters")
+    return text
+
+
+Text = Annotated[str, Field(max_length=500), AfterValidator(_require_plain)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class SubmissionError(BenchError):
     """A submission is not what it should be."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(as_plain(message), hint)
+
+
+def _require_names(value: AxisValue) -> AxisValue:
+    for text in (value.name, value.label):
+        if not 0 < len(text) <= LONGEST_LABEL:
+            raise ValueError(f"a name or label has {len(text)} characters, at most {LONGEST_LABEL} are allowed")
+        _require_plain(text)
+    return value
 
 
 class Source(BaseModel):
@@ -53,7 +91,7 @@ class Submission(BaseModel):
     schema_version: Literal[1] = Field(1, alias="schema")
     track: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,49}$")]
     track_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    defense: AxisValue
+    defense: Annotated[AxisValue, AfterValidator(_require_names)]
     stage: Literal["pre_training", "in_training", "post_training"]
     clean_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     sees_ground_truth: bool = False
@@ -72,7 +110,7 @@ class Submission(BaseModel):
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401
-    """The JSON in a file: not too large, no key twice, no NaN or infinity."""
+    """The JSON in a file: UTF-8, not too large or too deep, no key twice, no number that is not finite or too long."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -87,9 +125,31 @@ def read_json(path: Path) -> Any:  # noqa: ANN401
     if path.stat().st_size > LARGEST_JSON:
         raise SubmissionError(f"'{path.name}' is larger than {LARGEST_JSON} bytes")
     try:
-        return json.loads(path.read_bytes(), object_pairs_hook=once, parse_constant=refuse, parse_float=_finite)
+        found = json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=once, parse_constant=refuse, parse_float=_finite,
+            parse_int=_short,
+        )  # fmt: skip
+        _check_depth(found)
+        json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise SubmissionError(f"'{path.name}' is no valid JSON: {error}") from error
+    return found
+
+
+def _check_depth(value: object) -> None:
+    level = [value]
+    for _ in range(DEEPEST):
+        if not level:
+            return
+        inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
+        level = [part for parts in inner for part in parts]
+    raise ValueError(f"it is nested deeper than {DEEPEST}")
+
+
+def _short(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"an integer has {len(text)} digits")
+    return int(text)
 
 
 def _finite(text: str) -> float:
@@ -122,7 +182,7 @@ def _unpack(path: Path, folder: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(part) as source, target.open("wb") as file:
                     _copy(source, file, part)
-    except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, ValueError, zlib.error, LZMAError) as error:
         raise SubmissionError(f"'{path}' is no readable zip archive: {error}") from error
 
 
@@ -162,17 +222,40 @@ def read_submission(folder: Path) -> tuple[Submission, dict[str, Record]]:
         raise SubmissionError(
             f"{MANIFEST} has schema {schema}, this version knows {SCHEMA}", "update backdoor-bench-none"
         )
-    submission: Submission = _validate(Submission, raw, MANIFEST)
+    submission: Submission = validate(Submission, raw, MANIFEST)
     _check_files(folder, submission.files)
     records = {}
     for name in submission.files:
         if name.startswith("records/"):
-            record: Record = _validate(Record, read_json(folder / name), name)
+            record: Record = validate(Record, read_json(folder / name), name)
+            _check_record(record, name)
             records[Path(name).stem] = record
     return submission, records
 
 
-def _validate(model: Any, raw: object, name: str) -> Any:  # noqa: ANN401
+def _check_record(record: Record, name: str) -> None:
+    """What a record may say and a site can show: all axes, and numbers that can be averaged."""
+    faults: list[str] = []
+    if set(record.axes) != set(AXES):
+        faults.append(f"axes: {', '.join(sorted(record.axes))} are not {', '.join(sorted(AXES))}")
+    for axis, value in record.axes.items():
+        try:
+            _require_names(value)
+        except ValueError as error:
+            faults.append(f"axes.{axis}: {error}")
+    for stage, cost in record.costs.items():
+        if not 0 <= cost.seconds <= LONGEST_STAGE or not 0 <= (cost.peak_memory or 0) <= LARGEST_MEMORY:
+            faults.append(f"costs.{stage}: {cost.seconds:g} s and {cost.peak_memory} bytes cannot be")
+    found = record.detection
+    shares = {"clean_fraction": record.clean_fraction}
+    shares |= {name: share for name in ("auroc", "tpr_at_1_fpr") if (share := getattr(found, name, None)) is not None}
+    faults += [f"{name}: {share:g} is no share" for name, share in shares.items() if not 0 <= share <= 1]
+    if faults:
+        raise SubmissionError(f"{name}: {faults[0]}")
+
+
+def validate(model: Any, raw: object, name: str) -> Any:  # noqa: ANN401
+    """`raw` as a `model`; `SubmissionError` names the file and its first fault."""
     try:
         return model.model_validate(raw)
     except ValidationError as error:
@@ -183,7 +266,7 @@ def _validate(model: Any, raw: object, name: str) -> Any:  # noqa: ANN401
 
 def _check_files(folder: Path, files: Mapping[str, str]) -> None:
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
-    there -= {MANIFEST, VERIFICATION}
+    there -= {MANIFEST, VERIFICATION} if not (folder / VERIFICATION).is_symlink() else {MANIFEST}
     if odd := sorted((there | set(files)) - (there & set(files))):
         raise SubmissionError(f"{odd[0]!r} is {'not listed in' if odd[0] in there else 'missing beside'} {MANIFEST}")
     for name, wanted in files.items():
@@ -204,8 +287,13 @@ def hash_file(path: Path) -> str:
 
 def write_submission(folder: Path, submission: Submission) -> None:
     """Write the manifest into `folder`, beside the files it lists."""
-    text = json.dumps(submission.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / MANIFEST, submission)
+
+
+def write_json(path: Path, model: BaseModel) -> None:
+    """Write a manifest or a record."""
+    text = json.dumps(model.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def write_archive(folder: Path, path: Path) -> None:

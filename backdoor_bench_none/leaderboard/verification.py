@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from backdoor_bench_none.errors import BenchError
 from backdoor_bench_none.leaderboard.submission import VERIFICATION
 from backdoor_bench_none.measures import Counts
 
@@ -41,12 +43,24 @@ class Verification(BaseModel):
     reevaluated: dict[str, Counts]
     #: counts of the cells that were run again
     repeated: dict[str, Counts]
+    #: what the cells to run again were drawn with
+    seed: int
     core_version: str
     device: str
 
 
-def write_verification(folder: Path, verification: Verification) -> Path:
-    """Write verification.json beside the submission."""
-    path = folder / VERIFICATION
-    path.write_text(json.dumps(verification.model_dump(mode="json"), indent=1, ensure_ascii=False), encoding="utf-8")
-    return path
+def find_verification(submission: Path) -> Path:
+    """Where the verification of a submission stands: in its folder, or beside an archive, as NAME.verification.json."""
+    return submission / VERIFICATION if submission.is_dir() else submission.with_suffix(f".{VERIFICATION}")
+
+
+def write_verification(path: Path, verification: Verification) -> None:
+    """Write a verification in place of an older one; a link that stands there is replaced, not followed."""
+    text = json.dumps(verification.model_dump(mode="json"), indent=1, ensure_ascii=False)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        raise BenchError(f"'{path}' cannot be written: {error.strerror}", "choose another with --output") from error

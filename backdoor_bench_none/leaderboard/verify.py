@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from backdoor_bench_none.cell import Cell, Choice
+from backdoor_bench_none.cell import AXES, Cell, Choice
 from backdoor_bench_none.context import Context, choose_amp
 from backdoor_bench_none.defense import Defense, Stage
 from backdoor_bench_none.errors import BenchError
-from backdoor_bench_none.leaderboard.submission import Submission, hash_file, read_submission
+from backdoor_bench_none.leaderboard.submission import Submission, as_plain, hash_file, read_submission
 from backdoor_bench_none.leaderboard.track import Track, read_track
 from backdoor_bench_none.leaderboard.verification import Finding, Verdict, Verification
 from backdoor_bench_none.measures import Counts, Detection
@@ -26,7 +26,7 @@ from backdoor_bench_none.plugins import Plugins, own_version
 from backdoor_bench_none.registry import Registry
 from backdoor_bench_none.results.record import Record
 from backdoor_bench_none.results.store import Store
-from backdoor_bench_none.run.provenance import device_name
+from backdoor_bench_none.run.provenance import LIBRARIES, device_name, installed_version
 from backdoor_bench_none.run.runner import Options, Reporter, run_plan
 from backdoor_bench_none.run.stages import Stages
 
@@ -80,12 +80,13 @@ class Verifier:
             verdict = "refused"
         return Verification(
             submission_sha256=hash_file(self.folder / "submission.json"), track=track.name, verdict=verdict,
-            findings=self.findings, reevaluated=self.reevaluated, repeated=self.repeated, core_version=own_version(),
-            device=device_name(self.context.device),
+            findings=self.findings, reevaluated=self.reevaluated, repeated=self.repeated, seed=self.seed,
+            core_version=own_version(), device=device_name(self.context.device),
         )  # fmt: skip
 
     def _note(self, check: str, ok: bool, message: str = "", cell: Cell | None = None) -> bool:
-        self.findings.append(Finding(check=check, cell="" if cell is None else cell.title, ok=ok, message=message))
+        title = "" if cell is None else cell.title
+        self.findings.append(Finding(check=check, cell=title, ok=ok, message=as_plain(message)))
         return ok
 
     # Which cells there must be, by keys that are computed here.
@@ -101,13 +102,19 @@ class Verifier:
         if component is None:
             return None
         choice = Choice("defense", submission.defense.name, submission.defense.label, component)
-        plan = track.plan(registry)
+        plan = track.plan(Registry(Plugins(external=False)))  # a stranger's hook must not leave cells out
         return replace(plan, cells=[replace(cell, defense=choice) for cell in plan.cells], skipped={})
 
     def _component(self, submission: Submission, registry: Registry) -> Defense | None:
         declared = {"revision": submission.defense.revision, "params": submission.defense.params}
         declared |= submission.defense.content
         if not self._is_known(submission, registry):
+            granted = submission.defense.params.get("clean_fraction", 0.0)
+            same = granted == submission.clean_fraction
+            message = f"clean_fraction {submission.clean_fraction:g} declared, its parameter is {granted}"
+            self._note("declarations", same, "" if same else message)
+            if self.run_code:
+                self._note("code", True, "not run: what is installed here is another package or version")
             return Declared(declared=declared)
         try:
             component = registry.create("defense", submission.defense.name, submission.defense.params)
@@ -157,7 +164,7 @@ class Verifier:
         try:
             tensors = load_file(self.folder / "weights" / f"{cell.key}.safetensors")
             counts, detection = evaluate_weights(stages, tensors)
-        except (BenchError, TypeError, ValueError, SafetensorError, OSError) as error:
+        except (BenchError, TypeError, ValueError, IndexError, RuntimeError, SafetensorError, OSError) as error:
             self._note("weights", False, " ".join(str(error).split())[:300], cell)
             return
         self.reevaluated[cell.key] = counts
@@ -171,9 +178,15 @@ class Verifier:
         return replace(self.context, amp=amp)
 
     def _is_same_machine(self, record: Record) -> bool:
-        precision = "float32" if choose_amp(self.context.device) is None else "bfloat16"
-        made = record.provenance
-        return made.get("device") == device_name(self.context.device) and made.get("precision") == precision
+        """Whether counts must be equal to the last image: the same CPU, precision, threads and libraries."""
+        amp = None if record.recipe.get("precision") == "float32" else choose_amp(self.context.device)
+        here = {
+            "device": device_name(self.context.device),
+            "precision": "float32" if amp is None else str(amp).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "libraries": {name: found for name in LIBRARIES if (found := installed_version(name))},
+        }
+        return self.context.device.type == "cpu" and _is_made_on(record, here)
 
     # A sample of cells again, from the beginning.
 
@@ -191,24 +204,8 @@ class Verifier:
                 self._note("repeated", False, f"it does not run here: {record.reason if record else 'no record'}", cell)
                 continue
             self.repeated[cell.key] = record.counts
-            self._note("repeated", *self._is_repeated(submitted, record.counts, matched), cell)
-
-    def _is_repeated(
-        self, submitted: Record, found: Counts, matched: Sequence[tuple[Cell, Record]]
-    ) -> tuple[bool, str]:
-        """On the same machine the counts are equal; elsewhere within three deviations over seeds, or one point."""
-        assert submitted.counts is not None
-        exact = self._is_same_machine(submitted) and self.context.device.type == "cpu"
-        for name in ("benign_accuracy", "attack_success_rate"):
-            before, after = getattr(submitted.counts, name), getattr(found, name)
-            if before is None or after is None:
-                if before is not after:
-                    return False, f"{name}: submitted {before}, here {after}"
-                continue
-            allowed = 0.0 if exact else max(3 * _deviation(submitted, name, matched), REPEATED)
-            if abs(before.rate - after.rate) > allowed:
-                return False, f"{name}: submitted {before.hits} of {before.total}, run again {after.hits}"
-        return True, ""
+            exact = self.context.device.type == "cpu" and _is_made_on(submitted, record.provenance)
+            self._note("repeated", *_is_repeated(submitted, record, matched, exact), cell)
 
 
 def _agrees(cell: Cell, record: Record, submission: Submission) -> tuple[bool, str]:
@@ -219,27 +216,34 @@ def _agrees(cell: Cell, record: Record, submission: Submission) -> tuple[bool, s
         return False, f"the record is of seed {record.seed}, its key of seed {cell.seed}"
     if record.status != "done" or record.counts is None:
         return False, f"the record is {record.status}"
-    for axis, value in record.axes.items():
-        choice = getattr(cell, axis)
+    for axis in AXES:
+        choice, value = getattr(cell, axis), record.axes[axis]
         identity = choice.component.identity()
         known = {"revision": value.revision, "params": value.params, **value.content}
         if value.name != choice.name or known != identity:
             return False, f"the record's {axis} is {value.name} {known}, the cell's {choice.name} {identity}"
+        if value.label != choice.label:
+            return False, f"the record's {axis} is labelled {value.label!r}, the cell's {choice.label!r}"
     if record.recipe != cell.recipe.model_dump(mode="json"):
         return False, "the record's recipe is not the cell's"
-    if record.clean_fraction != submission.clean_fraction:
-        return False, f"the record says clean_fraction {record.clean_fraction:g}"
+    for stage in ("data", "poison", "victim", "defense"):
+        if record.upstream.get(stage) != (wanted := getattr(cell, f"{stage}_key")):
+            return False, f"the record's {stage} is {record.upstream.get(stage)}, the cell's {wanted}"
+    says = (record.clean_fraction, record.sees_ground_truth, record.defense_stage)
+    if says != (declared := (submission.clean_fraction, submission.sees_ground_truth, submission.stage)):
+        return False, f"the record says of its defense {says}, the submission {declared}"
     return True, ""
 
 
 def evaluate_weights(stages: Stages, tensors: Mapping[str, Tensor]) -> tuple[Counts, Detection | None]:
     """The counts of a submitted model on the test sets made here, and the detection of its flags."""
     weights = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    if bad := [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor.float()).all())]:
+    if bad := [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]:
         raise ValueError(f"the weights {bad[0]} are not finite")
     shell = stages.defended_shell()
     for name, own in shell.state_dict().items():
-        if name not in weights or weights[name].shape != own.shape:
+        given = weights.get(name, own.new_empty(0, 0))
+        if given.shape != own.shape or given.is_floating_point() != own.is_floating_point():
             raise ValueError(
                 f"the weights do not fit the cell's network at {name}; a defense that changes it needs --run-code"
             )
@@ -273,10 +277,38 @@ def _same_counts(record: Record, found: Counts, exact: bool) -> tuple[bool, str]
     return True, ""
 
 
+def _is_made_on(record: Record, here: Mapping[str, Any]) -> bool:
+    """Whether a record was made on this machine, as far as it says so itself."""
+    return all(record.provenance.get(name) == here[name] for name in ("device", "precision", "threads", "libraries"))
+
+
+def _is_repeated(
+    submitted: Record, found: Record, matched: Sequence[tuple[Cell, Record]], exact: bool
+) -> tuple[bool, str]:
+    """On the same machine all shares are equal; elsewhere within three deviations over seeds, or one point."""
+    before, after = _shares(submitted), _shares(found)
+    if set(before) != set(after):
+        return False, f"submitted {sorted(before)}, run again {sorted(after)}"
+    for name, share in before.items():
+        allowed = 0.0 if exact else max(3 * _deviation(submitted, name, matched), REPEATED)
+        if abs(share - after[name]) > allowed:
+            return False, f"{name}: submitted {share:.2%}, run again {after[name]:.2%}"
+    return True, ""
+
+
+def _shares(record: Record) -> dict[str, float]:
+    """What is compared of a record."""
+    found = {name: count.rate for name, count in record.counts or () if count is not None}
+    for name in ("tpr", "fpr"):
+        if (share := getattr(record.detection, name, None)) is not None:
+            found[name] = share
+    return found
+
+
 def _deviation(record: Record, name: str, matched: Sequence[tuple[Cell, Record]]) -> float:
     """The standard deviation over seeds of the submitted cells that differ in the seed only."""
     from backdoor_bench_none.statistics import spread_over_seeds
 
-    alike = [other for _, other in matched if other.axes == record.axes and other.counts is not None]
-    rates = [count.rate for other in alike if (count := getattr(other.counts, name)) is not None]
+    alike = [_shares(other) for _, other in matched if other.axes == record.axes]
+    rates = [shares[name] for shares in alike if name in shares]
     return spread_over_seeds(rates).deviation or 0.0 if rates else 0.0

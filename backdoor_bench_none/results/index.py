@@ -86,7 +86,10 @@ def _read(root: Path, stamps: Mapping[str, Any]) -> dict[str, Measurement]:
     for key in stamps:
         path = root / "records" / key[:2] / f"{key}.json"
         try:
-            found[key] = Measurement.of(Record.model_validate_json(path.read_bytes()))
+            record = Record.model_validate_json(path.read_bytes())
+            if record.key != key:
+                raise ValueError(f"it calls itself {record.key!r}")
+            found[key] = Measurement.of(record)
         except FileNotFoundError:
             continue
         except (OSError, ValidationError, ValueError, KeyError) as error:

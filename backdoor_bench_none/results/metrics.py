@@ -33,8 +33,8 @@ class Metric:
         return self.scale == 100.0
 
     def bound(self, interval: Interval) -> Interval:
-        """`interval`, of a share without what lies below 0 or above 1, which Student's t does not know."""
-        return Interval(max(0.0, interval.low), min(1.0, interval.high)) if self.is_share else interval
+        """`interval` without what lies below 0, or of a share above 1: Student's t does not know of these limits."""
+        return Interval(max(0.0, interval.low), min(1.0, interval.high) if self.is_share else interval.high)
 
     def show(self, value: float | None) -> str:
         """The value as tables show it; a dash for none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -22,8 +22,8 @@ class Cost(_Part):
     its process (CPU) or of the device (CUDA), in bytes.
     """
 
-    seconds: float
-    peak_memory: int | None = None
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+    peak_memory: int | None = Field(None, ge=0, le=2**53)
 
 
 class AxisValue(_Part):
@@ -49,25 +49,26 @@ class Record(_Part):
     """Everything known of one cell. Shares are never stored, only counts."""
 
     schema_version: Literal[1] = Field(1, alias="schema")
-    key: str
+    #: also the name of its file
+    key: str = Field(pattern=r"^[0-9a-f]{2,64}$")
     title: str
     status: Status
     reason: str | None = None
     axes: dict[str, AxisValue]
-    seed: int
+    seed: int = Field(ge=-(2**63), lt=2**63)
     recipe: dict[str, Any]
     counts: Counts | None = None
     detection: Detection | None = None
     #: hits of every test image, where they were kept
     outcomes: Outcomes | None = None
     infected: bool | None = None
-    clean_fraction: float = 0.0
+    clean_fraction: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
     metrics: dict[str, float | None] = {}
     extras: dict[str, Any] = {}
     #: triggers found in the network, by attacks that search it: each with its hits and total
     triggers: list[dict[str, Any]] = []
     #: mean training loss of the victim, per epoch; empty where the defense does not start from it
-    victim_losses: list[float] = []
+    victim_losses: list[Annotated[float, Field(allow_inf_nan=False)]] = []
     costs: dict[str, Cost] = {}
     defense_stage: str | None = None
     sees_ground_truth: bool = False

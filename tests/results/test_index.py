@@ -118,6 +118,14 @@ def test_a_record_that_cannot_be_read_counts_as_missing(store: Store) -> None:
     assert [measured.key for measured in found] == ["ab" * 8, "bb" * 8]
 
 
+def test_a_record_under_another_name_counts_as_missing(store: Store) -> None:
+    other = store.record_path("ac" * 8)
+    other.parent.mkdir()
+    other.write_bytes(store.record_path("aa" * 8).read_bytes())
+    with pytest.warns(UserWarning, match="it calls itself 'aaaaaaaaaaaaaaaa'"):
+        assert len(read_measurements(store.root)) == 3
+
+
 def test_no_results(tmp_path: Path) -> None:
     assert read_measurements(tmp_path) == []
     assert list(tmp_path.iterdir()) == []

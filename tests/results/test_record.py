@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from backdoor_bench_none.measures import Detection
+from backdoor_bench_none.measures import Count, Detection
 from backdoor_bench_none.plan import Plan
 from backdoor_bench_none.results.record import Cost, Failure, Record
 from backdoor_bench_none.results.store import Store
@@ -75,3 +75,46 @@ def test_a_record_of_a_cell_says_what_took_part(tiny_plan: Callable[..., Plan]) 
     assert record.axes["attack"].params["target"] == 0
     assert record.axes["dataset"].params == {"image_size": 8}
     assert record.recipe["epochs"] == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"key": "../../outside"},
+        {"key": "not hexadecimal"},
+        {"seed": 10**30},
+        {"clean_fraction": math.inf},
+        {"clean_fraction": 1.5},
+        {"victim_losses": [2.0, math.nan]},
+    ],
+)
+def test_values_that_no_run_gives_are_refused(fields: dict[str, Any], make_record: MakeRecord) -> None:
+    with pytest.raises(ValidationError, match=next(iter(fields))):
+        Record.model_validate({**make_record().model_dump(by_alias=True), **fields})
+
+
+@pytest.mark.parametrize("cost", [{"seconds": math.inf}, {"seconds": -1.0}, {"seconds": 1.0, "peak_memory": 10**30}])
+def test_costs_are_finite(cost: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Cost(**cost)
+
+
+@pytest.mark.parametrize(
+    "count", [{"hits": 5, "total": 4}, {"hits": -1, "total": 4}, {"hits": 0, "total": 0}, {"hits": 1, "total": 10**30}]
+)
+def test_counts_are_possible(count: dict[str, int]) -> None:
+    with pytest.raises(ValidationError):
+        Count(**count)
+
+
+def test_the_hash_of_a_file_that_a_component_reads_is_part_of_its_axis(
+    tiny_plan: Callable[..., Plan], tmp_path: Path
+) -> None:
+    """As of a transfer trainer with a file of weights."""
+    import torch
+
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "backbone.pth")
+    trainer = f"{{name: transfer, params: {{weights: {tmp_path / 'backbone.pth'}}}}}"
+    record = Record.of(tiny_plan(trainer=trainer, defense="no_defense").cells[0], "skipped", reason="not run")
+    assert len(record.axes["trainer"].content["weights_sha256"]) == 64
+    assert Record.model_validate_json(record.model_dump_json(by_alias=True)) == record
