@@ -6,10 +6,7 @@ part of every network; `benign`, the victim of the attack `clean`; `search`, tri
 
 from __future__ import annotations
 
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -30,7 +27,7 @@ from backdoor_bench_none.recipe import Recipe
 from backdoor_bench_none.results.record import Cost, Record
 from backdoor_bench_none.results.store import Artifact, Store
 from backdoor_bench_none.run.checks import check_loadable, check_result, forbid_changes
-from backdoor_bench_none.run.memory import watch_peak_memory
+from backdoor_bench_none.run.measuring import measure_stage
 from backdoor_bench_none.seeds import derive_seed
 from backdoor_bench_none.task import TrainingTask
 from backdoor_bench_none.training import Centralized, Pixels, check_learned, move
@@ -103,7 +100,7 @@ class Stages:
             self.victim()
         if self.cell.the_attack.searches:
             self.search()
-        with self._measure() as measured:
+        with measure_stage(self.context.device) as measured:
             record = self._evaluate(defended)
         self.costs["evaluate"] = measured.cost
         costs = dict(self.costs)
@@ -385,31 +382,12 @@ class Stages:
         return artifact
 
     def _compute(self, stage: str, key: str, compute: Callable[[], Artifact]) -> Artifact:
-        with self._measure() as measured:
+        with measure_stage(self.context.device) as measured:
             made = compute()
         meta = {"cost": measured.cost.model_dump(), "warnings": measured.warnings, **made.meta}
         artifact = Artifact({name: tensor.detach().cpu() for name, tensor in made.tensors.items()}, meta)
         self.store.save_artifact(stage, key, artifact)
         return artifact
-
-    @contextmanager
-    def _measure(self) -> Iterator[_Measured]:
-        """Seconds, peak memory and warnings of what is done inside."""
-        measured = _Measured()
-        started = time.perf_counter()
-        with watch_peak_memory(self.context.device) as peak, warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("default")
-            yield measured
-            if self.context.device.type == "cuda":
-                torch.cuda.synchronize(self.context.device)
-        measured.cost = Cost(seconds=time.perf_counter() - started, peak_memory=peak())
-        measured.warnings = list(dict.fromkeys(str(warning.message) for warning in caught))
-
-
-@dataclass
-class _Measured:
-    cost: Cost = field(default_factory=lambda: Cost(seconds=0.0))
-    warnings: list[str] = field(default_factory=list)
 
 
 def _read_samples(tensors: Mapping[str, Tensor], part: str) -> PoisonedSamples:
