@@ -11,6 +11,11 @@ from backdoor_bench_none.cli.catalogue import parse_params
 from backdoor_bench_none.cli.options import open_registry, results_option
 from backdoor_bench_none.errors import BenchError, ConfigError, ExitCode
 
+verifications_option = click.option(
+    "--verifications", type=click.Path(path_type=Path), default=Path("verifications"), show_default=True,
+    help="Folder of what `verify` found, a file for each submission.",
+)  # fmt: skip
+
 
 @click.group("leaderboard")
 def leaderboard_command() -> None:
@@ -80,10 +85,10 @@ def _claims(pairs: tuple[str, ...]) -> dict[str, Any]:
 @click.option("--run-code", is_flag=True, help="Import and run the installed package of a stranger's defense.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--results", type=click.Path(path_type=Path), help="Where to keep work; default: a temporary folder.")
-@click.option("--output", type=click.Path(path_type=Path), help="Where to write what is found; default: beside it.")
+@verifications_option
 def verify_command(
     submission: Path, sample: int, seed: int | None, run_code: bool, device: str, results: Path | None,
-    output: Path | None,
+    verifications: Path,
 ) -> int:  # fmt: skip
     """Check form and hashes of SUBMISSION, evaluate every model again from its weights, run a sample of cells again.
 
@@ -95,7 +100,7 @@ def verify_command(
 
     from backdoor_bench_none.context import Context, choose_device
     from backdoor_bench_none.leaderboard.submission import as_plain, open_submission
-    from backdoor_bench_none.leaderboard.verification import find_verification, write_verification
+    from backdoor_bench_none.leaderboard.verification import verification_path, write_verification
     from backdoor_bench_none.leaderboard.verify import Verifier
     from backdoor_bench_none.report.tables import open_console
     from backdoor_bench_none.run.progress import Lines
@@ -106,7 +111,7 @@ def verify_command(
             folder, results or Path(work), Context(chosen, 0), run_code, sample, drawn, Lines(open_console())
         )
         found = verifier.verify()
-    path = output or find_verification(submission)
+    path = verification_path(verifications, found.submission_sha256)
     write_verification(path, found)
     for finding in found.findings:
         if not finding.ok:
@@ -121,15 +126,19 @@ def verify_command(
 @leaderboard_command.command("build")
 @click.argument("submissions", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), default=Path("site"), show_default=True, help="Folder.")
-def build_command(submissions: tuple[Path, ...], output: Path) -> int:
-    """Build the site of all SUBMISSIONS: folders, archives, or folders of them."""
+@verifications_option
+def build_command(submissions: tuple[Path, ...], output: Path, verifications: Path) -> int:
+    """Build the site of all SUBMISSIONS: folders, archives, or folders of them.
+
+    Only what `verify` wrote into your own folder of verifications counts as verified.
+    """
     from backdoor_bench_none.leaderboard.build import build_site
     from backdoor_bench_none.leaderboard.submission import as_plain
 
     for path in submissions:
         if not path.exists():
             raise BenchError(f"there is no '{path}'")
-    entries, refused = build_site(submissions, output)
+    entries, refused = build_site(submissions, output, verifications)
     for each in refused:
         click.echo(f"refused {as_plain(each.name)}: {as_plain(each.reason)}", err=True)
     click.echo(f"wrote {output}/index.html: {len(entries)} submissions, {len(refused)} refused")

@@ -32,13 +32,13 @@ from backdoor_bench_none.results.rows import Row
 MARK = '<meta name="generator" content="backdoor-bench-none">'
 
 
-def build_site(paths: Sequence[Path], output: Path) -> tuple[list[Entry], list[Refused]]:
+def build_site(paths: Sequence[Path], output: Path, verifications: Path) -> tuple[list[Entry], list[Refused]]:
     """Write the site of all submissions at or below `paths` into `output`, in place of an older site.
 
     What cannot be read is refused, with its reason on the page of the track list. An `output` that holds anything else
     than an older site is left alone, with an error.
     """
-    entries, refused = read_entries(paths)
+    entries, refused = read_entries(paths, verifications)
     by_track: dict[str, list[Entry]] = {}
     for entry in entries:
         name = entry.submission.track

@@ -19,7 +19,7 @@ from backdoor_bench_none.leaderboard.submission import (
     read_json,
     read_submission,
 )
-from backdoor_bench_none.leaderboard.verification import Verification, find_verification
+from backdoor_bench_none.leaderboard.verification import Verification, verification_path
 from backdoor_bench_none.results.measurement import Measurement
 from backdoor_bench_none.results.metrics import METRICS
 from backdoor_bench_none.results.record import Record
@@ -65,9 +65,9 @@ class Entry:
 
     @property
     def competes(self) -> bool:
-        """Not the baseline, not told the truth, not refused."""
+        """Not the baseline, not told the truth, and its models were evaluated by somebody else than its authors."""
         baseline = self.submission.defense.name == "no_defense"
-        return not baseline and not self.submission.sees_ground_truth and self.status != "refused"
+        return not baseline and not self.submission.sees_ground_truth and self.status in ("verified", "reevaluated")
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def find_submissions(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def read_entries(paths: Sequence[Path]) -> tuple[list[Entry], list[Refused]]:
-    """Every submission, read without trust, and those that are refused."""
+def read_entries(paths: Sequence[Path], verifications: Path) -> tuple[list[Entry], list[Refused]]:
+    """Every submission, read without trust, with its verification in the folder `verifications`; and the refused."""
     entries: list[Entry] = []
     refused: list[Refused] = []
     for path in find_submissions(paths):
@@ -104,7 +104,8 @@ def read_entries(paths: Sequence[Path]) -> tuple[list[Entry], list[Refused]]:
         if any(entry.sha256 == sha256 for entry in entries):
             refused.append(Refused(path.name, "the same submission stands here twice"))
             continue
-        entries.append(Entry(submission, records, read_verification(find_verification(path), sha256), sha256))
+        verification = read_verification(verification_path(verifications, sha256), sha256)
+        entries.append(Entry(submission, records, verification, sha256))
     return entries, refused
 
 

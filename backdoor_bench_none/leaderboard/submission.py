@@ -25,7 +25,6 @@ from backdoor_bench_none.errors import BenchError
 from backdoor_bench_none.results.record import AxisValue, Record
 
 MANIFEST = "submission.json"
-VERIFICATION = "verification.json"
 #: all that a submission may hold; hexadecimal keys are those of cells
 ALLOWED = re.compile(r"submission\.json|records/[0-9a-f]{16}\.json|weights/[0-9a-f]{16}\.safetensors")
 SCHEMA = 1
@@ -266,7 +265,7 @@ def validate(model: Any, raw: object, name: str) -> Any:  # noqa: ANN401
 
 def _check_files(folder: Path, files: Mapping[str, str]) -> None:
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
-    there -= {MANIFEST, VERIFICATION} if not (folder / VERIFICATION).is_symlink() else {MANIFEST}
+    there -= {MANIFEST}
     if odd := sorted((there | set(files)) - (there & set(files))):
         raise SubmissionError(f"{odd[0]!r} is {'not listed in' if odd[0] in there else 'missing beside'} {MANIFEST}")
     for name, wanted in files.items():

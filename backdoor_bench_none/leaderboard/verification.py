@@ -1,4 +1,6 @@
-"""What a verifier found: verification.json, beside the submission."""
+"""What a verifier found. It stands in a folder of the verifier's own, under the hash of the submission: what comes
+with a submission is its author's word.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from backdoor_bench_none.errors import BenchError
-from backdoor_bench_none.leaderboard.submission import VERIFICATION
 from backdoor_bench_none.measures import Counts
 
 Verdict = Literal["verified", "reevaluated", "refused"]
@@ -49,9 +50,9 @@ class Verification(BaseModel):
     device: str
 
 
-def find_verification(submission: Path) -> Path:
-    """Where the verification of a submission stands: in its folder, or beside an archive, as NAME.verification.json."""
-    return submission / VERIFICATION if submission.is_dir() else submission.with_suffix(f".{VERIFICATION}")
+def verification_path(folder: Path, submission_sha256: str) -> Path:
+    """Where the verification of a submission stands, by the sha256 of its submission.json."""
+    return folder / f"{submission_sha256}.json"
 
 
 def write_verification(path: Path, verification: Verification) -> None:

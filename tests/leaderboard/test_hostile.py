@@ -16,7 +16,13 @@ from typing import Any
 import pytest
 
 from backdoor_bench_none.leaderboard import submission as rules
-from backdoor_bench_none.leaderboard.submission import SubmissionError, as_plain, open_submission, read_submission
+from backdoor_bench_none.leaderboard.submission import (
+    SubmissionError,
+    as_plain,
+    hash_file,
+    open_submission,
+    read_submission,
+)
 from backdoor_bench_none.leaderboard.submission import read_json as read
 
 Bbn = Callable[..., Any]
@@ -169,11 +175,6 @@ def link_manifest(forged: Any) -> None:
     path.symlink_to(forged.folder.parent / "elsewhere")
 
 
-def link_verification(forged: Any) -> None:
-    (forged.folder.parent / "precious").write_text("years of work")
-    (forged.folder / "verification.json").symlink_to(forged.folder.parent / "precious")
-
-
 def add(name: str, listed: bool = False) -> Callable[[Any], None]:
     def change(forged: Any) -> None:
         path = forged.folder / name
@@ -203,7 +204,7 @@ FOLDERS: dict[str, tuple[Callable[[Any], None], str]] = {
     "records elsewhere": (link_records, "'records' is not listed"),
     "weights elsewhere": (link_weights, "'weights/[0-9a-f]{16}.safetensors' does not belong"),
     "manifest elsewhere": (link_manifest, "is no submission"),
-    "verification elsewhere": (link_verification, "'verification.json' is not listed"),
+    "a verdict of its own": (add("verification.json"), "'verification.json' is not listed"),
     "a pickle": (add("evil.pt"), "'evil.pt' is not listed"),
     "a pickle among weights": (add(f"weights/{KEY}.pkl"), f"'weights/{KEY}.pkl' is not listed"),
     "code": (add("bbnfile.py"), "'bbnfile.py' is not listed"),
@@ -225,11 +226,13 @@ def test_folders(name: str, forge: Forge, bbn: Bbn, tree: Tree) -> None:
 
 def test_a_verification_is_not_written_through_a_link(arena: Any, bbn: Bbn, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("years of work")
-    (tmp_path / "found.json").symlink_to(tmp_path / "precious")
     target = arena.submissions / "no_defense"
-    assert bbn("leaderboard", "verify", target, "--cells", 0, "--output", "found.json").code == 0
+    path = Path("verifications") / f"{hash_file(target / 'submission.json')}.json"
+    path.parent.mkdir()
+    path.symlink_to(tmp_path / "precious")
+    assert bbn("leaderboard", "verify", target, "--cells", 0).code == 0
     assert (tmp_path / "precious").read_text() == "years of work"
-    assert json.loads((tmp_path / "found.json").read_text())["verdict"] == "reevaluated"
+    assert json.loads(path.read_text())["verdict"] == "reevaluated"
 
 
 @pytest.mark.parametrize("path", ["nowhere", "empty", "text"])

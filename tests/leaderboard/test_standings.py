@@ -21,7 +21,7 @@ from backdoor_bench_none.leaderboard.standings import (
     read_entries,
     show,
 )
-from backdoor_bench_none.leaderboard.submission import Source, Submission, write_archive
+from backdoor_bench_none.leaderboard.submission import Source, Submission, hash_file, write_archive
 from backdoor_bench_none.leaderboard.verification import Verdict, Verification
 from backdoor_bench_none.measures import Count, Counts
 from backdoor_bench_none.results.record import AxisValue, Record
@@ -239,15 +239,25 @@ def test_a_verification_is_of_the_very_submission(submissions: Path, bbn: Bbn, f
     assert line["submitted_der"] is not None
 
 
+def test_a_verification_that_comes_with_a_submission_is_not_believed(submissions: Path, bbn: Bbn) -> None:
+    assert bbn("leaderboard", "verify", submissions / "none", "--cells", 1).code == 0
+    (path,) = Path("verifications").iterdir()
+    shutil.copy(path, submissions / "none" / "verification.json")
+    table, err = build(bbn, submissions)
+    assert "none" not in [line["defense"] for line in table]
+    assert err == "refused none: 'verification.json' is not listed in submission.json\n"
+
+
 @pytest.mark.parametrize("text", ["{}", "nonsense", '{"verdict": "verified"}'])
 def test_a_broken_verification_is_none(text: str, submissions: Path, bbn: Bbn) -> None:
-    (submissions / "none" / "verification.json").write_text(text)
+    Path("verifications").mkdir()
+    (Path("verifications") / f"{hash_file(submissions / 'none' / 'submission.json')}.json").write_text(text)
     table, err = build(bbn, submissions)
     assert err == ""
     assert {line["status"] for line in table} == {"unverified"}
 
 
-def test_an_archive_counts_with_the_verification_beside_it(submissions: Path, bbn: Bbn, tmp_path: Path) -> None:
+def test_an_archive_counts_as_verified_too(submissions: Path, bbn: Bbn, tmp_path: Path) -> None:
     write_archive(submissions / "none", tmp_path / "none.zip")
     shutil.rmtree(submissions / "none")
     assert bbn("leaderboard", "verify", "none.zip", "--cells", 1).code == 0
@@ -345,4 +355,4 @@ def test_a_site_replaces_an_older_one_and_is_equal_to_the_byte(
 def test_nothing_to_build_of(bbn: Bbn, tmp_path: Path) -> None:
     said = bbn("leaderboard", "build", "nowhere")
     assert (said.code, said.err) == (2, "error: there is no 'nowhere'\n")
-    assert read_entries([tmp_path]) == ([], [])
+    assert read_entries([tmp_path], tmp_path) == ([], [])

@@ -121,7 +121,7 @@ def test_without_run_code_nothing_of_it_is_imported(stranger: Stranger, verify: 
 
 
 def test_the_command_does_not_import_it_either(stranger: Stranger, bbn: Callable[..., Any]) -> None:
-    said = bbn("leaderboard", "verify", stranger.folder, "--output", "found.json")
+    said = bbn("leaderboard", "verify", stranger.folder, "--verifications", "found")
     assert said.code == 0
     assert "6 models evaluated again, 0 cells run again" in said.out
     assert "reevaluated; wrote" in said.out

@@ -16,7 +16,7 @@ import torch
 from bbn_attacks.badnets import BadNets
 from bbn_defenses.fine_tune import FineTune
 
-from backdoor_bench_none.leaderboard.submission import read_submission, write_archive
+from backdoor_bench_none.leaderboard.submission import hash_file, read_submission, write_archive
 from backdoor_bench_none.leaderboard.verification import Finding, Verification
 
 Bbn = Callable[..., Any]
@@ -56,7 +56,9 @@ def test_nothing_run_again_is_not_verified(arena: Any, verify: Verify) -> None:
     assert (found.verdict, found.repeated, len(found.reevaluated)) == ("reevaluated", {}, 6)
 
 
-def test_the_command_writes_what_it_found_beside_the_submission(forge: Forge, bbn: Bbn, tmp_path: Path) -> None:
+def test_the_command_writes_what_it_found_into_a_folder_of_the_verifiers_own(
+    forge: Forge, bbn: Bbn, tmp_path: Path
+) -> None:
     folder = forge("fine_tune").folder
     write_archive(folder, tmp_path / "mine-1.0.zip")
     said = bbn("leaderboard", "verify", folder, "--cells", 1, "--seed", 7)
@@ -64,22 +66,22 @@ def test_the_command_writes_what_it_found_beside_the_submission(forge: Forge, bb
     assert "6 models evaluated again, 1 cells run again (--seed 7)" in said.out
     said = bbn("leaderboard", "verify", "mine-1.0.zip", "--cells", 1, "--seed", 7)
     assert said.code == 0
-    first = Verification.model_validate_json((folder / "verification.json").read_text())
-    second = Verification.model_validate_json((tmp_path / "mine-1.0.verification.json").read_text())
-    assert first == second
+    (path,) = Path("verifications").iterdir()  # the folder and the archive are the same submission
+    first = Verification.model_validate_json(path.read_text())
+    assert path.stem == first.submission_sha256 == hash_file(folder / "submission.json")
     assert (first.verdict, first.seed, first.track) == ("verified", 7, "tiny-v1")
 
 
 def test_the_command_refuses_with_exit_code_1_and_says_why(forge: Forge, bbn: Bbn, tmp_path: Path) -> None:
     forged = forge()
     alter_counts(forged, "attack_success_rate", 0)
-    said = bbn("leaderboard", "verify", forged.seal(), "--cells", 0, "--output", tmp_path / "out" / "found.json")
+    said = bbn("leaderboard", "verify", forged.seal(), "--cells", 0, "--verifications", tmp_path / "out")
     assert said.code == 1
     place = "FAILED  numbers of digits/badnets/fine_tune/mlp/relu/s0: attack_success_rate: the record says 0 of "
     assert place in said.out
     assert "refused; wrote" in said.out
-    assert json.loads((tmp_path / "out" / "found.json").read_text())["verdict"] == "refused"
-    assert not (forged.folder / "verification.json").exists()
+    (path,) = (tmp_path / "out").iterdir()
+    assert json.loads(path.read_text())["verdict"] == "refused"
 
 
 def test_a_seed_draws_the_same_cells_and_nobody_knows_the_default(arena: Any, verify: Verify, bbn: Bbn) -> None:
@@ -88,8 +90,9 @@ def test_a_seed_draws_the_same_cells_and_nobody_knows_the_default(arena: Any, ve
     assert len({tuple(keys) for keys in drawn}) > 1
     seeds = set()
     for _ in range(2):
-        said = bbn("leaderboard", "verify", arena.submissions / "no_defense", "--cells", 0, "--output", "found.json")
-        seeds |= {json.loads(Path("found.json").read_text())["seed"], *map(int, re.findall(r"--seed (\d+)", said.out))}
+        said = bbn("leaderboard", "verify", arena.submissions / "no_defense", "--cells", 0)
+        (path,) = Path("verifications").iterdir()
+        seeds |= {json.loads(path.read_text())["seed"], *map(int, re.findall(r"--seed (\d+)", said.out))}
     assert len(seeds) == 2
 
 
