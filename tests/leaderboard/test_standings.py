@@ -77,6 +77,11 @@ def enter(make_record: Callable[..., Record]) -> Callable[..., Entry]:
 Enter = Callable[..., Entry]
 
 
+def checked(enter: Enter, name: str, cells: Cells, **declared: Any) -> Entry:
+    """An entry whose weights give the numbers of its records."""
+    return enter(name, cells, cells, "verified", **declared)
+
+
 def ranked(*entries: Entry) -> dict[str, Entry]:
     return {entry.submission.defense.name: entry for entry in rank_entries(entries)}
 
@@ -121,8 +126,10 @@ def test_a_baseline_without_a_cell_leaves_that_cell_out_of_der(enter: Enter) -> 
 
 def test_ranks_are_by_der_and_ties_share_their_mean(enter: Enter) -> None:
     found = ranked(
-        enter("no_defense", BASE), enter("weak", WEAK), enter("good", GOOD), enter("same", GOOD), enter("other", BASE)
-    )
+        enter("no_defense", BASE), *(checked(enter, name, cells) for name, cells in (
+            ("weak", WEAK), ("good", GOOD), ("same", GOOD), ("other", BASE),
+        ))
+    )  # fmt: skip
     assert {name: entry.rank for name, entry in found.items()} == {
         "good": 1.5, "same": 1.5, "other": 3.0, "weak": 4.0, "no_defense": None,
     }  # fmt: skip
@@ -130,10 +137,10 @@ def test_ranks_are_by_der_and_ties_share_their_mean(enter: Enter) -> None:
     assert list(found)[2:4] == ["other", "weak"]
 
 
-def test_baseline_oracle_and_refused_do_not_compete(enter: Enter) -> None:
+def test_baseline_oracle_refused_and_unverified_do_not_compete(enter: Enter) -> None:
     found = ranked(
-        enter("no_defense", BASE), enter("oracle", GOOD, sees_ground_truth=True),
-        enter("forged", GOOD, verdict="refused"), enter("weak", WEAK),
+        checked(enter, "no_defense", BASE), checked(enter, "oracle", GOOD, sees_ground_truth=True),
+        enter("forged", GOOD, verdict="refused"), enter("proud", GOOD), checked(enter, "weak", WEAK),
     )  # fmt: skip
     assert [(name, entry.rank) for name, entry in found.items() if entry.rank] == [("weak", 1.0)]
     assert [entry.competes for entry in found.values()].count(True) == 1
@@ -145,7 +152,9 @@ def test_baseline_oracle_and_refused_do_not_compete(enter: Enter) -> None:
 def test_verified_numbers_are_those_of_the_weights(enter: Enter) -> None:
     """The records say GOOD, the weights give WEAK: both are shown, and the rank is by the weights."""
     found = ranked(
-        enter("no_defense", BASE, BASE, "verified"), enter("proud", GOOD, WEAK, "reevaluated"), enter("other", BASE)
+        enter("no_defense", BASE, BASE, "verified"),
+        enter("proud", GOOD, WEAK, "reevaluated"),
+        checked(enter, "other", BASE),
     )
     proud = found["proud"]
     assert proud.submitted["asr"].mean == pytest.approx(0.15)
@@ -163,7 +172,8 @@ def test_verified_numbers_are_those_of_the_weights(enter: Enter) -> None:
 
 def test_claims_never_reach_other_columns(enter: Enter) -> None:
     entry = enter("good", GOOD, claims={"asr": 0.0, "der": 1.0})
-    (line,) = [line for line in as_table(rank_entries([enter("no_defense", BASE), entry])) if line["rank"]]
+    table = as_table(rank_entries([enter("no_defense", BASE), entry]))
+    (line,) = [line for line in table if line["defense"] == "good"]
     assert (line["claimed_asr"], line["claimed_der"], line["claimed_ba"]) == (0.0, 1.0, None)
     assert line["submitted_asr"] == pytest.approx(0.15)
     assert line["verified_asr"] is None
@@ -171,13 +181,16 @@ def test_claims_never_reach_other_columns(enter: Enter) -> None:
 
 def test_close_is_what_a_paired_test_cannot_tell_from_the_first(enter: Enter) -> None:
     near: Cells = {"a": [(85, 12), (90, 0)], "b": [(88, 18), (91, 31)]}
-    found = ranked(enter("no_defense", BASE), enter("good", GOOD), enter("near", near), enter("weak", WEAK))
+    others = (checked(enter, name, cells) for name, cells in (("good", GOOD), ("near", near), ("weak", WEAK)))
+    found = ranked(enter("no_defense", BASE), *others)
     assert (found["good"].is_close, found["near"].is_close, found["weak"].is_close) == (None, True, False)
 
 
 def test_close_cannot_be_told_from_one_pair(enter: Enter) -> None:
     one = {name: {"a": cells["a"][:1]} for name, cells in (("base", BASE), ("good", GOOD), ("weak", WEAK))}
-    found = ranked(enter("no_defense", one["base"]), enter("good", one["good"]), enter("weak", one["weak"]))
+    others = (checked(enter, name, one[name]) for name in ("good", "weak"))
+    found = ranked(enter("no_defense", one["base"]), *others)
+    assert (found["good"].rank, found["weak"].rank) == (1.0, 2.0)
     assert found["weak"].is_close is None
     assert found["good"].submitted["der"].interval is None
 
