@@ -214,7 +214,9 @@ def test_hostile_title(title: str, make_record: Callable[..., Record], log: Log,
 
 
 def test_names_are_told_apart_by_the_key(make_record: Callable[..., Record]) -> None:
-    records = [make_record(key=key).model_copy(update={"title": title}) for key in "ab" for title in ("x/y", "x y")]
+    records = [
+        make_record(key=key).model_copy(update={"title": title}) for key in ("aa", "bb") for title in ("x/y", "x y")
+    ]
     assert len({run_name(record) for record in records}) == 2
 
 
@@ -244,19 +246,18 @@ def test_another_program_s_event_files_are_left_alone(make_record: Callable[...,
 
 
 def test_what_is_not_a_number_is_left_out(make_record: Callable[..., Record], log: Log) -> None:
-    nan, inf = math.nan, math.inf
     detection = Detection(true_positive=0, false_positive=1, true_negative=9, false_negative=0, auroc=None)
-    costs = {"defense": Cost(seconds=nan), "victim": Cost(seconds=2.5, peak_memory=2**40)}
-    record = make_record(asr=None, detection=detection, metrics={"a.b": nan, "c": -3.0}, victim_losses=[nan, 0.5, inf])
+    costs = {"defense": Cost(seconds=0.25), "victim": Cost(seconds=2.5, peak_memory=2**40)}
+    record = make_record(asr=None, detection=detection, metrics={"a.b": math.nan, "c": -3.0}, victim_losses=[2.0, 0.5])
     record = record.model_copy(update={"costs": costs})
     log(record)
     wanted = {"BA": 0.9, "detection/FPR": 0.1, "seconds/victim": 2.5, "peak_memory/victim": 2.0**40, "metrics/c": -3.0}
-    wanted["victim_loss"] = 0.5
+    wanted |= {"victim_loss": 0.5, "seconds/defense": 0.25}
     (run,) = read_runs(record)
     assert run.data.metrics == wanted
     scalars = read_curves(record).scalars
     assert {name: points[-1][1] for name, points in scalars.items()} == pytest.approx(wanted, rel=1e-7)
-    assert scalars["victim_loss"] == [(2, 0.5)]
+    assert scalars["victim_loss"] == [(1, 2.0), (2, 0.5)]
 
 
 def test_limits_of_mlflow(make_record: Callable[..., Record], log: Log) -> None:
@@ -295,10 +296,15 @@ def test_safe_name_is_one_mlflow_takes(name: str) -> None:
 def test_experiment_by_id_and_by_default(
     make_record: Callable[..., Record], log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log(make_record(key="a"))
+    log(make_record(key="aa"))
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", MlflowClient().create_experiment("other"))
-    log(make_record(key="b"))
-    assert [len(read_runs(make_record(key=key), name)) for key in "ab" for name in ("Default", "other")] == [1, 0, 0, 1]
+    log(make_record(key="bb"))
+    assert [len(read_runs(make_record(key=key), name)) for key in ("aa", "bb") for name in ("Default", "other")] == [
+        1,
+        0,
+        0,
+        1,
+    ]
 
 
 # what goes wrong
