@@ -86,7 +86,7 @@ def test_a_script_that_hangs_is_ended(
     monkeypatch.setenv("HEARTBEAT", str(tmp_path / "heartbeat"))
     checkout("hangs")
     with pytest.raises(DeadlineError):
-        evaluate(path, seconds=10)
+        evaluate(path, seconds=6)
     process = int((tmp_path / "heartbeat").read_text())
     until = time.monotonic() + 10
     while time.monotonic() < until:
