@@ -57,14 +57,14 @@ def parametrize_contracts(
 
     expected = dict(expected_failures or {})
     params = []
-    for component in components:
-        checks = {name_of(check): check for check in checks_for(component)}
-        if unknown := set(expected) - set(checks):
-            raise ValueError(f"expected_failures: there is no check {sorted(unknown)}; there are {', '.join(checks)}")
-        for name, check in checks.items():
-            marks = [pytest.mark.xfail(reason=expected[name], strict=True)] if name in expected else []
-            test_id = f"{type(component).__name__}-{name}"
-            params.append(pytest.param(_Contract(check, component), id=test_id, marks=marks))
+    checks = [(component, name_of(check), check) for component in components for check in checks_for(component)]
+    if unknown := set(expected) - {name for _, name, _ in checks}:
+        known = ", ".join(dict.fromkeys(name for _, name, _ in checks))
+        raise ValueError(f"expected_failures: there is no check {sorted(unknown)}; there are {known}")
+    for component, name, check in checks:
+        marks = [pytest.mark.xfail(reason=expected[name], strict=True)] if name in expected else []
+        test_id = f"{type(component).__name__}-{name}"
+        params.append(pytest.param(_Contract(check, component), id=test_id, marks=marks))
     return pytest.mark.parametrize("contract", params)
 
 
