@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -207,7 +208,8 @@ def test_hostile_title(title: str, make_record: Callable[..., Record], log: Log,
     (file,) = folder.iterdir()
     assert file.is_file()
     lines = read_curves(record).texts["cell"].splitlines()
-    assert len(lines) == 6  # a table of four rows, whatever is in it
+    assert len(lines) == 6  # a table of four rows and two columns, whatever is in it
+    assert all(len(re.findall(r"(?<!\\)\|", line.replace(r"\\", ""))) == 3 for line in lines)
     (run,) = read_runs(record)
     assert title[:499].startswith((run.info.run_name or "").rstrip("…")) or not title
     assert run.info.status == "FAILED"
