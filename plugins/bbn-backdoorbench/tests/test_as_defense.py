@@ -86,6 +86,57 @@ def test_faults_are_told_without_a_traceback(root: Path, capsys: pytest.CaptureF
     assert not (root / "record" / "nothing").exists()  # the toolbox would make the folder
 
 
+@pytest.mark.parametrize("name", ["0123", "2024_0101", "no", "1e3"])
+def test_a_records_name_is_taken_as_it_is_written(name: str, root: Path) -> None:
+    """Not as the number or truth value that YAML sees in it."""
+    assert read_settings("none", ["--result_file", name])["result_file"] == name
+
+
+def test_values_that_are_none_are_told_without_a_traceback(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("params.yaml").write_text("params: 3\n")
+    Path("list.yaml").write_text("- lr\n")
+    Path("lr.yaml").write_text("lr: fast\n")
+    Path("binary.yaml").write_bytes(b"\xff\xfe\x00")
+    faults = {
+        ("--lr", "["): "--lr [ is no value",
+        ("--epochs", "[1]"): "epochs: Input should be a valid integer",
+        ("--random_seed", "abc"): "seeds.0: Input should be a valid integer",
+        ("--param", "x"): "'x' is not NAME=VALUE",
+        ("--yaml_path", "params.yaml"): "'params.yaml': params holds no mapping",
+        ("--yaml_path", "list.yaml"): "'list.yaml' holds no mapping",
+        ("--yaml_path", "lr.yaml"): "lr: Input should be a valid number",
+        ("--yaml_path", "binary.yaml"): "'binary.yaml' cannot be read",
+    }
+    for arguments, message in faults.items():
+        assert run(*arguments) == 2, arguments
+        assert message in capsys.readouterr().err
+    assert not (root / "record" / "badnet_1" / "defense").exists()
+
+
+def test_the_file_alone_may_say_it_all_and_the_parameters_of_ours(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("nad.yaml").write_text(
+        f"result_file: badnet_1\ndataset: cifar10\nmodel: {MODEL}\ndevice: cpu\nratio: 0.2\nlr: 0.001\n"
+        "num_workers: 4\namp: true\nparams: {epochs: 1, teacher_epochs: 1}\n"
+    )
+    assert main("nad", ["--yaml_path", "nad.yaml"]) == 0
+    said = capsys.readouterr()
+    assert "not used here: amp, num_workers" in said.err
+    assert "test_asr" in said.out
+    assert (root / "record" / "badnet_1" / "defense" / "nad" / "defense_result.pt").is_file()
+
+
+def test_a_second_run_replaces_our_own_result(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = root / "record" / "badnet_1" / "defense" / "nad" / "defense_result.pt"
+    words = ("--te_epochs", "1", "--epochs", "1", "--ratio", "0.2", "--lr", "0.001")
+    assert run(*words, "--random_seed", "0", defense="nad") == 0
+    first = torch.load(result, weights_only=True)["model"]
+    assert run(*words, "--random_seed", "1", defense="nad") == 0, capsys.readouterr().err
+    second = torch.load(result, weights_only=True)["model"]
+    assert any(not torch.equal(first[name], tensor) for name, tensor in second.items())
+
+
 def test_the_toolboxs_own_result_is_left_alone(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     theirs = root / "record" / "badnet_1" / "defense" / "nad"
     theirs.mkdir(parents=True)

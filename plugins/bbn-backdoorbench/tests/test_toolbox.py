@@ -98,6 +98,70 @@ def test_a_script_that_hangs_is_ended(
     pytest.fail("the script is still running")
 
 
+#: a child of the script writes on for as long as it lives
+PARENT = """
+import os, subprocess, sys, time
+beat = "import os, time\\nwhile True:\\n open(os.environ['HEARTBEAT'], 'a').write('x'); time.sleep(0.05)"
+subprocess.Popen([sys.executable, "-S", "-c", beat])
+time.sleep(600)
+"""
+
+
+def test_the_children_of_a_script_that_hangs_are_ended_too(
+    checkout: Callable[..., Path], path: Path, evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats = tmp_path / "heartbeat"
+    monkeypatch.setenv("HEARTBEAT", str(beats))
+    (checkout() / "defense" / "ft.py").write_text(PARENT)
+    with pytest.raises(DeadlineError):
+        evaluate(path, seconds=4)
+    count = beats.stat().st_size
+    assert count > 0
+    time.sleep(0.5)
+    assert beats.stat().st_size == count
+
+
+def test_modules_of_the_checkout_are_imported_without_a_trace(
+    checkout: Callable[..., Path], path: Path, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    home = checkout()
+    (home / "utils" / "helper.py").write_text("answer = 42\n")
+    script = home / "defense" / "ft.py"
+    script.write_text("import sys; sys.path.append('./')\nfrom utils.helper import answer\n" + script.read_text())
+    before = files(home)
+    assert evaluate(path)["ft"].status == "done"
+    assert files(home) == before
+
+
+def test_an_interpreter_that_is_not_there_is_named(
+    checkout: Callable[..., Path], path: Path, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout()
+    monkeypatch.setenv("BBN_BACKDOORBENCH_PYTHON", "/nowhere/python")
+    with pytest.raises(BenchError, match="'/nowhere/python' cannot be started: No such file"):
+        evaluate(path)
+
+
+@pytest.mark.parametrize("script", ["abl", "ac", "spectral"])
+def test_a_script_that_looks_for_poison_needs_a_training_set(
+    script: str, write_record: Write, write_benchmark: Write, evaluate: Evaluate
+) -> None:
+    record = write_record(lambda raw: raw.update(bd_train=None))
+    found = evaluate(write_benchmark(record, defense=f'{{name: "backdoorbench:{script}", as: script}}'))["script"]
+    assert found.status == "skipped"
+    assert found.reason == "the record has no training set (bd_train is empty), which this defense needs"
+
+
+def test_a_script_that_repairs_a_network_needs_none(
+    checkout: Callable[..., Path], write_record: Write, write_benchmark: Write, evaluate: Evaluate
+) -> None:
+    """It is given the clean images, as the toolbox's are."""
+    checkout()
+    record = write_record(lambda raw: raw.update(bd_train=None))
+    assert evaluate(write_benchmark(record, defense=FT))["ft"].status == "done"
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [

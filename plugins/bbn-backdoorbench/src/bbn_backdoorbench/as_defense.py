@@ -36,6 +36,8 @@ PARAMETERS: Mapping[str, Mapping[str, str]] = {
 VALUES = {"LGA": "lga", "Flooding": "flooding", "relative-size": "relative_size", "silhouette-scores": "silhouette"}
 #: the toolbox's words that choose what is run
 CHOICES = ("result_file", "dataset", "dataset_path", "model", "device", "random_seed", "ratio", "params")
+#: of these, the names
+TEXTS = ("result_file", "dataset", "dataset_path", "model", "device")
 #: betas of NAD
 BETAS = ("beta1", "beta2", "beta3")
 #: the toolbox's words that mean nothing here
@@ -78,14 +80,26 @@ def read_settings(defense: str, arguments: Sequence[str]) -> Mapping[str, Any]:
     given = vars(parser.parse_args(arguments))
     path, params = given.pop("yaml_path"), given.pop("param")
     from_file = {} if path is None else _read_yaml(path, defense)
-    flags = {word: yaml.safe_load(value) for word, value in given.items() if value is not None}
+    flags = {word: _read_value(word, value) for word, value in given.items() if value is not None}
     settings = {**{word: value for word, value in from_file.items() if value is not None}, **flags}
-    settings["params"] = {**settings.get("params", {}), **_parse(params)}
+    if not isinstance(ours := settings.get("params", {}), dict):
+        raise ConfigError(f"'{path}': params holds no mapping")
+    settings["params"] = {**ours, **_parse(params)}
     if "result_file" not in settings:
         raise ConfigError("--result_file is missing", "name a record below record/")
     if unused := sorted(set(settings) & set(UNUSED)):
         print(f"not used here: {', '.join(unused)}", file=sys.stderr)
     return settings
+
+
+def _read_value(word: str, text: str) -> Any:  # noqa: ANN401
+    """The value of a flag: names stay as they are, even one like 0123."""
+    if word in TEXTS:
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--{word} {text} is no value") from error
 
 
 def _known_words(defense: str) -> set[str]:

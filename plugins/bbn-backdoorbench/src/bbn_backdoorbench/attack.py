@@ -23,7 +23,7 @@ from backdoor_bench_none.api import (
 )
 from backdoor_bench_none.errors import ConfigError
 from bbn_backdoorbench.reading import Part, RecordError, ToolboxRecord, hash_record, read_images, read_record
-from bbn_backdoorbench.words import ATTACK_RESULT
+from bbn_backdoorbench.words import ATTACK_RESULT, INFO
 
 if TYPE_CHECKING:
     from backdoor_bench_none.cell import Cell
@@ -47,10 +47,10 @@ class BackdoorBenchRecord(Attack):
         return {**super().identity(), "record_sha256": hash_record(self.read())}
 
     def read(self) -> ToolboxRecord:
-        """The record, read once as long as its file does not change."""
+        """The record, read once as long as its files do not change."""
         folder = self.record.expanduser()
-        path = folder / ATTACK_RESULT
-        return _read(folder, path.stat().st_mtime_ns if path.is_file() else 0)
+        changed = [path.stat().st_mtime_ns if path.is_file() else 0 for path in (folder / ATTACK_RESULT, folder / INFO)]
+        return _read(folder, tuple(changed), (folder / "cross_test_dataset").exists())
 
     def check(self, info: DatasetInfo) -> None:
         """The record is whole, and made of this data set."""
@@ -73,7 +73,8 @@ class BackdoorBenchRecord(Attack):
             return f"the network of the record is {record.model_name}: use backdoorbench:{record.model_name}"
         if cell.the_trainer.has_clients or cell.the_trainer.has_backbone:
             return "the network of a record was trained in one place: use the trainer centralized"
-        if record.train is None and cell.the_defense.stage is not Stage.POST_TRAINING:
+        filters = getattr(cell.the_defense, "filters_training_set", False)
+        if record.train is None and (filters or cell.the_defense.stage is not Stage.POST_TRAINING):
             return "the record has no training set (bd_train is empty), which this defense needs"
         return None
 
@@ -118,7 +119,7 @@ class BackdoorBenchRecord(Attack):
 
 
 @lru_cache(maxsize=2)
-def _read(folder: Path, changed: int) -> ToolboxRecord:
+def _read(folder: Path, changed: tuple[int, ...], crossed: bool) -> ToolboxRecord:
     return read_record(folder)
 
 
@@ -131,6 +132,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor] | Any, path: Path)
             fault = f"{name} is {'absent' if there is None else 'none of its tensors'}"
         elif there.shape != here.shape:
             fault = f"{name} has shape {tuple(there.shape)}, not {tuple(here.shape)}"
+        elif there.is_meta or there.layout is not torch.strided or there.is_complex():
+            fault = f"{name} is no array of real numbers"
         else:
             continue
         raise RecordError(f"the weights in '{path}' are not of the network they are said to be of: {fault}")

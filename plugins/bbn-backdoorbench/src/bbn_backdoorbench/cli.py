@@ -39,6 +39,9 @@ def import_command(
     from backdoor_bench_none.context import choose_device
     from bbn_backdoorbench.reading import read_record
 
+    if output is not None and (output.exists() or not output.absolute().parent.is_dir()):
+        fault = "is there already" if output.exists() else "cannot be written: its folder is not there"
+        raise BenchError(f"'{output}' {fault}", "choose another file with --output")
     found = read_record(record)
     text = benchmark_text(found, record, root, npz)
     cell = plan_cell(text, open_registry(None))
@@ -49,8 +52,6 @@ def import_command(
     for line in describe(found, measured.counts):
         click.echo(line)
     if output is not None:
-        if output.exists():
-            raise BenchError(f"'{output}' is there already", "choose another file with --output")
         output.write_text(text, encoding="utf-8")
         click.echo(f"wrote {output}; go on: bbn run {output}")
     return ExitCode.OK
@@ -101,8 +102,9 @@ def describe(record: ToolboxRecord, counts: Counts) -> Iterator[str]:
     """The record and its numbers, beside those that the toolbox wrote down."""
     size = "x".join(map(str, record.image_size))
     yield f"record    {record.folder}: {record.model_name} on {record.dataset}, {record.num_classes} classes, {size}"
-    known = [f"{key} {record.info[key]}" for key in ("attack", "pratio", "attack_target") if key in record.info]
-    yield f"attack    {', '.join(known) or 'not said: there is no info.pickle'}"
+    words = {key: str(record.info[key]) for key in ("attack", "pratio", "attack_target") if key in record.info}
+    known = [f"{key} {word}" for key, word in words.items() if word.isprintable()]  # it goes to a terminal
+    yield f"attack    {', '.join(known) or 'not said in info.pickle'}"
     train = "no training set" if record.train is None else f"{len(record.train.files)} of {record.train.size} training"
     yield f"changed   {train} and {len(record.test.files)} of {record.test.size} test images"
     if not record.has_truth:

@@ -7,15 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from backdoor_bench_none.api import PoisonedSamples
 from backdoor_bench_none.cell import Cell
 from backdoor_bench_none.errors import BenchError
 from backdoor_bench_none.measures import Counts
 from backdoor_bench_none.plugins import own_version
 from backdoor_bench_none.run.stages import Stages
 from bbn_backdoorbench.attack import BackdoorBenchRecord
-from bbn_backdoorbench.words import MODELS
+from bbn_backdoorbench.reading import read_record
+from bbn_backdoorbench.words import DECOYS, MODELS
 from bbn_backdoorbench.writing import Network, write_attack, write_defense
 
 #: folders that the toolbox's tools treat in ways of their own
@@ -61,17 +64,38 @@ def export_attack(cell: Cell, stages: Stages, folder: Path) -> None:
     """Write the poisoned sets and the undefended network of a cell as a new record."""
     network = take_network(cell, stages.victim_network(), stages)
     (train, test), (poisoned, triggered) = stages.data(), stages.poison()
-    write_attack(
-        folder, network, cell.info, (train, poisoned), (test, triggered), _facts(cell, len(train), len(poisoned))
-    )
+    if not len(triggered):
+        raise BenchError(f"{cell.title}: {cell.attack.label} has no triggered images, and BackdoorBench needs some")
+    facts = _facts(cell, len(train), poisoned)
+    given = None if has_no_training_set(cell) else (train, poisoned)
+    write_attack(folder, network, cell.info, given, (test, triggered), facts)
 
 
 def export_defense(cell: Cell, stages: Stages, counts: Counts, record: Path) -> Path:
     """Write the defended network of a cell into the record in the folder `record`, and return where."""
     network = take_network(cell, stages.network(), stages)
+    _check_same(cell, stages, record)
     return write_defense(
         record, folder_name(cell.defense.label), network, counts, f"backdoor-bench-none {own_version()}"
     )
+
+
+def _check_same(cell: Cell, stages: Stages, folder: Path) -> None:
+    """The record in `folder` is the one whose network the cell's defense was given, or would have been."""
+    found, victim = read_record(folder), stages.victim_network().state_dict()
+    same = found.weights.keys() == victim.keys() and all(
+        torch.equal(found.weights[name].to(tensor.dtype), tensor.cpu()) for name, tensor in victim.items()
+    )
+    if not same or f"backdoorbench:{found.dataset}" != cell.info.name:
+        raise BenchError(
+            f"'{folder}' is a record of another network than {cell.title} started from",
+            "choose another folder with --output",
+        )
+
+
+def has_no_training_set(cell: Cell) -> bool:
+    """Whether the cell's attack is a record without one."""
+    return isinstance(cell.the_attack, BackdoorBenchRecord) and cell.the_attack.read().train is None
 
 
 def folder_name(label: str) -> str:
@@ -80,15 +104,17 @@ def folder_name(label: str) -> str:
     return f"bbn_{name}" if name in SPECIAL else name
 
 
-def _facts(cell: Cell, size: int, poisoned: int) -> Mapping[str, Any]:
+def _facts(cell: Cell, size: int, changed: PoisonedSamples) -> Mapping[str, Any]:
     """What info.pickle says, in the toolbox's words; of an imported record, what that one said."""
-    attack = cell.the_attack
+    attack, decoys = cell.the_attack, 0 if changed.decoys is None else int(changed.decoys.sum())
+    marks = {DECOYS: decoys} if decoys else {}
     if isinstance(attack, BackdoorBenchRecord):
-        return dict(attack.read().info)
+        return {**attack.read().info, **marks}
     target, mode = getattr(attack, "target", None), getattr(attack, "label_mode", "all_to_one")
     return {
         "attack": cell.attack.name, "attack_label_trans": "all2all" if mode == "all_to_all" else "all2one",
-        "attack_target": target, "pratio": poisoned / size, "random_seed": cell.seed, "epochs": cell.recipe.epochs,
-        "batch_size": cell.recipe.batch_size, "lr": cell.recipe.lr, "num_classes": cell.info.num_classes,
-        "model": check_exportable(cell), "dataset": cell.info.name.removeprefix("backdoorbench:"),
+        "attack_target": target, "pratio": (len(changed) - decoys) / size, "random_seed": cell.seed,
+        "epochs": cell.recipe.epochs, "batch_size": cell.recipe.batch_size, "lr": cell.recipe.lr,
+        "num_classes": cell.info.num_classes,
+        "model": check_exportable(cell), "dataset": cell.info.name.removeprefix("backdoorbench:"), **marks,
     }  # fmt: skip

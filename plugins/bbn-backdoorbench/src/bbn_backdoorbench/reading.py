@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from backdoor_bench_none.errors import BenchError
-from bbn_backdoorbench.words import ATTACK_RESULT, INFO, RECORD_KEYS, TRAINING_CONTROLLED
+from bbn_backdoorbench.words import ATTACK_RESULT, DECOYS, INFO, RECORD_KEYS, TRAINING_CONTROLLED
 
 #: all that numpy's arrays and scalars need; numpy 1 called the module `numpy.core`
 HARMLESS: list[Any] = [
@@ -82,6 +82,9 @@ def read_record(folder: Path) -> ToolboxRecord:
     path = folder / ATTACK_RESULT
     if not path.is_file():
         raise RecordError(f"'{folder}' is no record: there is no {ATTACK_RESULT} in it", "name a folder below record/")
+    for own in (path, folder / INFO):
+        if own.is_symlink():
+            raise RecordError(f"'{own}' is a symbolic link; a record holds its own files", "copy the file there")
     raw = load_checked(path)
     if missing := [key for key in RECORD_KEYS if key not in raw]:
         raise RecordError(f"'{path}' is no record of an attack: it lacks {', '.join(missing)}")
@@ -91,10 +94,11 @@ def read_record(folder: Path) -> ToolboxRecord:
     test = parts["bd_test"]
     if test is None:
         raise RecordError(f"'{path}': bd_test is empty, so there is nothing to measure the attack on")
-    crossed = (folder / "cross_test_dataset").exists() or info.get("attack") in TRAINING_CONTROLLED
+    crossed = (folder / "cross_test_dataset").exists() or str(info.get("attack")) in TRAINING_CONTROLLED
+    has_truth = not crossed and not info.get(DECOYS)
     return ToolboxRecord(
         folder, _text(raw["model_name"], path, "model_name"), classes, _text(raw["clean_data"], path, "clean_data"),
-        size, read_weights(raw["model"], path), parts["bd_train"], test, info, not crossed,
+        size, read_weights(raw["model"], path), parts["bd_train"], test, info, has_truth,
     )  # fmt: skip
 
 
@@ -131,7 +135,10 @@ def read_weights(raw: object, path: Path) -> dict[str, Tensor]:
     """A state dictionary without the prefix that parallel training leaves."""
     if not isinstance(raw, dict) or not raw or not all(isinstance(value, Tensor) for value in raw.values()):
         raise RecordError(f"'{path}': model is no state dictionary")
-    return {str(name).removeprefix("module."): tensor for name, tensor in raw.items()}
+    weights = {str(name).removeprefix("module."): tensor for name, tensor in raw.items()}
+    if len(weights) != len(raw):
+        raise RecordError(f"'{path}': model holds a tensor twice, with and without the prefix 'module.'")
+    return weights
 
 
 def _read_info(folder: Path) -> Mapping[str, Any]:
@@ -148,8 +155,8 @@ def _read_part(raw: object, name: str, classes: int, path: Path) -> Part | None:
         container = raw["bd_data_container"]  # type: ignore[index]
         entries, order = container["data_dict"], np.asarray(raw["original_index_array"])  # type: ignore[index]
         changed = np.asarray(raw["poison_indicator"])  # type: ignore[index]
-        entries = {int(index): entry for index, entry in entries.items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        entries = {_exact(index): entry for index, entry in entries.items()}
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise RecordError(f"{where} is no data set of BackdoorBench: {_first_line(error)}") from error
     if order.ndim != 1 or changed.ndim != 1 or order.dtype.kind not in "iu" or not np.isin(changed, (0, 1)).all():
         raise RecordError(f"{where}: original_index_array is not a list of indices, or poison_indicator not of 0 and 1")
@@ -168,8 +175,8 @@ def _read_part(raw: object, name: str, classes: int, path: Path) -> Part | None:
 
 def _labels(entry: object, classes: int, where: str) -> tuple[int, int]:
     try:
-        wanted, true = (int(value) for value in entry["other_info"])  # type: ignore[index]
-    except (KeyError, TypeError, ValueError) as error:
+        wanted, true = (_exact(value) for value in entry["other_info"])  # type: ignore[index]
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise RecordError(f"{where}: an image lacks its two labels: {_first_line(error)}") from error
     if not (0 <= wanted < classes and 0 <= true < classes):
         raise RecordError(f"{where}: label {max(wanted, true, key=abs)} is none of the {classes} classes")
@@ -185,7 +192,7 @@ def _place(entry: object, where: str) -> tuple[str, str]:
     parts = text.split("/")
     if parts[0] == "" or ".." in parts or "\\" in text or ":" in text:
         raise RecordError(f"{where}: the path {text!r} leaves the record")
-    if len(parts) < 3 or "" in parts or not text.endswith(".png"):
+    if len(parts) < 3 or "" in parts or not text.endswith(".png") or not text.isprintable():
         raise RecordError(f"{where}: the path {text!r} does not end as .../bd_train_dataset/<label>/<index>.png")
     return f"{parts[-3]}/{parts[-2]}", parts[-1]
 
@@ -237,7 +244,8 @@ def _decode(path: str, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     if found != (width, height):
         raise RecordError(f"'{path}' is {found[0]}x{found[1]}, the record says {width}x{height}")
     mode = cv2.IMREAD_COLOR if channels == 3 else cv2.IMREAD_GRAYSCALE
-    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), mode)
+    # a camera's orientation is not followed: the toolbox does not
+    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), mode | cv2.IMREAD_IGNORE_ORIENTATION)
     if pixels is None or pixels.shape[:2] != (height, width):
         raise RecordError(f"'{path}' cannot be read as PNG: its data are damaged")
     decoded: NDArray[Any] = pixels[..., ::-1] if channels == 3 else pixels[..., None]
@@ -260,8 +268,10 @@ def _read_bytes(path: str) -> bytes:
 
 
 def hash_record(record: ToolboxRecord) -> str:
-    """The sha256 of attack_result.pt and of all images."""
+    """The sha256 of attack_result.pt, of all images, and of whether the changed samples are the poisoned ones."""
     digest = hashlib.sha256((record.folder / ATTACK_RESULT).read_bytes())
+    if not record.has_truth:
+        digest.update(b"without ground truth")
     for part in (record.train, record.test):
         for path in part.files if part is not None else ():
             digest.update(hashlib.sha256(_read_bytes(path)).digest())
@@ -274,16 +284,24 @@ def _whole(value: object, path: Path, name: str) -> int:
     return int(value)
 
 
+def _exact(value: Any) -> int:  # noqa: ANN401
+    """A whole number; `ValueError` for 0.5, which int() would round."""
+    number = int(value)
+    if number != value:
+        raise ValueError(f"{value!r} is no whole number")
+    return number
+
+
 def _text(value: object, path: Path, name: str) -> str:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value.isprintable():
         raise RecordError(f"'{path}': {name} is {value!r}, not a name")
     return value
 
 
 def _image_size(value: object, path: Path) -> tuple[int, int, int]:
     try:
-        height, width, channels = (int(extent) for extent in value)  # type: ignore[attr-defined]
-    except (TypeError, ValueError) as error:
+        height, width, channels = (_exact(extent) for extent in value)  # type: ignore[attr-defined]
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise RecordError(f"'{path}': img_size is {value!r}, not (H, W, C)") from error
     if not (0 < height == width <= 1024 and channels in (1, 3)):
         raise RecordError(f"'{path}': img_size is {value!r}; square images of 1 or 3 channels are read here")

@@ -42,6 +42,8 @@ class ToolboxDefense(Defense):
     sees_ground_truth: ClassVar[bool] = True
     #: the script in `defense/`
     script: ClassVar[str]
+    #: whether it looks for poison in the record's training set, so that a record without one is none for it
+    filters_training_set: ClassVar[bool] = False
 
     options: dict[str, Flag] = Field(
         default_factory=dict, description="further flags of the script by name, as {epochs: 10}; they win over its YAML"
@@ -76,10 +78,13 @@ class ToolboxDefense(Defense):
         command = self.command(place, context, dataset, model)
         log = place / "output.txt"
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                command, cwd=place, env=environment(place), stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+            try:
+                process = subprocess.Popen(
+                    command, cwd=place, env=environment(place), stdin=subprocess.DEVNULL, stdout=output,
+                    stderr=subprocess.STDOUT, start_new_session=True,
+                )  # fmt: skip
+            except OSError as error:
+                raise ConfigError(f"'{command[0]}' cannot be started: {error.strerror}", f"set {PYTHON}") from error
             try:
                 while process.poll() is None:
                     with suppress(subprocess.TimeoutExpired):
@@ -155,6 +160,7 @@ def environment(place: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([shim, str(place)]),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
         "MPLBACKEND": "Agg",
+        "PYTHONDONTWRITEBYTECODE": "1",  # modules are imported through links into the user's checkout
     }
 
 
@@ -162,12 +168,14 @@ class ABL(ToolboxDefense):
     """BackdoorBench's defense/abl.py."""
 
     script: ClassVar[str] = "abl"
+    filters_training_set: ClassVar[bool] = True
 
 
 class AC(ToolboxDefense):
     """BackdoorBench's defense/ac.py."""
 
     script: ClassVar[str] = "ac"
+    filters_training_set: ClassVar[bool] = True
 
 
 class ANP(WithCleanData):
@@ -258,3 +266,4 @@ class Spectral(ToolboxDefense):
     """BackdoorBench's defense/spectral.py."""
 
     script: ClassVar[str] = "spectral"
+    filters_training_set: ClassVar[bool] = True

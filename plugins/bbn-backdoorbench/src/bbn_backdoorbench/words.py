@@ -10,6 +10,8 @@ HOME = "BBN_BACKDOORBENCH_HOME"
 ATTACK_RESULT = "attack_result.pt"
 DEFENSE_RESULT = "defense_result.pt"
 INFO = "info.pickle"
+#: a key of ours in info.pickle: the number of changed training samples that bear no trigger
+DECOYS = "bbn_decoys"
 #: what attack_result.pt holds
 RECORD_KEYS = ("model_name", "num_classes", "model", "data_path", "img_size", "clean_data", "bd_train", "bd_test")
 

@@ -42,11 +42,12 @@ def write_attack(
     folder: Path,
     network: Network,
     info: DatasetInfo,
-    train: tuple[ImageSet, PoisonedSamples],
+    train: tuple[ImageSet, PoisonedSamples] | None,
     test: tuple[ImageSet, PoisonedSamples],
     facts: Mapping[str, Any],
 ) -> None:
-    """Write attack_result.pt, info.pickle and the images of both parts, each with its clean set, into a new `folder`.
+    """Write attack_result.pt, info.pickle and the images of both parts, each with its clean set, into a new `folder`;
+    `train` is None where an attack leaves no training set.
 
     The paths inside are relative to the folder that holds `record/`, so the folder must end up there by its own name.
     """
@@ -54,8 +55,8 @@ def write_attack(
     channels, height, width = info.shape
     with new_folder(folder) as draft:
         parts = {
-            name: _write_part(draft, folder.name, name, clean, samples, whole)
-            for name, (clean, samples), whole in (("bd_train", train, True), ("bd_test", test, False))
+            name: None if part is None else _write_part(draft, folder.name, name, *part, whole)
+            for name, part, whole in (("bd_train", train, True), ("bd_test", test, False))
         }
         result = {
             **network.as_dict(), "data_path": f"./data/{dataset}", "img_size": (height, width, channels),
