@@ -154,7 +154,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
         home = tmp_path / "BackdoorBench"
         for folder in ("attack", "utils", "data", "defense", "config/defense/ft"):
             (home / folder).mkdir(parents=True)
-        (home / "defense" / "ft.py").write_text(ENDINGS[ending] if ending == "hangs" else FT + ENDINGS[ending])
+        (home / "defense" / "ft.py").write_text(FT + ENDINGS[ending])
         (home / "config" / "defense" / "ft" / "cifar10.yaml").write_text("ratio: 0.05\n")
         monkeypatch.setenv("BBN_BACKDOORBENCH_HOME", str(home))
         return home

@@ -75,7 +75,6 @@ torch.save(result, os.path.join(folder, "defense", "ft", "defense_result.pt"))
 ENDINGS = {
     "fine": FINE,
     "dies": "print('a line before'); sys.exit('the loss is nan')",
-    "hangs": "import os, time; open(os.environ['HEARTBEAT'], 'w').write(str(os.getpid())); time.sleep(600)",
     "writes nothing": "",
     "wrong weights": FINE.replace('found["model"].items()', '[*found["model"].items()][1:]'),
     "malice": FINE.replace('"num_classes": 10', "\"num_classes\": __import__('builtins').print"),

@@ -12,8 +12,14 @@ import torch
 import torchvision
 from standins import MODEL, Said
 
+from backdoor_bench_none.context import Context
+from backdoor_bench_none.errors import BenchError
+from backdoor_bench_none.plan import make_plan
+from backdoor_bench_none.registry import Registry
 from backdoor_bench_none.results.record import Record
 from backdoor_bench_none.results.store import Store
+from backdoor_bench_none.run.stages import Stages
+from bbn_backdoorbench.export import export_attack
 from bbn_backdoorbench.reading import read_record
 
 Bbn = Callable[..., Said]
@@ -141,12 +147,14 @@ def test_what_is_learnt_of_the_truth_later_makes_another_cell(
     assert after.detection.tpr is None
 
 
-def test_an_attack_without_triggered_images_is_no_record(write_benchmark: Write, evaluate: Evaluate, bbn: Bbn) -> None:
+def test_an_attack_without_triggered_images_is_no_record(write_benchmark: Write) -> None:
+    """BackdoorBench has nothing to measure such an attack on, and we do not read one."""
     path = write_benchmark(attack="clean", architecture=RESNET)
-    train_longer(path)
-    said = bbn("backdoorbench", "export", evaluate(path)["no_defense"].key, "--output", "out")
-    assert said.code == 2
-    assert "clean has no triggered images" in said.err
+    (cell,) = make_plan(path, Registry.default(path.parent), need_data=True).cells
+    stages = Stages(cell, store := Store(Path("results")), Context(torch.device("cpu"), 0))
+    store.create()
+    with pytest.raises(BenchError, match="clean has no triggered images"):
+        export_attack(cell, stages, Path("out"))
     assert not Path("out").exists()
 
 

@@ -85,7 +85,7 @@ def test_our_own_attack_becomes_a_record(
     attack = f"{{name: badnets, params: {{label_mode: {mode}, trigger_kind: static, poison_rate: 0.2}}}}"
     path = write_benchmark(attack=attack, architecture='"backdoorbench:resnet18"')
     path.write_text(
-        path.read_text().replace("epochs: 1, batch_size: 20, lr: 0.001", "epochs: 12, batch_size: 20, lr: 0.02")
+        path.read_text().replace("epochs: 1, batch_size: 20, lr: 0.001", "epochs: 6, batch_size: 20, lr: 0.02")
     )
     evaluate(path)
     (key,) = keys(bbn).values()

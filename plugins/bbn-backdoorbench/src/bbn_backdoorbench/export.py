@@ -62,10 +62,10 @@ def take_network(cell: Cell, model: nn.Module, stages: Stages) -> Network:
 
 def export_attack(cell: Cell, stages: Stages, folder: Path) -> None:
     """Write the poisoned sets and the undefended network of a cell as a new record."""
-    network = take_network(cell, stages.victim_network(), stages)
     (train, test), (poisoned, triggered) = stages.data(), stages.poison()
     if not len(triggered):
         raise BenchError(f"{cell.title}: {cell.attack.label} has no triggered images, and BackdoorBench needs some")
+    network = take_network(cell, stages.victim_network(), stages)
     facts = _facts(cell, len(train), poisoned)
     given = None if has_no_training_set(cell) else (train, poisoned)
     write_attack(folder, network, cell.info, given, (test, triggered), facts)
