@@ -40,11 +40,13 @@ def test_the_real_record_comes_out_to_the_count(real_record: Path, real_npz: Pat
 
 
 def test_a_record_in_a_matrix(
-    write_record: Callable[..., Path], write_benchmark: Callable[..., Path], bbn: Bbn, weights: dict[str, Any]
+    write_record: Callable[..., Path],
+    write_benchmark: Callable[..., Path],
+    evaluate: Evaluate,
+    bbn: Bbn,
+    weights: dict[str, Any],
 ) -> None:
-    said = bbn("run", write_benchmark(write_record(), defense="no_defense, none"))
-    assert said.code == 0, said.out
-    none = next(record for record in Store(Path("results")).records() if record.axes["defense"].name == "none")
+    none = evaluate(write_benchmark(write_record(), defense="no_defense, none"))["none"]
     assert none.status == "done"
     assert none.detection is not None
     assert none.detection.true_positive + none.detection.false_negative == len(POISONED)
