@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from backdoor_bench_none.hookspecs import hookimpl
+from backdoor_bench_none.contracts.markers import hookimpl
 
 if TYPE_CHECKING:
     from backdoor_bench_none.api import *  # noqa: F403

@@ -67,6 +67,10 @@ class TrainingError(BenchError):
     """A network failed to train: its loss is not finite, or no better than chance."""
 
 
+class DeadlineError(BenchError):
+    """A stage ran past its deadline."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown `name`: the closest known name, or all of them."""
     names = sorted(known)

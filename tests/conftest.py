@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from backdoor_bench_none.cell import AXES
 from backdoor_bench_none.cli.main import run_cli
+from backdoor_bench_none.contracts.cell import AXES
+from backdoor_bench_none.contracts.measures import Count, Counts
+from backdoor_bench_none.contracts.record import AxisValue, Cost, Record
 from backdoor_bench_none.executors.local import start_process_server
-from backdoor_bench_none.measures import Count, Counts
-from backdoor_bench_none.plan import Plan, make_plan
-from backdoor_bench_none.registry import Registry
-from backdoor_bench_none.results.record import AxisValue, Cost, Record
+from backdoor_bench_none.planning.plan import Plan, make_plan
+from backdoor_bench_none.registry.components import Registry
 
 TINY = {
     "dataset": "{name: digits, params: {image_size: 8}}",

@@ -18,10 +18,10 @@ import pytest
 
 from backdoor_bench_none.cli.init import default_benchmark
 from backdoor_bench_none.cli.main import VERBS
-from backdoor_bench_none.config import parse_config
-from backdoor_bench_none.plan import plan_config
-from backdoor_bench_none.plugins import Plugins
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.planning.plan import plan_config
+from backdoor_bench_none.planning.reading import parse_config
+from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
 from backdoor_bench_none.results.store import Store
 
 ROOT = Path(__file__).parents[1]

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from backdoor_bench_none.config import Config, parse_config, read_config
+from backdoor_bench_none.contracts.config import Config
 from backdoor_bench_none.errors import ConfigError
+from backdoor_bench_none.planning.reading import parse_config, read_config
 
 MINIMAL = """\
 version: 1

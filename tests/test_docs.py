@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from backdoor_bench_none import hookspecs
 from backdoor_bench_none.cli.main import VERBS
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.registry import hookspecs
+from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.testing import run_contract
 

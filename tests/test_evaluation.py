@@ -10,9 +10,9 @@ from sklearn.metrics import confusion_matrix, roc_auc_score
 from torch import Tensor, nn
 
 from backdoor_bench_none.api import Context, DatasetInfo, ImageSet, PoisonedSamples
-from backdoor_bench_none.evaluation import evaluate, score_detection
-from backdoor_bench_none.measures import Count, Counts, Detection, defense_effectiveness
-from backdoor_bench_none.training import Pixels
+from backdoor_bench_none.contracts.measures import Count, Counts, Detection, defense_effectiveness
+from backdoor_bench_none.contracts.network import Pixels
+from backdoor_bench_none.run.evaluation import evaluate, score_detection
 
 CPU = Context(torch.device("cpu"), 0)
 INFO = DatasetInfo("rigged", (1, 2, 2), 4, 6, (0.0,), (1.0,))

@@ -19,14 +19,14 @@ from mlflow.tracking import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 
-from backdoor_bench_none.cell import Cell
-from backdoor_bench_none.evaluation import Detection
+from backdoor_bench_none.contracts.cell import Cell
+from backdoor_bench_none.contracts.record import Cost, Record
 from backdoor_bench_none.loggers import LOGGERS
 from backdoor_bench_none.loggers.mlflow import safe_name
 from backdoor_bench_none.loggers.tensorboard import run_name
-from backdoor_bench_none.plugins import Plugins, PluginWarning
-from backdoor_bench_none.results.record import Cost, Record
+from backdoor_bench_none.registry.plugins import Plugins, PluginWarning
 from backdoor_bench_none.results.store import Store
+from backdoor_bench_none.run.evaluation import Detection
 
 pytestmark = [
     # MLflow 3 maps its tables in a way that SQLAlchemy 2.1 deprecates, once, when a database is first used

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from backdoor_bench_none.natural_break import CHUNK, Breaks, find_breaks
+from backdoor_bench_none.maths.natural_break import CHUNK, Breaks, find_breaks
 
 Floats = NDArray[np.floating]
 Draw = Callable[[np.random.Generator, int], Floats]

@@ -17,15 +17,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from backdoor_bench_none import evaluation
 from backdoor_bench_none.api import Attack, Component, Recipe, hookimpl
-from backdoor_bench_none.cell import Cell
-from backdoor_bench_none.config import parse_config
+from backdoor_bench_none.contracts.cell import Cell
+from backdoor_bench_none.contracts.recipe import NAMED_RECIPES, PAPER
 from backdoor_bench_none.errors import ConfigError, DatasetError
-from backdoor_bench_none.plan import Plan, make_plan, plan_config
-from backdoor_bench_none.plugins import Plugins
-from backdoor_bench_none.recipe import NAMED_RECIPES, PAPER
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.planning.plan import Plan, make_plan, plan_config
+from backdoor_bench_none.planning.reading import parse_config
+from backdoor_bench_none.planning.stage_table import (
+    data_key,
+    defense_key,
+    initial_key,
+    poison_key,
+    record_key,
+    victim_key,
+)
+from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
+from backdoor_bench_none.run import evaluation
 
 MATRIX = {"dataset": "digits", "attack": "badnets", "defense": "no_defense", "architecture": "mlp"}
 
@@ -56,7 +64,7 @@ def fault(registry: Registry, text: str) -> str:
 
 
 def labels(plan: Plan, axis: str) -> list[str]:
-    return list(dict.fromkeys(getattr(cell, axis).label for cell in plan.cells))
+    return list(dict.fromkeys(cell.choices[axis].label for cell in plan.cells))
 
 
 def only(registry: Registry, rest: str = "", **axes: str) -> Cell:
@@ -195,7 +203,12 @@ def test_file_as_a_whole(tmp_path: Path, registry: Registry) -> None:
 def test_the_matrix_is_crossed_once(registry: Registry) -> None:
     text = write("seeds: [0, 1, 2]\n", attack="clean, badnets", defense="no_defense, none", activation="relu, elu")
     plan = make(registry, text)
-    assert len(plan.cells) == len({cell.key for cell in plan.cells}) == len({cell.title for cell in plan.cells}) == 24
+    assert (
+        len(plan.cells)
+        == len({record_key(cell) for cell in plan.cells})
+        == len({cell.title for cell in plan.cells})
+        == 24
+    )
     assert plan.excluded == 0
     assert plan.absent == ()
     assert [cell.seed for cell in plan.cells[:4]] == [0, 1, 2, 0]
@@ -220,7 +233,7 @@ def test_sweep_wins_over_params_and_has_its_own_label(registry: Registry) -> Non
     entry = "{name: badnets, as: mine, params: {size: 7}, sweep: {size: [5]}}"
     cell = only(registry, attack=entry)
     assert cell.attack.label == "mine[size=5]"
-    assert cell.the_attack.model_dump()["size"] == 5
+    assert cell.attack.component.model_dump()["size"] == 5
 
 
 @pytest.mark.parametrize(
@@ -324,14 +337,14 @@ def test_attack_is_resolved_for_each_data_set(registry: Registry) -> None:
     sizes = "{name: digits, as: small}, {name: digits, as: large, params: {image_size: 32}}"
     cells = make(registry, write(dataset=sizes)).cells
     assert [cell.info.shape for cell in cells] == [(1, 16, 16), (1, 32, 32)]
-    assert {cell.the_attack.model_dump()["trigger_kind"] for cell in cells} == {"label_consistent"}
-    assert len({cell.poison_key for cell in cells}) == 2
+    assert {cell.attack.component.model_dump()["trigger_kind"] for cell in cells} == {"label_consistent"}
+    assert len({poison_key(cell) for cell in cells}) == 2
 
 
 def test_defaults_stand_below_the_entry(registry: Registry) -> None:
     rest = "defaults: {attack: {badnets: {size: 5, target: 4}}}\n"
     for given_params, size in (("{}", 5), ("{size: 7}", 7)):
-        attack = only(registry, rest, attack=f"{{name: badnets, params: {given_params}}}").the_attack.model_dump()
+        attack = only(registry, rest, attack=f"{{name: badnets, params: {given_params}}}").attack.component.model_dump()
         assert (attack["size"], attack["target"]) == (size, 4)
 
 
@@ -460,8 +473,8 @@ def test_key_changes_with(change: str, base: Cell, registry: Registry) -> None:
     changed = only(registry, rest, **{**BASE, **axes})
     assert changed.key != base.key
     early = change.endswith(("attack", "data set", "seed"))
-    assert (changed.poison_key != base.poison_key) == (early or change == "parameter in defaults")
-    assert (changed.victim_key != base.victim_key) == (not change.endswith("defense"))
+    assert (poison_key(changed) != poison_key(base)) == (early or change == "parameter in defaults")
+    assert (victim_key(changed) != victim_key(base)) == (not change.endswith("defense"))
 
 
 @pytest.mark.parametrize("axis", ["dataset", "attack", "defense", "architecture", "activation", "trainer"])
@@ -478,11 +491,11 @@ def test_key_changes_with_fingerprint_and_evaluation(
 ) -> None:
     other = replace(base, fingerprint="0" * 64)
     assert other.key != base.key
-    assert other.data_key != base.data_key
+    assert data_key(other) != data_key(base)
     monkeypatch.setattr(evaluation, "EVALUATION_REVISION", evaluation.EVALUATION_REVISION + 1)
     again = only(registry, **BASE)
     assert again.key != base.key
-    assert again.defense_key == base.defense_key
+    assert defense_key(again) == defense_key(base)
 
 
 SAME: dict[str, tuple[str, dict[str, str]]] = {
@@ -519,18 +532,18 @@ def test_key_does_not_depend_on_where_the_data_lie(registry: Registry, tmp_path:
 def test_what_the_defenses_of_a_seed_share(registry: Registry) -> None:
     defenses = "no_defense, none, {name: none, as: other, params: {r1: 0.5}}"
     cells = make(registry, write("seeds: [0, 1]\n", defense=defenses)).cells
-    assert len({cell.key for cell in cells}) == len({cell.defense_key for cell in cells}) == 6
+    assert len({record_key(cell) for cell in cells}) == len({defense_key(cell) for cell in cells}) == 6
     for shared in ("poison_key", "victim_key", "initial_key"):
         assert len({(cell.seed, getattr(cell, shared)) for cell in cells}) == 2
         assert len({getattr(cell, shared) for cell in cells}) == 2
-    assert len({cell.data_key for cell in cells}) == 1
+    assert len({data_key(cell) for cell in cells}) == 1
 
 
 def test_what_attacks_and_architectures_share(registry: Registry) -> None:
     cells = make(registry, write(attack="clean, badnets", architecture="mlp, resnet18")).cells
-    assert len({cell.initial_key for cell in cells}) == 2
-    assert len({cell.poison_key for cell in cells}) == 2
-    assert len({cell.victim_key for cell in cells}) == 4
+    assert len({initial_key(cell) for cell in cells}) == 2
+    assert len({poison_key(cell) for cell in cells}) == 2
+    assert len({victim_key(cell) for cell in cells}) == 4
 
 
 @pytest.mark.parametrize(
@@ -548,19 +561,19 @@ def test_cell_goes_through_json(axes: dict[str, str], registry: Registry) -> Non
     spec = cell.spec()
     again = Cell.from_spec(json.loads(json.dumps(spec, allow_nan=False)), registry)
     assert again == cell
-    assert (again.key, again.title) == (cell.key, cell.title)
+    assert (again.key, again.title) == (record_key(cell), cell.title)
     assert again.spec() == spec
 
 
 def test_keys_are_short_and_hexadecimal(base: Cell) -> None:
-    for key in (base.key, base.data_key, base.poison_key, base.initial_key, base.victim_key, base.defense_key):
+    for key in (base.key, data_key(base), poison_key(base), initial_key(base), victim_key(base), defense_key(base)):
         assert len(key) == 16
         int(key, 16)
 
 
 def test_the_attack_of_a_plan_is_the_resolved_one(base: Cell) -> None:
-    assert isinstance(base.the_attack, Attack)
-    assert base.the_attack == BadNets(target=3).resolve(base.info)
+    assert isinstance(base.attack.component, Attack)
+    assert base.attack.component == BadNets(target=3).resolve(base.info)
 
 
 # the learning rate

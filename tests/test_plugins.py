@@ -13,12 +13,14 @@ from textwrap import dedent
 import pytest
 import torch
 
-from backdoor_bench_none import hookspecs
-from backdoor_bench_none.api import BASES, Context
+from backdoor_bench_none.api import Context
+from backdoor_bench_none.contracts.kinds import BASES
 from backdoor_bench_none.errors import ConfigError, PluginError
-from backdoor_bench_none.plan import Plan, make_plan
-from backdoor_bench_none.plugins import API_VERSION, Plugins, PluginWarning
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.planning.plan import Plan, make_plan
+from backdoor_bench_none.planning.stage_table import record_key
+from backdoor_bench_none.registry import hookspecs
+from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import API_VERSION, Plugins, PluginWarning
 from backdoor_bench_none.run.provenance import describe
 
 HOOKS = {name: hook for name, hook in vars(hookspecs).items() if name.startswith("bbn_")}
@@ -359,7 +361,7 @@ def test_the_first_reason_to_skip_counts(install: Install, tmp_path: Path) -> No
     first = "@hookimpl(tryfirst=True)\ndef bbn_cell_skip(cell): return"
     install("four", f"{first} '' if (cell.attack.name, cell.defense.name) == ('clean', 'none') else None")
     made = plan(Plugins(), tmp_path)
-    reasons = {(cell.attack.name, cell.defense.name): made.skipped[cell.key] for cell in made.cells}
+    reasons = {(cell.attack.name, cell.defense.name): made.skipped[record_key(cell)] for cell in made.cells}
     assert reasons == {
         ("clean", "no_defense"): "last",
         ("clean", "none"): "",

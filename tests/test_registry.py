@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from backdoor_bench_none.api import BASES
+from backdoor_bench_none.contracts.kinds import BASES
 from backdoor_bench_none.errors import BenchError, ConfigError, PluginError
-from backdoor_bench_none.plugins import Plugins
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
 
 BUILT_INS = [(entry.kind, entry.name) for entry in Plugins(external=False).entries]
 SOURCE = """

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from backdoor_bench_none.statistics import (
+from backdoor_bench_none.maths.statistics import (
     Comparison,
     Interval,
     McNemar,

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import pytest
 
-from backdoor_bench_none.results.record import Record
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.results.store import Store
 
 ROOT = Path(__file__).parents[1]
@@ -302,7 +302,7 @@ def test_their_own_tests_pass(environment: Environment, workshop: Path) -> None:
 
 #: way of being broken -> what is said of it whenever plugins are loaded
 ON_LOADING = {
-    "import": "ImportError: cannot import name 'hookimpel' from 'backdoor_bench_none.hookspecs'",
+    "import": "ImportError: cannot import name 'hookimpel' from 'backdoor_bench_none.registry.hookspecs'",
     "hook": "unknown hook 'bbn_defences'",
     "signature": "bbn_cell_skip.*colour",
     "dependency": "ModuleNotFoundError: No module named 'bbn_broken_needs_this'",

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import Normalize
 
-from backdoor_bench_none import training
 from backdoor_bench_none.api import Batch, Context, DatasetInfo, FitOptions, History, ImageSet, Recipe, TrainingData
 from backdoor_bench_none.api import cross_entropy as plain_loss
-from backdoor_bench_none.context import DeadlineError
-from backdoor_bench_none.errors import TrainingError
-from backdoor_bench_none.recipe import named_recipe
-from backdoor_bench_none.training import Centralized, Pixels, check_learned, predict_logits
+from backdoor_bench_none.contracts.network import Pixels, predict_logits
+from backdoor_bench_none.contracts.recipe import named_recipe
+from backdoor_bench_none.contracts.trainer import check_learned
+from backdoor_bench_none.errors import DeadlineError, TrainingError
+from backdoor_bench_none.trainers import centralized as training
+from backdoor_bench_none.trainers.centralized import Centralized
 
 CPU = Context(torch.device("cpu"), 7)
 INFO = DatasetInfo("toy", (1, 8, 8), 3, 50, (0.4,), (0.3,))

@@ -13,9 +13,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backdoor_bench_none.api import DatasetInfo, Trigger
+from backdoor_bench_none.contracts.network import Pixels
+from backdoor_bench_none.contracts.trigger import (
+    PlacedTiles,
+    label_consistent_tile,
+    place,
+    random_places,
+    solid_tile,
+    watermark,
+)
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.training import Pixels
-from backdoor_bench_none.trigger import PlacedTiles, label_consistent_tile, place, random_places, solid_tile, watermark
 
 SIZES = (16, 28, 32, 224)
 PATCHES = ("static", "dynamic", "corner", "label_consistent")

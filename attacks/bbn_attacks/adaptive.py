@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backdoor_bench_none import trigger as triggers
-from backdoor_bench_none.api import Batch, Context, DatasetInfo, History, Trigger, TriggerAttack, VictimTask
-from backdoor_bench_none.models.hooks import record_outputs
-from backdoor_bench_none.models.neurons import find_layers
-from backdoor_bench_none.training import Pixels
-
-if TYPE_CHECKING:
-    from backdoor_bench_none.cell import Cell
+from backdoor_bench_none.api import (
+    Batch,
+    Combination,
+    Context,
+    DatasetInfo,
+    History,
+    Pixels,
+    Trigger,
+    TriggerAttack,
+    VictimTask,
+    find_layers,
+    record_outputs,
+    triggers,
+)
 
 
 class Adaptive(TriggerAttack):
@@ -40,9 +46,11 @@ class Adaptive(TriggerAttack):
     lr: float | None = Field(None, gt=0, description="its highest learning rate; default: a tenth of the recipe's")
     opacity: float = Field(1.0, gt=0, le=1, description="value of the mask of the watermark")
 
-    def skip(self, cell: Cell) -> str | None:
+    def skip(self, cell: Combination) -> str | None:
         """Clients each train on their own data: there is no one who could fine-tune on all."""
-        return "its attacker trains on all data in one place" if cell.the_trainer.has_clients else super().skip(cell)
+        return (
+            "its attacker trains on all data in one place" if cell.trainer.component.has_clients else super().skip(cell)
+        )
 
     def trigger(self, info: DatasetInfo) -> Trigger:
         """The watermark, as in section 8.9."""

@@ -9,11 +9,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from backdoor_bench_none import trigger as triggers
-from backdoor_bench_none.api import AttackTask, DatasetInfo, PoisonedSamples, Trigger, TriggerAttack
-from backdoor_bench_none.attack import check_rates, draw_indices, stamp_in_chunks
-from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.seeds import derive_seed
+from backdoor_bench_none.api import (
+    AttackTask,
+    ConfigError,
+    Context,
+    DatasetInfo,
+    PoisonedSamples,
+    Trigger,
+    TriggerAttack,
+    check_rates,
+    derive_seed,
+    draw_indices,
+    stamp_in_chunks,
+    triggers,
+)
 
 
 class AdaptiveBlend(TriggerAttack):
@@ -63,16 +72,16 @@ class AdaptiveBlend(TriggerAttack):
         mask = (pieces * self.opacity)[:, :, rows][:, :, :, columns]
         return Trigger(mask, triggers.noise(info.shape, self.pattern_seed))
 
-    def poison(self, task: AttackTask) -> PoisonedSamples:
+    def poison(self, task: AttackTask, context: Context) -> PoisonedSamples:
         """Poisoned samples get the attacker's labels, cover samples keep theirs."""
         labels = task.data.labels
-        poisoned = self.select(labels, derive_seed(task.seed, "select"))
+        poisoned = self.select(labels, derive_seed(context.seed, "select"))
         others = torch.ones(len(labels), dtype=torch.bool)
         others[poisoned] = False
         count = round(self.cover_rate * len(labels))
-        cover = draw_indices(torch.nonzero(others).flatten(), count, derive_seed(task.seed, "cover"))
+        cover = draw_indices(torch.nonzero(others).flatten(), count, derive_seed(context.seed, "cover"))
         indices, order = torch.cat([poisoned, cover]).sort()
-        pieces = self.draw_pieces(indices, derive_seed(task.seed, "place"))
+        pieces = self.draw_pieces(indices, derive_seed(context.seed, "place"))
         images = stamp_in_chunks(task.data.images[indices], lambda part: self.partial_trigger(task.info, pieces[part]))
         decoys = order >= len(poisoned)
         wanted = self.relabel(labels[indices], task.info.num_classes)

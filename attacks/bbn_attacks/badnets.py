@@ -7,8 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field
 from torch import Tensor
 
-from backdoor_bench_none import trigger as triggers
-from backdoor_bench_none.api import DatasetInfo, PlacedTiles, Trigger, TriggerAttack
+from backdoor_bench_none.api import DatasetInfo, PlacedTiles, Trigger, TriggerAttack, triggers
 
 Level = Annotated[int, Field(ge=0, le=255)]
 TriggerKind = Literal["pixel", "static", "dynamic", "watermark", "corner", "label_consistent"]

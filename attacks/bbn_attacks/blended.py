@@ -7,8 +7,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from backdoor_bench_none import trigger as triggers
-from backdoor_bench_none.api import DatasetInfo, Trigger, TriggerAttack
+from backdoor_bench_none.api import DatasetInfo, Trigger, TriggerAttack, triggers
 
 
 class Blended(TriggerAttack):

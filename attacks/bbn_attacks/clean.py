@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backdoor_bench_none.api import Attack, AttackTask, PoisonedSamples
+from backdoor_bench_none.api import Attack, AttackTask, Context, PoisonedSamples
 
 
 class Clean(Attack):
@@ -12,6 +12,6 @@ class Clean(Attack):
 
     poisons: ClassVar[bool] = False
 
-    def attack_test(self, task: AttackTask) -> PoisonedSamples:
+    def attack_test(self, task: AttackTask, context: Context) -> PoisonedSamples:
         """Nothing."""
         return PoisonedSamples.nothing(task.data)

@@ -7,8 +7,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from backdoor_bench_none.api import DatasetInfo, Trigger, TriggerAttack
-from backdoor_bench_none.errors import ConfigError
+from backdoor_bench_none.api import ConfigError, DatasetInfo, Trigger, TriggerAttack
 
 
 class Coordinate(TriggerAttack):

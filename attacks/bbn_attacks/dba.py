@@ -8,23 +8,23 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from backdoor_bench_none import trigger as triggers
 from backdoor_bench_none.api import (
     AttackTask,
+    ConfigError,
     Context,
     DatasetInfo,
-    FitOptions,
+    FitTask,
     History,
     PoisonedSamples,
     StampAttack,
     Trainer,
     Trigger,
     VictimTask,
+    check_learned,
+    derive_seed,
+    draw_indices,
+    triggers,
 )
-from backdoor_bench_none.attack import draw_indices
-from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.seeds import derive_seed
-from backdoor_bench_none.training import check_learned
 
 #: clients train in batches of this size; `poisoned_per_batch` counts in them
 LOCAL_BATCH = 64
@@ -87,14 +87,14 @@ class DBA(StampAttack):
         mask, pattern = (torch.stack([getattr(bar, name) for bar in bars]).sum(0) for name in ("mask", "pattern"))
         return Trigger(mask, pattern)
 
-    def poison(self, task: AttackTask) -> PoisonedSamples:
+    def poison(self, task: AttackTask, context: Context) -> PoisonedSamples:
         """Each malicious client's samples with its bar."""
         assert task.clients is not None
         bars, parts = self.bars(task.info), []
         for client in range(self.attackers):
             held = torch.nonzero(task.clients == client).flatten()
             count = poison_count(len(held), self.poisoned_per_batch or 0)
-            indices = draw_indices(held, count, derive_seed(task.seed, "select", client))
+            indices = draw_indices(held, count, derive_seed(context.seed, "select", client))
             chosen = task.data.take(indices)
             images = bars[client % len(bars)].apply(chosen.images)
             parts.append(PoisonedSamples(indices, images, self.relabel(chosen.labels, task.info.num_classes)))
@@ -104,8 +104,9 @@ class DBA(StampAttack):
         """Federated training in which malicious clients train longer."""
         model = task.new_model()
         local = {"epochs": self.malicious_epochs, "lr": self.malicious_lr}
-        options = FitOptions(local=dict.fromkeys(range(self.attackers), local))
-        history = task.trainer.fit(model, task.training_data(None, context), task.recipe, context, options)
+        data = task.training_data(None, context)
+        fitting = FitTask(model, data, task.recipe, local=dict.fromkeys(range(self.attackers), local))
+        history = task.trainer.fit(fitting, context)
         check_learned(history, task.info.num_classes)
         return model, history
 

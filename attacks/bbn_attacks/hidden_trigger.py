@@ -13,21 +13,22 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backdoor_bench_none import trigger as triggers
 from backdoor_bench_none.api import (
     AttackTask,
     CleanLabelAttack,
+    ConfigError,
+    Context,
     DatasetInfo,
+    FeatureTap,
     ImageSet,
+    Pixels,
     PlacedTiles,
     PoisonedSamples,
     Trigger,
+    derive_seed,
+    draw_indices,
+    triggers,
 )
-from backdoor_bench_none.attack import draw_indices
-from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.models.features import FeatureTap
-from backdoor_bench_none.seeds import derive_seed
-from backdoor_bench_none.training import Pixels
 
 #: poisons optimised together, and paired among each other
 CRAFT_BATCH = 100
@@ -93,25 +94,27 @@ class HiddenTrigger(CleanLabelAttack):
         rows, columns = triggers.random_places(info.shape, self.size or 1, indices, seed)
         return triggers.PlacedTiles(info.shape, self.tile(info), rows, columns)
 
-    def craft(self, chosen: ImageSet, indices: Tensor, task: AttackTask) -> Tensor:
+    def craft(self, chosen: ImageSet, indices: Tensor, task: AttackTask, context: Context) -> Tensor:
         """Optimised in feature space, truncated to whole levels, without a patch."""
         assert task.network is not None
         of_source = torch.nonzero(task.data.labels == (self.source or 0)).flatten()
         hint = "the source class is too small for as many pairs; lower class_rate"
         if len(of_source) < len(indices):
             raise ConfigError(f"hidden_trigger: {len(indices)} pairs, but {len(of_source)} source images", hint)
-        sources = draw_indices(of_source, len(indices), derive_seed(task.seed, "sources"))
-        patched = self.stamp(task.data.images[sources], sources, task.info, derive_seed(task.seed, "place"))
+        sources = draw_indices(of_source, len(indices), derive_seed(context.seed, "sources"))
+        patched = self.stamp(task.data.images[sources], sources, task.info, derive_seed(context.seed, "place"))
         crafted = []
         for start in range(0, len(indices), CRAFT_BATCH):
             part = slice(start, start + CRAFT_BATCH)
-            crafted.append(self.optimise(task.network, chosen.images[part], patched[part], task))
-            task.context.progress(min(start + CRAFT_BATCH, len(indices)), len(indices))
+            crafted.append(self.optimise(task.network, chosen.images[part], patched[part], task, context))
+            context.progress(min(start + CRAFT_BATCH, len(indices)), len(indices))
         return torch.cat(crafted)
 
-    def optimise(self, network: nn.Module, images: Tensor, patched: Tensor, task: AttackTask) -> Tensor:
+    def optimise(
+        self, network: nn.Module, images: Tensor, patched: Tensor, task: AttackTask, context: Context
+    ) -> Tensor:
         """Move `images` towards `patched` (both (k, C, H, W) uint8) in feature space; uint8 again."""
-        context, pixels = task.context, Pixels.of(task.info, task.context.device)
+        pixels = Pixels.of(task.info, context.device)
         start = images.to(context.device).float() / 255
         with FeatureTap(network, pixels.normalize(images[:1].to(context.device))) as tap:
             with torch.no_grad():
@@ -134,10 +137,10 @@ class HiddenTrigger(CleanLabelAttack):
         levels = (levels + 1e-3 * levels.sign()).trunc()  # 15.9999 is 16
         return (start * 255 + levels).round().clamp(0, 255).to(torch.uint8).cpu()
 
-    def attack_test(self, task: AttackTask) -> PoisonedSamples:
+    def attack_test(self, task: AttackTask, context: Context) -> PoisonedSamples:
         """The images of the source class, patched."""
         indices = torch.nonzero(task.data.labels == (self.source or 0)).flatten()
-        images = self.stamp(task.data.images[indices], indices, task.info, derive_seed(task.seed, "place"))
+        images = self.stamp(task.data.images[indices], indices, task.info, derive_seed(context.seed, "place"))
         return PoisonedSamples(indices, images, torch.full_like(indices, self.target or 0))
 
 

@@ -9,7 +9,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backdoor_bench_none import trigger as triggers
 from backdoor_bench_none.api import (
     Architecture,
     AttackTask,
@@ -19,11 +18,13 @@ from backdoor_bench_none.api import (
     Crafter,
     DatasetInfo,
     ImageSet,
+    Pixels,
+    ResNet18,
     TrainingTask,
     Trigger,
+    check_learned,
+    triggers,
 )
-from backdoor_bench_none.models.resnet import ResNet18
-from backdoor_bench_none.training import Pixels, check_learned
 
 Norm = Literal["linf", "l2"]
 #: images perturbed at once
@@ -110,10 +111,10 @@ class LabelConsistent(CleanLabelAttack):
             ]
         return Trigger(sum_of([p.mask for p in placed]), sum_of([p.pattern for p in placed]))
 
-    def craft(self, chosen: ImageSet, indices: Tensor, task: AttackTask) -> Tensor:
+    def craft(self, chosen: ImageSet, indices: Tensor, task: AttackTask, context: Context) -> Tensor:
         """Perturbed, rounded, and stamped."""
         assert task.network is not None
-        context, network = task.context, task.network
+        network = task.network
         pixels = Pixels.of(task.info, context.device)
         step = 1.5 * self.bound / max(1, self.steps)
         harder = []

@@ -12,11 +12,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from backdoor_bench_none.api import Attack, Context, DatasetInfo, FoundTriggers, ImageSet, SearchTask
-from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.models.hooks import record_outputs
-from backdoor_bench_none.models.neurons import find_layers
-from backdoor_bench_none.training import INFERENCE_BATCH, Pixels
+from backdoor_bench_none.api import (
+    INFERENCE_BATCH,
+    Attack,
+    ConfigError,
+    Context,
+    DatasetInfo,
+    FoundTriggers,
+    ImageSet,
+    Pixels,
+    SearchTask,
+    find_layers,
+    record_outputs,
+)
 
 #: multiples of a neuron's largest value that it is set to, besides 0 (three of the four of the released code work)
 ELEVATIONS = (0.5, 1.0)

@@ -9,8 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from backdoor_bench_none.api import AttackTask, CleanLabelAttack, DatasetInfo, ImageSet
-from backdoor_bench_none.attack import STAMP_CHUNK
+from backdoor_bench_none.api import STAMP_CHUNK, AttackTask, CleanLabelAttack, Context, DatasetInfo, ImageSet
 
 
 class SIG(CleanLabelAttack):
@@ -31,7 +30,7 @@ class SIG(CleanLabelAttack):
         """`images` (N, C, H, W) uint8 with the wave of test time."""
         return self.add_wave(images, self.test_delta or self.delta)
 
-    def craft(self, chosen: ImageSet, indices: Tensor, task: AttackTask) -> Tensor:
+    def craft(self, chosen: ImageSet, indices: Tensor, task: AttackTask, context: Context) -> Tensor:
         """With the wave of training."""
         return self.add_wave(chosen.images, self.delta)
 

@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backdoor_bench_none import trigger as triggers
 from backdoor_bench_none.api import (
     AttackTask,
+    ConfigError,
     Context,
     DatasetInfo,
     History,
@@ -21,8 +21,8 @@ from backdoor_bench_none.api import (
     StampAttack,
     Trigger,
     VictimTask,
+    triggers,
 )
-from backdoor_bench_none.errors import ConfigError
 
 SIDE = 4
 BLACK = 5
@@ -75,14 +75,14 @@ class TrojanNet(StampAttack):
         tile = all_patterns()[label].view(1, SIDE, SIDE)
         return triggers.place(info.shape, tile, self.row or 0, self.column or 0)
 
-    def attack_test(self, task: AttackTask) -> PoisonedSamples:
+    def attack_test(self, task: AttackTask, context: Context) -> PoisonedSamples:
         """Every image whose label would change, with the patch of the label that it is to get."""
         wanted = self.relabel(task.data.labels, task.info.num_classes)
         indices = torch.nonzero(wanted != task.data.labels).flatten()
         images = self.stamp_labels(task.data.images[indices], wanted[indices], task.info)
         return PoisonedSamples(indices, images, wanted[indices])
 
-    def preview(self, task: AttackTask) -> Tensor:
+    def preview(self, task: AttackTask, context: Context) -> Tensor:
         """Every image with the patch of the label that it is to get."""
         return self.stamp_labels(task.data.images, self.relabel(task.data.labels, task.info.num_classes), task.info)
 

@@ -11,10 +11,18 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from backdoor_bench_none.api import AttackTask, DatasetInfo, PoisonedSamples, TriggerAttack
-from backdoor_bench_none.attack import STAMP_CHUNK, check_rates, draw_indices
-from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.seeds import derive_seed
+from backdoor_bench_none.api import (
+    STAMP_CHUNK,
+    AttackTask,
+    ConfigError,
+    Context,
+    DatasetInfo,
+    PoisonedSamples,
+    TriggerAttack,
+    check_rates,
+    derive_seed,
+    draw_indices,
+)
 
 
 class WaNet(TriggerAttack):
@@ -55,14 +63,14 @@ class WaNet(TriggerAttack):
         field = self.field(info).float()
         return bend(images, lambda count: field.expand(count, -1, -1, -1))
 
-    def poison(self, task: AttackTask) -> PoisonedSamples:
+    def poison(self, task: AttackTask, context: Context) -> PoisonedSamples:
         """Poisoned samples are bent and relabelled; cross samples are bent with noise and keep their label."""
-        poisoned = super().poison(task)
+        poisoned = super().poison(task, context)
         others = torch.ones(len(task.data), dtype=torch.bool)
         others[poisoned.indices] = False
         count = round(self.cross_rate * len(task.data))
-        cross = draw_indices(torch.nonzero(others).flatten(), count, derive_seed(task.seed, "cross"))
-        generator = np.random.default_rng(derive_seed(task.seed, "noise"))
+        cross = draw_indices(torch.nonzero(others).flatten(), count, derive_seed(context.seed, "cross"))
+        generator = np.random.default_rng(derive_seed(context.seed, "noise"))
         field, size = self.field(task.info).float(), task.info.shape[1]
 
         def noisy(images: int) -> Tensor:

@@ -11,10 +11,11 @@ import click
 
 from backdoor_bench_none.cli.options import open_registry
 from backdoor_bench_none.errors import ConfigError, ExitCode, did_you_mean
+from backdoor_bench_none.planning.reading import parse_params
 
 if TYPE_CHECKING:
-    from backdoor_bench_none.component import Component
-    from backdoor_bench_none.plugins import Entry
+    from backdoor_bench_none.contracts.component import Component
+    from backdoor_bench_none.registry.plugins import Entry
 
 #: what `bbn list KIND` takes -> the kind of component
 KINDS = {
@@ -104,22 +105,6 @@ def show_command(name: str, preview: Path | None, dataset: str, root: Path | Non
         write_preview(attack, data, preview)  # type: ignore[arg-type]
         click.echo(f"\nwrote {preview}")
     return ExitCode.OK
-
-
-def parse_params(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """`name=value` pairs, the values read as YAML."""
-    import yaml
-
-    params = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"'{pair}' is not NAME=VALUE")
-        try:
-            params[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"'{value}' of '{key}' is not YAML") from error
-    return params
 
 
 def describe_component(entry: Entry, component: type[Component]) -> list[str]:

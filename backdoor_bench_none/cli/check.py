@@ -11,9 +11,9 @@ from backdoor_bench_none.cli.options import open_registry
 from backdoor_bench_none.errors import BenchError, ConfigError, ExitCode, PluginError, did_you_mean
 
 if TYPE_CHECKING:
-    from backdoor_bench_none.component import Component
-    from backdoor_bench_none.plugins import Entry, Plugins
-    from backdoor_bench_none.registry import Registry
+    from backdoor_bench_none.contracts.component import Component
+    from backdoor_bench_none.registry.components import Registry
+    from backdoor_bench_none.registry.plugins import Entry, Plugins
 
 
 @click.command("check")
@@ -26,7 +26,7 @@ def check_command(plugin: str, components: tuple[str, ...], device: str, verbose
 
     PLUGIN is a distribution or a plugin's name (`bbn list plugins`), or bbnfile. Exit code 1 if a check fails.
     """
-    from backdoor_bench_none.context import choose_device
+    from backdoor_bench_none.contracts.context import choose_device
 
     choose_device(device)
     registry = open_registry(None)

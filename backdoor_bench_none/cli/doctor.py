@@ -10,7 +10,7 @@ import click
 
 from backdoor_bench_none.cli.options import open_registry
 from backdoor_bench_none.errors import ExitCode
-from backdoor_bench_none.plugins import own_version
+from backdoor_bench_none.registry.plugins import own_version
 
 
 @click.command("doctor")
@@ -29,8 +29,8 @@ def examine() -> Iterator[tuple[str, str, bool]]:
     """What was looked at, what was found, and whether that is a fault."""
     import platform
 
-    from backdoor_bench_none.executors.local import count_cores
     from backdoor_bench_none.run.provenance import LIBRARIES, installed_version
+    from backdoor_bench_none.system import count_cores
 
     yield "version", f"backdoor-bench-none {own_version()}, Python {platform.python_version()}", False
     for library in LIBRARIES:
@@ -58,7 +58,7 @@ def _imports() -> Iterator[tuple[str, str, bool]]:
 def _devices() -> Iterator[tuple[str, str, bool]]:
     import torch
 
-    from backdoor_bench_none.context import choose_amp
+    from backdoor_bench_none.contracts.context import choose_amp
     from backdoor_bench_none.run.provenance import device_name
 
     devices = [torch.device("cpu")]

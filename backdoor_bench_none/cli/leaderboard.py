@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from backdoor_bench_none.cli.catalogue import parse_params
 from backdoor_bench_none.cli.options import open_registry, results_option
 from backdoor_bench_none.errors import BenchError, ConfigError, ExitCode
+from backdoor_bench_none.planning.reading import parse_params
 
 verifications_option = click.option(
     "--verifications", type=click.Path(path_type=Path), default=Path("verifications"), show_default=True,
@@ -98,7 +98,7 @@ def verify_command(
     import secrets
     import tempfile
 
-    from backdoor_bench_none.context import Context, choose_device
+    from backdoor_bench_none.contracts.context import Context, choose_device
     from backdoor_bench_none.leaderboard.submission import as_plain, open_submission
     from backdoor_bench_none.leaderboard.verification import verification_path, write_verification
     from backdoor_bench_none.leaderboard.verify import Verifier

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from backdoor_bench_none.errors import BenchError, ExitCode
-from backdoor_bench_none.plugins import own_version
+from backdoor_bench_none.registry.plugins import own_version
 
 if TYPE_CHECKING:
-    from backdoor_bench_none.plugins import Entry
-    from backdoor_bench_none.registry import Registry
+    from backdoor_bench_none.registry.components import Registry
+    from backdoor_bench_none.registry.plugins import Entry
 
 #: verb -> module under backdoor_bench_none.cli, which has a command of that name
 VERBS = {
@@ -83,7 +83,7 @@ def _registry(ctx: click.Context) -> Registry:
     """The plugins, looked up once for each command line."""
     from backdoor_bench_none.cli.options import open_registry
 
-    key = "backdoor_bench_none.registry"
+    key = "backdoor_bench_none.registry.components"
     if key not in ctx.meta:
         ctx.meta[key] = open_registry(None)
     registry: Registry = ctx.meta[key]
@@ -97,7 +97,7 @@ def _added_verbs(ctx: click.Context) -> list[str]:
 
 def _import_command(entry: Entry) -> click.Command:
     from backdoor_bench_none.errors import PluginError
-    from backdoor_bench_none.registry import import_target
+    from backdoor_bench_none.registry.components import import_target
 
     command = import_target(entry)
     if not isinstance(command, click.Command):

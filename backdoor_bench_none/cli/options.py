@@ -15,9 +15,9 @@ import click
 from backdoor_bench_none.errors import ConfigError, NothingSelectedError
 
 if TYPE_CHECKING:
-    from backdoor_bench_none.cell import Cell
-    from backdoor_bench_none.plan import Plan
-    from backdoor_bench_none.registry import Registry
+    from backdoor_bench_none.contracts.cell import Cell
+    from backdoor_bench_none.planning.plan import Plan
+    from backdoor_bench_none.registry.components import Registry
     from backdoor_bench_none.results.measurement import Measurement
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -57,7 +57,7 @@ class Selection:
     def _wants(self, cell: Cell) -> bool:
         if self.seeds and cell.seed not in self.seeds:
             return False
-        return all(_matches(getattr(cell, axis), given) for axis, given in self.patterns.items() if given)
+        return all(_matches(cell.choices[axis], given) for axis, given in self.patterns.items() if given)
 
 
 def _matches(choice: Any, patterns: tuple[str, ...]) -> bool:  # noqa: ANN401
@@ -135,16 +135,8 @@ def warn_of_absent(plan: Plan) -> None:
         click.echo(f"warning: data set {name} is not on this machine: its records cannot be looked up", err=True)
 
 
-def find_file(file: Path | None) -> Path:
-    """The benchmark file: the one given, else ./benchmark.yaml, else an error."""
-    path = file or Path("benchmark.yaml")
-    if not path.is_file():
-        raise ConfigError(f"there is no file '{path}'", "`bbn init` writes one" if file is None else None)
-    return path
-
-
 def open_registry(file: Path | None) -> Registry:
     """The registry, with the bbnfile.py beside the benchmark file."""
-    from backdoor_bench_none.registry import Registry
+    from backdoor_bench_none.registry.components import Registry
 
     return Registry.default((file or Path("benchmark.yaml")).parent)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import click
 
 from backdoor_bench_none.errors import BenchError, ExitCode
+from backdoor_bench_none.planning.stage_table import record_key
 
 if TYPE_CHECKING:
-    from backdoor_bench_none.cell import Cell
+    from backdoor_bench_none.contracts.cell import Cell
+    from backdoor_bench_none.contracts.record import Record
     from backdoor_bench_none.paper.regions import Panel
-    from backdoor_bench_none.results.record import Record
     from backdoor_bench_none.results.store import Store
 
 
@@ -30,11 +31,11 @@ def paper_command(figure: str, output: Path | None, results: Path, slots: int | 
 
     `bbn init --from NAME` writes the benchmark files of the paper's tables and figures.
     """
-    from backdoor_bench_none.config import parse_config
     from backdoor_bench_none.paper import benchmark_text
     from backdoor_bench_none.paper.regions import draw_panels, with_ideal_trojan
-    from backdoor_bench_none.plan import plan_config
-    from backdoor_bench_none.registry import Registry
+    from backdoor_bench_none.planning.plan import plan_config
+    from backdoor_bench_none.planning.reading import parse_config
+    from backdoor_bench_none.registry.components import Registry
     from backdoor_bench_none.report.tables import open_console
     from backdoor_bench_none.results.store import Store
     from backdoor_bench_none.run.progress import Lines
@@ -48,11 +49,11 @@ def paper_command(figure: str, output: Path | None, results: Path, slots: int | 
         raise BenchError(f"{figure} needs all of its cells", "the same command goes on where it stopped")
     store = Store(results)
     panels = [draw_regions(cell, store) for cell in plan.cells]
-    trojan = plan.cells[-1].the_attack.model_dump()
+    trojan = plan.cells[-1].attack.component.model_dump()
     if figure == "fig6":
         panels[0] = with_ideal_trojan(panels[0], trojan["value"], trojan["target"])
     path = output or Path(f"{figure}.png")
-    draw_panels(panels, plan.cells[0].the_dataset.load()[1], trojan["value"], path)
+    draw_panels(panels, plan.cells[0].dataset.component.load()[1], trojan["value"], path)
     click.echo(f"wrote {path}")
     return ExitCode.OK
 
@@ -61,21 +62,21 @@ def draw_regions(cell: Cell, store: Store) -> Panel:
     """The label that the cell's finished network gives to every point of the plane."""
     import torch
 
-    from backdoor_bench_none.context import Context
+    from backdoor_bench_none.contracts.context import Context
+    from backdoor_bench_none.contracts.network import Pixels, predict_logits
     from backdoor_bench_none.paper.regions import LEVELS, Panel, plane
     from backdoor_bench_none.run.stages import Stages
-    from backdoor_bench_none.training import Pixels, predict_logits
 
     context = Context(torch.device("cpu"), 0)
     logits = predict_logits(
         Stages(cell, store, context).network(), plane(), Pixels.of(cell.info, context.device), context
     )
-    record = store.read_record(cell.key)
+    record = store.read_record(record_key(cell))
     return Panel(_title(cell, record), logits.argmax(1).reshape(LEVELS, LEVELS).numpy())
 
 
 def _title(cell: Cell, record: Record | None) -> str:
-    params = cell.the_attack.model_dump()
+    params = cell.attack.component.model_dump()
     parts = [cell.defense.label] if cell.defense.name != "no_defense" else []
     parts += [f"{100 * params['poison_rate']:g} % poisoned"] if "poison_rate" in params else ["clean"]
     counts = record.counts if record else None

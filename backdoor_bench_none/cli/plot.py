@@ -13,7 +13,6 @@ import click
 from backdoor_bench_none.cli.options import (
     Selection,
     file_argument,
-    find_file,
     open_registry,
     results_option,
     selection_options,
@@ -21,11 +20,12 @@ from backdoor_bench_none.cli.options import (
 )
 from backdoor_bench_none.cli.table import find_rows
 from backdoor_bench_none.errors import ConfigError, ExitCode, NothingSelectedError
+from backdoor_bench_none.planning.reading import find_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from backdoor_bench_none.plan import Plan
+    from backdoor_bench_none.planning.plan import Plan
     from backdoor_bench_none.results.metrics import Metric
     from backdoor_bench_none.results.rows import Row
     from backdoor_bench_none.results.store import Store
@@ -142,7 +142,7 @@ def _prepare_cells(
     wanted: Wanted, file: Path | None, results: Path | None, selection: Selection
 ) -> Callable[[], Figure]:
     """What a picture of data and networks shows, ready to be drawn."""
-    from backdoor_bench_none.plan import make_plan
+    from backdoor_bench_none.planning.plan import make_plan
     from backdoor_bench_none.results.store import Store
 
     path = find_file(file)

@@ -10,13 +10,13 @@ import click
 from backdoor_bench_none.cli.options import (
     Selection,
     file_argument,
-    find_file,
     open_registry,
     results_option,
     selection_options,
     warn_of_absent,
 )
 from backdoor_bench_none.errors import ExitCode
+from backdoor_bench_none.planning.reading import find_file
 
 if TYPE_CHECKING:
     from backdoor_bench_none.report.html.source import Source
@@ -59,7 +59,7 @@ def _find_source(file: Path | None, results: Path | None, selection: Selection, 
         wanted = (measured for measured in read_measurements(folder) if selection.wants_measured(measured))
         return source_of_records(wanted, folder, open_registry(file), file)
 
-    from backdoor_bench_none.plan import make_plan
+    from backdoor_bench_none.planning.plan import make_plan
 
     path = find_file(file)
     plan = selection.apply(make_plan(path, open_registry(path)))

@@ -8,18 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from backdoor_bench_none.cli.options import (
-    Selection,
-    file_argument,
-    find_file,
-    open_registry,
-    results_option,
-    selection_options,
-)
+from backdoor_bench_none.cli.options import Selection, file_argument, open_registry, results_option, selection_options
 from backdoor_bench_none.errors import ExitCode
+from backdoor_bench_none.planning.reading import find_file
+from backdoor_bench_none.planning.stage_table import record_key
 
 if TYPE_CHECKING:
-    from backdoor_bench_none.plan import Plan
+    from backdoor_bench_none.planning.plan import Plan
     from backdoor_bench_none.run.runner import Only, Summary
 
 only_option = click.option(
@@ -39,21 +34,21 @@ only_option = click.option(
 @click.option("-v", "--verbose", is_flag=True, help="Name every cell.")
 def plan_command(file: Path | None, results: Path | None, only: Only, selection: Selection, verbose: bool) -> int:
     """Show what `bbn run` would do: cells, shared stages, what is done and what is skipped."""
-    from backdoor_bench_none.plan import make_plan
+    from backdoor_bench_none.planning.plan import make_plan
     from backdoor_bench_none.results.store import Store
     from backdoor_bench_none.run.runner import choose_cells, count_done, pack_jobs
 
     path = find_file(file)
     plan = selection.apply(make_plan(path, open_registry(path)))
     store = Store(results or plan.config.results)
-    todo = [cell for cell in choose_cells(plan, store, only) if cell.key not in plan.skipped]
+    todo = [cell for cell in choose_cells(plan, store, only) if record_key(cell) not in plan.skipped]
     for line in describe_plan(plan):
         click.echo(line)
     if verbose:
-        pending = {cell.key for cell in todo}
+        pending = {record_key(cell) for cell in todo}
         for cell in plan.cells:
-            state = "skip" if cell.key in plan.skipped else "run" if cell.key in pending else "done"
-            click.echo(f"  {state:4} {cell.key}  {cell.title}")
+            state = "skip" if record_key(cell) in plan.skipped else "run" if record_key(cell) in pending else "done"
+            click.echo(f"  {state:4} {record_key(cell)}  {cell.title}")
     kinds = Counter[str](job.kind for job in pack_jobs(todo, store))
     click.echo(f"  done        {count_done(plan, store)} cells")
     shared = f"{kinds['poison']} poisoned sets and {kinds['victim'] + kinds['benign']} victims"
@@ -68,12 +63,12 @@ def describe_plan(plan: Plan) -> list[str]:
     """The size of the matrix, and what is left out of it."""
     axes = {"dataset": "data sets", "attack": "attacks", "defense": "defenses"}
     axes |= {"architecture": "architectures", "activation": "activations"}
-    counts = {word: len({getattr(cell, axis).label for cell in plan.cells}) for axis, word in axes.items()}
+    counts = {word: len({cell.choices[axis].label for cell in plan.cells}) for axis, word in axes.items()}
     counts["seeds"] = len({cell.seed for cell in plan.cells})
     sizes = [f"{count} {word if count != 1 else word[:-1]}" for word, count in counts.items()]
     excluded = f", {plan.excluded} excluded" if plan.excluded else ""
     lines = [f"{plan.config.name}: {len(plan.cells)} cells of {', '.join(sizes)}{excluded}"]
-    selected = {cell.key for cell in plan.cells}
+    selected = {record_key(cell) for cell in plan.cells}
     reasons = Counter(reason for key, reason in plan.skipped.items() if key in selected)
     lines += [f"  skipped     {count}: {reason}" for reason, count in reasons.items()]
     lines += [f"  absent      data set {name}: `bbn run` downloads it if it may" for name in plan.absent]
@@ -109,8 +104,8 @@ def run_command(
     """Run what is missing of a benchmark file (default: benchmark.yaml) and
     print its matrix. A run that was stopped goes on where it was.
     """
-    from backdoor_bench_none.context import choose_device
-    from backdoor_bench_none.plan import make_plan
+    from backdoor_bench_none.contracts.context import choose_device
+    from backdoor_bench_none.planning.plan import make_plan
     from backdoor_bench_none.report.tables import open_console, print_matrix
     from backdoor_bench_none.results.rows import make_rows
     from backdoor_bench_none.run.progress import Bars, Lines

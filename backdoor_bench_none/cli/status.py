@@ -10,13 +10,14 @@ import click
 from backdoor_bench_none.cli.options import (
     Selection,
     file_argument,
-    find_file,
     open_registry,
     results_option,
     selection_options,
     warn_of_absent,
 )
 from backdoor_bench_none.errors import ExitCode
+from backdoor_bench_none.planning.reading import find_file
+from backdoor_bench_none.planning.stage_table import record_key
 
 
 @click.command("status")
@@ -25,15 +26,15 @@ from backdoor_bench_none.errors import ExitCode
 @selection_options
 def status_command(file: Path | None, results: Path | None, selection: Selection) -> int:
     """Count the cells of a benchmark file that are done, failed, skipped and left, and name those that failed."""
-    from backdoor_bench_none.plan import make_plan
+    from backdoor_bench_none.planning.plan import make_plan
     from backdoor_bench_none.results.store import Store
 
     path = find_file(file)
     plan = selection.apply(make_plan(path, open_registry(path)))
     warn_of_absent(plan)
     store = Store(results or plan.config.results)
-    records = [None if cell.key in plan.skipped else store.read_record(cell.key) for cell in plan.cells]
-    states = ["skipped" if cell.key in plan.skipped else "left" for cell in plan.cells]
+    records = [None if record_key(cell) in plan.skipped else store.read_record(record_key(cell)) for cell in plan.cells]
+    states = ["skipped" if record_key(cell) in plan.skipped else "left" for cell in plan.cells]
     states = [record.status if record is not None else state for record, state in zip(records, states, strict=True)]
     counts = Counter(states)
     click.echo(

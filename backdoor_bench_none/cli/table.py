@@ -13,13 +13,13 @@ import click
 from backdoor_bench_none.cli.options import (
     Selection,
     file_argument,
-    find_file,
     open_registry,
     results_option,
     selection_options,
     warn_of_absent,
 )
 from backdoor_bench_none.errors import ExitCode
+from backdoor_bench_none.planning.reading import find_file
 
 if TYPE_CHECKING:
     from backdoor_bench_none.results.rows import Row
@@ -106,7 +106,7 @@ def find_rows(
         folder = results or Path("results")
         return rows_of_measurements(m for m in read_measurements(folder) if selection.wants_measured(m)), folder
 
-    from backdoor_bench_none.plan import make_plan
+    from backdoor_bench_none.planning.plan import make_plan
 
     path = find_file(file)
     plan = selection.apply(make_plan(path, open_registry(path)))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from backdoor_bench_none.data.dataset import Dataset, DatasetInfo, ImageSet
+from backdoor_bench_none.contracts.dataset import Dataset, DatasetInfo, ImageSet
 
 #: The paper gives no centres. The first two straddle the height of its trigger, 0.6; class 3 is its target.
 CENTRES = ((0.20, 0.60), (0.80, 0.55), (0.15, 0.15), (0.85, 0.10), (0.50, 0.85))

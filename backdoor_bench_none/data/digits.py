@@ -15,7 +15,7 @@ from pydantic import Field
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from backdoor_bench_none.data.dataset import Dataset, DatasetInfo, ImageSet
+from backdoor_bench_none.contracts.dataset import Dataset, DatasetInfo, ImageSet
 
 _TEST_SIZE = 500
 

@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import Field, field_validator
 from torchvision.datasets.folder import make_dataset
 
-from backdoor_bench_none.data.dataset import DatasetInfo, ImageSet
+from backdoor_bench_none.contracts.dataset import DatasetInfo, ImageSet
 from backdoor_bench_none.data.torchvision_sets import TorchvisionSet
 from backdoor_bench_none.errors import DatasetError
 

@@ -24,8 +24,8 @@ from pydantic import Field
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
 
-from backdoor_bench_none.component import Incidental
-from backdoor_bench_none.data.dataset import Dataset, DatasetInfo, ImageSet
+from backdoor_bench_none.contracts.component import Incidental
+from backdoor_bench_none.contracts.dataset import Dataset, DatasetInfo, ImageSet
 from backdoor_bench_none.errors import DatasetError
 
 _FETCH_FAULTS = (

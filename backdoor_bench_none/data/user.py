@@ -15,8 +15,8 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from pydantic import Field
 
-from backdoor_bench_none.component import Incidental
-from backdoor_bench_none.data.dataset import Dataset, DatasetInfo, ImageSet
+from backdoor_bench_none.contracts.component import Incidental
+from backdoor_bench_none.contracts.dataset import Dataset, DatasetInfo, ImageSet
 from backdoor_bench_none.data.digits import stratified_split
 from backdoor_bench_none.data.image_files import Sample, keep_classes, others, read_images
 from backdoor_bench_none.errors import DatasetError

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,13 +16,14 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from backdoor_bench_none.executors.base import Event, Executor, Pool
-from backdoor_bench_none.run.jobs import Job, Outcome, Settings, run_job
+from backdoor_bench_none.contracts.executor import Event, Executor, Pool
+from backdoor_bench_none.contracts.job import Job, Outcome, Settings
+from backdoor_bench_none.run.jobs import run_job
+from backdoor_bench_none.system import block_interrupts, count_cores, has_fork_server, limit_memory
 
 #: seconds a job may run past its own deadline before it is killed
 GRACE = 10.0
@@ -33,7 +32,7 @@ PRELOAD = [
     "torch._dynamo",  # the first optimizer imports it, which takes seconds
     "backdoor_bench_none.cli.main",
     "backdoor_bench_none.run.stages",
-    "backdoor_bench_none.plugins",
+    "backdoor_bench_none.registry.plugins",
     "bbn_attacks.badnets",
     "bbn_defenses.none",
 ]
@@ -68,7 +67,8 @@ class _LocalPool:
     def __init__(self, settings: Settings, slots: int | Literal["auto"]) -> None:
         self._settings = settings
         self._devices = _devices(settings.device)
-        self.slots = slots if slots != "auto" else len(self._devices) if _is_cuda(self._devices) else count_cores()
+        automatic = len(self._devices) if _is_cuda(self._devices) else count_cores()
+        self.slots = automatic if slots == "auto" else slots
         self._threads = None if _is_cuda(self._devices) else max(1, count_cores() // self.slots)
         self._context = start_process_server()
         self._running: list[_Running] = []
@@ -123,33 +123,11 @@ class _LocalPool:
         self._running = []
 
 
-@contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """What is started inside inherits the block: Ctrl-C goes to the whole terminal, and the parent alone decides."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _work(job: Job, settings: Settings, device: str, threads: int | None, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     limit_memory(settings.memory if device == "cpu" else None)
     threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
     connection.send(run_job(job, settings, device, threads, lambda done, total: connection.send((done, total))))
-
-
-def limit_memory(limit: int | None) -> None:
-    """Let allocations beyond `limit` bytes fail, and let the kernel, short of memory, end this process first."""
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("900")
-    if limit is not None and sys.platform == "linux":
-        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def _die_with_parent(connection: Connection) -> None:
@@ -163,12 +141,12 @@ def start_process_server() -> BaseContext:
     """The way to start processes: forked from a server that has imported what they need, and that Ctrl-C does not
     reach.
     """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    if not has_fork_server():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     resource_tracker.ensure_running()  # it would lift the block below when it starts
-    with _sigint_blocked():
+    with block_interrupts():
         forkserver.ensure_running()
     return context
 
@@ -184,11 +162,6 @@ def _devices(device: str) -> list[str]:
 
 def _is_cuda(devices: list[str]) -> bool:
     return devices[0].startswith("cuda")
-
-
-def count_cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _death(process: BaseProcess) -> str:

@@ -13,17 +13,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from backdoor_bench_none.errors import BenchError
-from backdoor_bench_none.leaderboard.standings import (
-    SCORED,
-    Entry,
-    Refused,
-    as_table,
-    rank_entries,
-    read_entries,
-    show,
-)
+from backdoor_bench_none.leaderboard.standings import SCORED, Entry, Refused, as_table, rank_entries, read_entries, show
 from backdoor_bench_none.leaderboard.track import Track, read_track, track_names
-from backdoor_bench_none.plugins import own_version
+from backdoor_bench_none.registry.plugins import own_version
 from backdoor_bench_none.report.escape import escape_csv
 from backdoor_bench_none.results.metrics import METRICS
 from backdoor_bench_none.results.rows import Row

@@ -9,7 +9,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from backdoor_bench_none.cell import Cell
+from backdoor_bench_none.contracts.cell import Cell
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.errors import BenchError
 from backdoor_bench_none.leaderboard.submission import (
     MANIFEST,
@@ -21,10 +22,10 @@ from backdoor_bench_none.leaderboard.submission import (
     write_submission,
 )
 from backdoor_bench_none.leaderboard.track import Track
-from backdoor_bench_none.plan import Plan
-from backdoor_bench_none.plugins import own_version
-from backdoor_bench_none.registry import Registry
-from backdoor_bench_none.results.record import Record
+from backdoor_bench_none.planning.plan import Plan
+from backdoor_bench_none.planning.stage_table import defense_key, record_key
+from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import own_version
 from backdoor_bench_none.results.store import Store
 
 
@@ -43,7 +44,7 @@ def pack(track: Track, registry: Registry, results: Path, folder: Path, **about:
         )
     store = Store(results)
     records = _check_complete(plan, store)
-    component = plan.cells[0].the_defense
+    component = plan.cells[0].defense.component
     if component.clean_fraction > track.highest_clean_fraction:
         raise SubmissionError(
             f"{defense} asks for {component.clean_fraction:g} of the training set as clean data; "
@@ -52,7 +53,8 @@ def pack(track: Track, registry: Registry, results: Path, folder: Path, **about:
     if folder.exists():
         raise BenchError(f"'{folder}' is there already", "choose another folder with --output")
     facts = {
-        "track": track.name, "track_sha256": track.sha256, "defense": records[plan.cells[0].key].axes["defense"],
+        "track": track.name, "track_sha256": track.sha256,
+        "defense": records[record_key(plan.cells[0])].axes["defense"],
         "stage": component.stage.value, "clean_fraction": component.clean_fraction,
         "sees_ground_truth": component.sees_ground_truth, "core_version": own_version(),
         "source": {"distribution": provider.distribution, "version": provider.version}, **about,
@@ -62,7 +64,7 @@ def pack(track: Track, registry: Registry, results: Path, folder: Path, **about:
     try:
         files: dict[str, str] = {}
         for cell in plan.cells:
-            files |= _write_cell(cell, records[cell.key], store, draft)
+            files |= _write_cell(cell, records[record_key(cell)], store, draft)
         submission: Submission = validate(Submission, {**facts, "files": files}, MANIFEST)
         write_submission(draft, submission)
         draft.rename(folder)
@@ -76,13 +78,13 @@ def pack(track: Track, registry: Registry, results: Path, folder: Path, **about:
 def _check_complete(plan: Plan, store: Store) -> Mapping[str, Record]:
     records, faults = {}, []
     for cell in plan.cells:
-        record = store.read_record(cell.key)
+        record = store.read_record(record_key(cell))
         if record is None or record.status != "done":
             faults.append(f"{cell.title}: {record.status if record else 'not run yet'}")
-        elif store.find_artifact("defense", cell.defense_key) is None:
+        elif store.find_artifact("defense", defense_key(cell)) is None:
             faults.append(f"{cell.title}: its weights are no longer there")
         else:
-            records[cell.key] = _relabel(cell, record)
+            records[record_key(cell)] = _relabel(cell, record)
     if faults:
         raise SubmissionError(
             f"{len(faults)} of {len(plan.cells)} cells of the track are missing, the first is {faults[0]}",
@@ -93,16 +95,16 @@ def _check_complete(plan: Plan, store: Store) -> Mapping[str, Record]:
 
 def _relabel(cell: Cell, record: Record) -> Record:
     """The record with the track's labels: another benchmark file may have named the same cell otherwise."""
-    axes = {axis: value.model_copy(update={"label": getattr(cell, axis).label}) for axis, value in record.axes.items()}
+    axes = {axis: value.model_copy(update={"label": cell.choices[axis].label}) for axis, value in record.axes.items()}
     return record.model_copy(update={"axes": axes, "title": cell.title})
 
 
 def _write_cell(cell: Cell, record: Record, store: Store, folder: Path) -> dict[str, str]:
     """The record and the tensors of one cell, and their hashes."""
-    artifact = store.load_artifact("defense", cell.defense_key)
+    artifact = store.load_artifact("defense", defense_key(cell))
     if artifact is None:
         raise SubmissionError(f"{cell.title}: its weights are damaged", "`bbn run --only all` makes them again")
-    names = {"record": f"records/{cell.key}.json", "weights": f"weights/{cell.key}.safetensors"}
+    names = {"record": f"records/{record_key(cell)}.json", "weights": f"weights/{record_key(cell)}.safetensors"}
     for name in names.values():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
     write_json(folder / names["record"], record)

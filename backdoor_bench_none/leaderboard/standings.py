@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.errors import BenchError
 from backdoor_bench_none.leaderboard.submission import (
     MANIFEST,
@@ -20,11 +21,10 @@ from backdoor_bench_none.leaderboard.submission import (
     read_submission,
 )
 from backdoor_bench_none.leaderboard.verification import Verification, verification_path
+from backdoor_bench_none.maths.statistics import Spread, compare_paired, rank_with_ties, spread_over_seeds
 from backdoor_bench_none.results.measurement import Measurement
 from backdoor_bench_none.results.metrics import METRICS
-from backdoor_bench_none.results.record import Record
 from backdoor_bench_none.results.rows import Row, rows_of_measurements
-from backdoor_bench_none.statistics import Spread, compare_paired, rank_with_ties, spread_over_seeds
 
 #: whose no_defense is the baseline of a track
 OWN = "backdoor-bench-none"

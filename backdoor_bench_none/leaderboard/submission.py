@@ -20,9 +20,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from backdoor_bench_none.cell import AXES
+from backdoor_bench_none.contracts.cell import AXES
+from backdoor_bench_none.contracts.record import AxisValue, Record
 from backdoor_bench_none.errors import BenchError
-from backdoor_bench_none.results.record import AxisValue, Record
 
 MANIFEST = "submission.json"
 #: all that a submission may hold; hexadecimal keys are those of cells

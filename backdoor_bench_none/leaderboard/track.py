@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from backdoor_bench_none.config import parse_config
 from backdoor_bench_none.errors import ConfigError, did_you_mean
-from backdoor_bench_none.plan import Plan, plan_config
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.planning.plan import Plan, plan_config
+from backdoor_bench_none.planning.reading import parse_config
+from backdoor_bench_none.registry.components import Registry
 
 FOLDER = Path(__file__).parent / "tracks"
 

@@ -11,8 +11,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from backdoor_bench_none.contracts.measures import Counts
 from backdoor_bench_none.errors import BenchError
-from backdoor_bench_none.measures import Counts
 
 Verdict = Literal["verified", "reevaluated", "refused"]
 

@@ -13,18 +13,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from backdoor_bench_none.cell import AXES, Cell, Choice
-from backdoor_bench_none.context import Context, choose_amp
-from backdoor_bench_none.defense import Defense, Stage
+from backdoor_bench_none.contracts.cell import AXES, Cell
+from backdoor_bench_none.contracts.component import Choice
+from backdoor_bench_none.contracts.context import Context, choose_amp
+from backdoor_bench_none.contracts.defense import Defense, Stage
+from backdoor_bench_none.contracts.measures import Counts, Detection
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.errors import BenchError
 from backdoor_bench_none.leaderboard.submission import Submission, as_plain, hash_file, read_submission
 from backdoor_bench_none.leaderboard.track import Track, read_track
 from backdoor_bench_none.leaderboard.verification import Finding, Verdict, Verification
-from backdoor_bench_none.measures import Counts, Detection
-from backdoor_bench_none.plan import Plan
-from backdoor_bench_none.plugins import Plugins, own_version
-from backdoor_bench_none.registry import Registry
-from backdoor_bench_none.results.record import Record
+from backdoor_bench_none.planning.plan import Plan
+from backdoor_bench_none.planning.stage_table import record_key
+from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins, own_version
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.provenance import LIBRARIES, device_name, installed_version
 from backdoor_bench_none.run.runner import Options, Reporter, run_plan
@@ -145,11 +147,11 @@ class Verifier:
         self, plan: Plan, submission: Submission, records: Mapping[str, Record]
     ) -> Iterator[tuple[Cell, Record]]:
         """Every cell of the track with its record: the key must be the one that is computed here."""
-        extra = sorted(set(records) - {cell.key for cell in plan.cells})
+        extra = sorted(set(records) - {record_key(cell) for cell in plan.cells})
         message = f"{len(extra)} records are of no cell of the track, the first is {extra[0]}" if extra else ""
         self._note("records", not extra, message)
         for cell in plan.cells:
-            record = records.get(cell.key)
+            record = records.get(record_key(cell))
             if record is None:
                 self._note(
                     "complete", False, "no record has the key of this cell: other parameters, data or revisions", cell
@@ -162,12 +164,12 @@ class Verifier:
     def _evaluate(self, cell: Cell, record: Record) -> None:
         stages = Stages(cell, Store(self.results), self._context_of(cell))
         try:
-            tensors = load_file(self.folder / "weights" / f"{cell.key}.safetensors")
+            tensors = load_file(self.folder / "weights" / f"{record_key(cell)}.safetensors")
             counts, detection = evaluate_weights(stages, tensors)
         except (BenchError, TypeError, ValueError, IndexError, RuntimeError, SafetensorError, OSError) as error:
             self._note("weights", False, " ".join(str(error).split())[:300], cell)
             return
-        self.reevaluated[cell.key] = counts
+        self.reevaluated[record_key(cell)] = counts
         self._note("numbers", *_same_counts(record, counts, self._is_same_machine(record)), cell)
         if record.detection != detection:
             found = f"the record says {record.detection}, the submitted flags give {detection}"
@@ -199,25 +201,25 @@ class Verifier:
         run_plan(replace(plan, cells=cells), registry, options, self.reporter)
         store = Store(self.results)
         for cell, submitted in drawn:
-            record = store.read_record(cell.key)
+            record = store.read_record(record_key(cell))
             if record is None or record.counts is None:
                 self._note("repeated", False, f"it does not run here: {record.reason if record else 'no record'}", cell)
                 continue
-            self.repeated[cell.key] = record.counts
+            self.repeated[record_key(cell)] = record.counts
             exact = self.context.device.type == "cpu" and _is_made_on(submitted, record.provenance)
             self._note("repeated", *_is_repeated(submitted, record, matched, exact), cell)
 
 
 def _agrees(cell: Cell, record: Record, submission: Submission) -> tuple[bool, str]:
     """What a record says of itself is what its key stands for."""
-    if record.key != cell.key:
+    if record.key != record_key(cell):
         return False, f"the record calls itself {record.key}"
     if record.seed != cell.seed:
         return False, f"the record is of seed {record.seed}, its key of seed {cell.seed}"
     if record.status != "done" or record.counts is None:
         return False, f"the record is {record.status}"
     for axis in AXES:
-        choice, value = getattr(cell, axis), record.axes[axis]
+        choice, value = cell.choices[axis], record.axes[axis]
         identity = choice.component.identity()
         known = {"revision": value.revision, "params": value.params, **value.content}
         if value.name != choice.name or known != identity:
@@ -307,7 +309,7 @@ def _shares(record: Record) -> dict[str, float]:
 
 def _deviation(record: Record, name: str, matched: Sequence[tuple[Cell, Record]]) -> float:
     """The standard deviation over seeds of the submitted cells that differ in the seed only."""
-    from backdoor_bench_none.statistics import spread_over_seeds
+    from backdoor_bench_none.maths.statistics import spread_over_seeds
 
     alike = [_shares(other) for _, other in matched if other.axes == record.axes]
     rates = [shares[name] for shares in alike if name in shares]

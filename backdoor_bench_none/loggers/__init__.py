@@ -9,11 +9,11 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from backdoor_bench_none.contracts.markers import hookimpl
 from backdoor_bench_none.errors import BenchError, ConfigError, PluginError, did_you_mean
-from backdoor_bench_none.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from backdoor_bench_none.results.record import Record
+    from backdoor_bench_none.contracts.record import Record
 
 #: each is a module of this package with a function `log_record`, and an extra of the distribution
 LOGGERS = ("tensorboard", "mlflow")

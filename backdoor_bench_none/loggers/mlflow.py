@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 from backdoor_bench_none.loggers import chosen_parameters, epoch_losses, measured_values
 
 if TYPE_CHECKING:
-    from backdoor_bench_none.results.record import Record
+    from backdoor_bench_none.contracts.record import Record
 
 #: the lowest limit of MLflow's servers, old ones included; the record has the whole value
 VALUE_LENGTH = 500

@@ -19,7 +19,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from backdoor_bench_none.loggers import chosen_parameters, epoch_losses, measured_values
 
 if TYPE_CHECKING:
-    from backdoor_bench_none.results.record import Record
+    from backdoor_bench_none.contracts.record import Record
 
 #: ends the names of our event files
 SUFFIX = ".bbn"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 from torch import nn
 
-from backdoor_bench_none.models.architecture import Activation
+from backdoor_bench_none.contracts.architecture import Activation
 
 
 class ReLU(Activation):

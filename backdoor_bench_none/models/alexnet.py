@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from backdoor_bench_none.models.architecture import Architecture, ModelSpec
+from backdoor_bench_none.contracts.architecture import Architecture, ModelSpec
 from backdoor_bench_none.models.initial_weights import draw_calibrated_weights
 
 LARGEST_SMALL_IMAGE = 64

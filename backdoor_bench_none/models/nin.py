@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 
-from backdoor_bench_none.models.architecture import Architecture, ModelSpec
+from backdoor_bench_none.contracts.architecture import Architecture, ModelSpec
 from backdoor_bench_none.models.initial_weights import draw_calibrated_weights
 
 

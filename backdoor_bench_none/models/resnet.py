@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from backdoor_bench_none.models.architecture import Architecture, ModelSpec
+from backdoor_bench_none.contracts.architecture import Architecture, ModelSpec
 
 LARGEST_SMALL_IMAGE = 64
 

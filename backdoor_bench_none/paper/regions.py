@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from numpy.typing import NDArray
 
-from backdoor_bench_none.data.dataset import ImageSet
+from backdoor_bench_none.contracts.dataset import ImageSet
 from backdoor_bench_none.errors import BenchError
 
 #: five colours that people with any colour vision tell apart (Okabe and Ito), one for each blob; 3, red, is the target

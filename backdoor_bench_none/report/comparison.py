@@ -9,13 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from backdoor_bench_none.cell import AXES
+from backdoor_bench_none.contracts.cell import AXES
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.errors import ConfigError, did_you_mean
-from backdoor_bench_none.report.pivot import paired_values
-from backdoor_bench_none.results.metrics import METRICS, Metric
-from backdoor_bench_none.results.record import Record
-from backdoor_bench_none.results.rows import Row
-from backdoor_bench_none.statistics import (
+from backdoor_bench_none.maths.statistics import (
     Comparison,
     McNemar,
     compare_paired,
@@ -23,6 +20,9 @@ from backdoor_bench_none.statistics import (
     pool_mcnemar,
     unpack_outcomes,
 )
+from backdoor_bench_none.report.pivot import paired_values
+from backdoor_bench_none.results.metrics import METRICS, Metric
+from backdoor_bench_none.results.rows import Row
 
 COMPARED = ("ba", "asr")
 #: metric -> what records keep of every image

@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from backdoor_bench_none.cell import AXES
+from backdoor_bench_none.contracts.cell import AXES
 from backdoor_bench_none.errors import ConfigError, did_you_mean
+from backdoor_bench_none.maths.statistics import compare_paired, rank_with_ties
 from backdoor_bench_none.results.metrics import METRICS, Metric
 from backdoor_bench_none.results.rows import Row
-from backdoor_bench_none.statistics import compare_paired, rank_with_ties
 
 #: the order of axes in lines; the defense makes the columns unless told otherwise
 LINE_AXES = ("dataset", "attack", "architecture", "activation", "trainer")

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backdoor_bench_none.attack import Attack, AttackTask
-from backdoor_bench_none.data.dataset import Dataset, ImageSet
+from backdoor_bench_none.contracts.attack import Attack, AttackTask
+from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.dataset import Dataset, ImageSet
 from backdoor_bench_none.errors import BenchError, ConfigError
 
 COLUMNS = 8
@@ -29,7 +30,7 @@ def write_preview(attack: Attack, dataset: Dataset, path: Path) -> None:
         )
     test = dataset.load()[1]
     sample = test.take(_first_of_each_class(test)[:COLUMNS])
-    triggered = attack.preview(AttackTask(sample, info, seed=0))
+    triggered = attack.preview(AttackTask(sample, info), Context(torch.device("cpu"), 0))
     difference = (triggered.int() - sample.images.int()).abs().to(torch.uint8)
     rows = [_join(images) for images in (sample.images, triggered, difference)]
     try:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from backdoor_bench_none.measures import Count
-from backdoor_bench_none.results.record import Record
-
-STAGES = ("data", "crafter", "backbone", "poison", "benign", "victim", "defense", "search", "evaluate")
+from backdoor_bench_none.contracts.measures import Count
+from backdoor_bench_none.contracts.record import Record
+from backdoor_bench_none.planning.stage_table import in_order
 
 
 def describe_whole(record: Record) -> Iterator[str]:
@@ -22,7 +21,7 @@ def describe_whole(record: Record) -> Iterator[str]:
         yield f"{axis:12} {value.name}{f' as {value.label}' if value.label != value.name else ''}  {params}"
     yield f"{'recipe':12} " + ", ".join(f"{name}={value}" for name, value in record.recipe.items())
     yield from _numbers(record)
-    for stage in sorted(record.costs, key=STAGES.index):
+    for stage in in_order(record.costs):
         cost = record.costs[stage]
         memory = "" if cost.peak_memory is None else f", {cost.peak_memory / 2**20:.0f} MiB at most"
         yield f"{stage:12} {cost.seconds:.2f} s{memory}"

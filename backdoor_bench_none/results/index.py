@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.results.measurement import COLUMNS, Measurement
-from backdoor_bench_none.results.record import Record
 
 NAME = "index.sqlite"
 #: a file's name, its time of change in nanoseconds, and its size: another of them, and it is read again

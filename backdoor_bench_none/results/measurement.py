@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from backdoor_bench_none.cell import AXES
-from backdoor_bench_none.measures import Counts, Detection
-from backdoor_bench_none.results.record import Cost, Record
+from backdoor_bench_none.contracts.cell import AXES
+from backdoor_bench_none.contracts.measures import Counts, Detection
+from backdoor_bench_none.contracts.record import Cost, Record
 from backdoor_bench_none.seeds import canonical_json
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from backdoor_bench_none.statistics import Interval
+from backdoor_bench_none.maths.statistics import Interval
 
 Better = Literal["higher", "lower"]
 

@@ -9,15 +9,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backdoor_bench_none.cell import AXES
-from backdoor_bench_none.measures import defense_effectiveness
+from backdoor_bench_none.contracts.cell import AXES
+from backdoor_bench_none.contracts.measures import defense_effectiveness
+from backdoor_bench_none.maths.statistics import Interval, spread_over_seeds, wilson_interval
+from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.results.index import read_measurements
 from backdoor_bench_none.results.measurement import Measurement
 from backdoor_bench_none.results.metrics import METRICS
-from backdoor_bench_none.statistics import Interval, spread_over_seeds, wilson_interval
 
 if TYPE_CHECKING:
-    from backdoor_bench_none.plan import Plan
+    from backdoor_bench_none.planning.plan import Plan
 
 #: the labels of all axes
 Labels = tuple[str, ...]
@@ -95,9 +96,11 @@ def make_rows(plan: Plan, results: Path) -> list[Row]:
     known = {measured.key: measured for measured in read_measurements(results)}
     slots = []
     for cell in plan.cells:
-        labels = tuple(getattr(cell, axis).label for axis in AXES)
+        labels = tuple(cell.choices[axis].label for axis in AXES)
         baseline = cell.defense.name == BASELINE
-        slots.append(_Slot(labels, cell.seed, known.get(cell.key), "", plan.skipped.get(cell.key), baseline))
+        slots.append(
+            _Slot(labels, cell.seed, known.get(record_key(cell)), "", plan.skipped.get(record_key(cell)), baseline)
+        )
     return _rows(slots)
 
 

@@ -7,7 +7,6 @@ against the hash in their name.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -24,12 +23,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.errors import BenchError, StoreError
-from backdoor_bench_none.results.record import Record
+from backdoor_bench_none.system import lock_file
 
 
 class DamagedArtifactWarning(UserWarning):
     """An artifact is truncated or altered; it is computed again."""
+
+
+class UnlockedFolderWarning(UserWarning):
+    """The results folder is on a file system without locks, so that two runs at once may compute the same stage."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,18 @@ class Store:
         """Make the folder, or say why that is not possible."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.root):
-                pass
+            with tempfile.TemporaryFile(dir=self.root) as file:
+                has_locks = lock_file(file)
         except OSError as error:
             raise StoreError(
                 f"the results folder '{self.root}' cannot be written: {error}", "choose another with --results"
             ) from error
+        if not has_locks:
+            warnings.warn(
+                f"the file system of '{self.root}' has no locks: one run is safe there, two at once are not",
+                UnlockedFolderWarning,
+                stacklevel=2,
+            )
 
     # records
 
@@ -132,7 +142,7 @@ class Store:
         path = self.root / "locks" / f"{stage}-{key}"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock_file(file)  # where there are no locks, `create` has said so
             yield
 
     def _write(self, path: Path, data: bytes) -> None:

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from backdoor_bench_none.data.dataset import ImageSet
-from backdoor_bench_none.defense import DefenseResult
+from backdoor_bench_none.contracts.dataset import ImageSet
+from backdoor_bench_none.contracts.defense import DefenseResult
 from backdoor_bench_none.seeds import canonical_json
 
 

@@ -7,13 +7,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from backdoor_bench_none.results.record import Cost
-
-STATUS = Path("/proc/self/status")
+from backdoor_bench_none.contracts.record import Cost
+from backdoor_bench_none.system import read_peak_memory, reset_peak_memory
 
 
 @contextmanager
@@ -25,17 +23,8 @@ def watch_peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: int(torch.cuda.max_memory_allocated(device))
         return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again
-    except OSError:
-        yield lambda: None
-        return
-    yield _high_water_mark
-
-
-def _high_water_mark() -> int | None:
-    line = next((line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")), None)
-    return int(line.split()[1]) * 1024 if line else None
+    has_mark = reset_peak_memory()
+    yield lambda: read_peak_memory() if has_mark else None
 
 
 @dataclass

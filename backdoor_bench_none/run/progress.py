@@ -13,16 +13,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from backdoor_bench_none.executors.base import Event
-from backdoor_bench_none.results.record import Record
-from backdoor_bench_none.run.jobs import Job, Outcome
+from backdoor_bench_none.contracts.executor import Event
+from backdoor_bench_none.contracts.job import CELL, Job, Outcome
+from backdoor_bench_none.contracts.record import Record
+from backdoor_bench_none.planning.stage_table import in_order
 from backdoor_bench_none.run.runner import Reporter
 
-#: job kinds as a person reads them, in the order of the bars
-BARS = {
-    "data": "data", "crafter": "crafter", "backbone": "backbone", "poison": "poison", "benign": "benign",
-    "victim": "victim", "cell": "defense",
-}  # fmt: skip
+
+def name_of_kind(kind: str) -> str:
+    """A kind of job as a person reads it."""
+    return "defense" if kind == CELL else kind
 
 
 class Lines(Reporter):
@@ -35,7 +35,7 @@ class Lines(Reporter):
 
     def start(self, name: str, jobs: list[Job], cached: int, skipped: int) -> None:
         """See `Reporter`."""
-        self._left = sum(job.kind == "cell" for job in jobs)
+        self._left = [job.kind for job in jobs].count(CELL)
         if not self.quiet:
             self._print(f"{name}: {self._left} cells to run, {cached} done before, {skipped} skipped")
 
@@ -79,12 +79,14 @@ class Bars(Lines):
         """See `Reporter`."""
         super().start(name, jobs, cached, skipped)
         kinds = [job.kind for job in jobs]
-        self._bars = {k: self._progress.add_task(name, total=kinds.count(k)) for k, name in BARS.items() if k in kinds}
+        for kind in (*in_order(set(kinds) - {CELL}), CELL):
+            if kind in kinds:
+                self._bars[kind] = self._progress.add_task(name_of_kind(kind), total=kinds.count(kind))
         self._progress.start()
 
     def job_started(self, job: Job) -> None:
         """See `Reporter`."""
-        self._jobs[job.id] = self._progress.add_task(f"  [dim]{BARS[job.kind]} {job.title}", total=None)
+        self._jobs[job.id] = self._progress.add_task(f"  [dim]{name_of_kind(job.kind)} {job.title}", total=None)
 
     def job_progress(self, event: Event) -> None:
         """See `Reporter`."""

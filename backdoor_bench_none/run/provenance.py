@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from backdoor_bench_none.cell import AXES, Cell
-from backdoor_bench_none.context import Context
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.contracts.cell import Cell
+from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.system import cpu_name
 
 LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "opencv-python-headless")
 
@@ -20,7 +21,7 @@ def describe(cell: Cell, context: Context, registry: Registry) -> dict[str, Any]
     return {
         "providers": name_providers(cell, registry),
         "python": platform.python_version(),
-        "libraries": {name: found for name in LIBRARIES if (found := installed_version(name))},
+        "libraries": installed_libraries(),
         "device": device_name(context.device),
         "precision": "float32" if context.amp is None else str(context.amp).removeprefix("torch."),
         "threads": torch.get_num_threads(),
@@ -31,8 +32,14 @@ def describe(cell: Cell, context: Context, registry: Registry) -> dict[str, Any]
 
 def name_providers(cell: Cell, registry: Registry) -> dict[str, str]:
     """The distribution and version behind each component of the cell, by axis."""
-    providers = {axis: registry.entry(axis, getattr(cell, axis).name).provider for axis in AXES}
+    providers = {axis: registry.entry(axis, choice.name).provider for axis, choice in cell.choices.items()}
     return {axis: f"{provider.distribution} {provider.version}" for axis, provider in providers.items()}
+
+
+def installed_libraries() -> dict[str, str]:
+    """The versions of the libraries that results rest on, as far as they are installed."""
+    versions = {name: installed_version(name) for name in LIBRARIES}
+    return {name: known for name, known in versions.items() if known is not None}
 
 
 def installed_version(distribution: str) -> str | None:
@@ -47,8 +54,4 @@ def device_name(device: torch.device) -> str:
     """The name of the GPU, or of the CPU as far as the system tells it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return cpu_name()

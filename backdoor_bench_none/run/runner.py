@@ -9,16 +9,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol
 
-from backdoor_bench_none.cell import Cell
-from backdoor_bench_none.executors.base import Event, Executor
-from backdoor_bench_none.plan import Plan
-from backdoor_bench_none.registry import Registry
-from backdoor_bench_none.results.record import Failure, Record
+from backdoor_bench_none.contracts.cell import Cell
+from backdoor_bench_none.contracts.executor import Event, Executor
+from backdoor_bench_none.contracts.job import CELL, Job, Outcome, Settings
+from backdoor_bench_none.contracts.record import Failure, Record
+from backdoor_bench_none.planning.plan import Plan
+from backdoor_bench_none.planning.stage_table import (
+    Stage,
+    artifact_keys,
+    find_stage,
+    needs_of,
+    record_key,
+    stage_key,
+    stages_of,
+)
+from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.blame import name_suspects
-from backdoor_bench_none.run.jobs import Job, JobKind, Outcome, Settings
 from backdoor_bench_none.run.provenance import name_providers
 from backdoor_bench_none.run.scheduler import Scheduler
 
@@ -80,15 +89,15 @@ def run_plan(plan: Plan, registry: Registry, options: Options, reporter: Reporte
     store = Store(options.results)
     store.create()
     started = time.monotonic()
-    todo = [cell for cell in choose_cells(plan, store, options.only) if cell.key not in plan.skipped]
-    skipped = [cell for cell in plan.cells if cell.key in plan.skipped]
+    todo = [cell for cell in choose_cells(plan, store, options.only) if record_key(cell) not in plan.skipped]
+    skipped = [cell for cell in plan.cells if record_key(cell) in plan.skipped]
     summary = Summary(skipped=len(skipped), cached=count_done(plan, store) if options.only != "all" else 0)
     for cell in skipped:
-        _record_skip(store, cell, plan.skipped[cell.key], registry)
+        _record_skip(store, cell, plan.skipped[record_key(cell)], registry)
     if options.only == "all":
         _forget(store, todo)
     jobs = pack_jobs(todo, store)
-    executor = cast("Executor", _executor(plan, registry, options))
+    executor = _executor(plan, registry, options)
     budget = plan.config.budget
     plugins = registry.plugins
     settings = Settings(
@@ -98,14 +107,14 @@ def run_plan(plan: Plan, registry: Registry, options: Options, reporter: Reporte
     try:
         with executor.open(settings) as pool, _count_interrupts(reporter) as interrupts:
             scheduler = Scheduler(jobs, pool, reporter.job_progress, reporter.job_started)
-            cells = {cell.key: cell for cell in todo}
+            cells = {record_key(cell): cell for cell in todo}
 
             def keep_going() -> bool:
                 return not interrupts and (options.max_failures is None or len(summary.failed) < options.max_failures)
 
             for job, outcome in scheduler.run(keep_going):
                 _tell(reporter, job, outcome)
-                if job.kind == "cell":
+                if job.kind == CELL:
                     _finish(cells[job.id.partition(":")[2]], outcome, store, registry, reporter, summary)
             summary.interrupted = bool(interrupts)
     except KeyboardInterrupt:
@@ -121,78 +130,80 @@ def choose_cells(plan: Plan, store: Store, only: Only) -> list[Cell]:
     """The cells to run. A failed cell counts as missing."""
     if only == "all":
         return plan.cells
-    statuses = {cell.key: record.status if (record := store.read_record(cell.key)) else None for cell in plan.cells}
+    statuses = [_status(store, cell) for cell in plan.cells]
+    cells = zip(plan.cells, statuses, strict=True)
     if only == "failed":
-        return [cell for cell in plan.cells if statuses[cell.key] in ("failed", "timeout")]
-    return [cell for cell in plan.cells if statuses[cell.key] != "done"]
+        return [cell for cell, status in cells if status in ("failed", "timeout")]
+    return [cell for cell, status in cells if status != "done"]
+
+
+def _status(store: Store, cell: Cell) -> str | None:
+    """How a cell ended; None if it has no record."""
+    record = store.read_record(record_key(cell))
+    return None if record is None else record.status
 
 
 def count_done(plan: Plan, store: Store) -> int:
     """How many cells of the plan have their numbers."""
-    records = (store.read_record(cell.key) for cell in plan.cells if cell.key not in plan.skipped)
-    return sum(record is not None and record.status == "done" for record in records)
+    cells = [cell for cell in plan.cells if record_key(cell) not in plan.skipped]
+    return [_status(store, cell) for cell in cells].count("done")
 
 
 def pack_jobs(cells: list[Cell], store: Store) -> list[Job]:
     """One job per cell, and one per shared stage that is not there yet, each before the jobs that need it."""
     jobs: dict[str, Job] = {}
-
-    def add(kind: JobKind, stage: str, key: str, cell: Cell, needs: tuple[str, ...]) -> tuple[str, ...]:
-        """The id to wait for, or nothing if the artifact is there already."""
-        job_id = f"{stage}:{key}"
-        if job_id not in jobs:
-            if stage != "cell" and store.find_artifact(stage, key) is not None:
-                return ()
-            jobs[job_id] = Job(job_id, kind, cell.title, cell.spec(), tuple(dict.fromkeys(needs)))
-        return (job_id,)
-
     for cell in cells:
-        attack = cell.the_attack
-        data = add("data", "data", cell.data_key, cell, ())
-        backbone = add("backbone", "backbone", cell.backbone_key, cell, data) if cell.backbone_key else ()
-        crafter = add("crafter", "crafter", cell.crafter_key, cell, data) if cell.crafter_key else ()
-        before = crafter + (backbone if attack.needs_backbone else ())
-        poison = add("poison", "poison", cell.poison_key, cell, before or data)
-        needs = poison + backbone
-        if cell.the_defense.starts_from_victim:
-            if attack.starts_from_benign:
-                needs += add("benign", "victim", cell.benign_key, cell, backbone or data)
-            needs = add("victim", "victim", cell.victim_key, cell, needs) or poison + backbone
-        add("cell", "cell", cell.key, cell, needs)
+        needs: list[str] = []
+        for stage in stages_of(cell):
+            if not stage.shared:
+                needs += _ids_of_needs(stage, cell)
+                continue
+            job_id = _job_id(stage, cell)
+            if job_id in jobs or store.find_artifact(str(stage.folder), stage_key(cell, stage.name)) is not None:
+                continue
+            waits_for = tuple(need for need in _ids_of_needs(stage, cell) if need in jobs)
+            jobs[job_id] = Job(job_id, stage.name, cell.title, cell.spec(), waits_for)
+        job_id, waits_for = f"{CELL}:{record_key(cell)}", tuple(need for need in dict.fromkeys(needs) if need in jobs)
+        jobs[job_id] = Job(job_id, CELL, cell.title, cell.spec(), waits_for)
     return list(jobs.values())
 
 
-def _executor(plan: Plan, registry: Registry, options: Options) -> object:
+def _job_id(stage: Stage, cell: Cell) -> str:
+    """Equal for stages that make the same artifact: the benign network of one cell is the victim of another."""
+    return f"{stage.folder}:{stage_key(cell, stage.name)}"
+
+
+def _ids_of_needs(stage: Stage, cell: Cell) -> list[str]:
+    return [_job_id(need, cell) for need in needs_of(stage, cell)]
+
+
+def _executor(plan: Plan, registry: Registry, options: Options) -> Executor:
     entry = plan.config.executor
     params = entry.params if options.slots is None else {**entry.params, "slots": options.slots}
-    return registry.create("executor", entry.name, params)
+    return registry.create_as(Executor, entry.name, params)
 
 
 def _forget(store: Store, cells: list[Cell]) -> None:
-    """Remove the artifacts that lead to `cells`, so that everything but the data set is computed again."""
+    """Remove the artifacts that lead to `cells`, so that everything is computed again; the data set is only read."""
     for cell in cells:
-        keys = {
-            ("crafter", cell.crafter_key), ("backbone", cell.backbone_key), ("poison", cell.poison_key),
-            ("victim", cell.benign_key), ("victim", cell.victim_key), ("defense", cell.defense_key),
-            ("search", cell.search_key),
-        }  # fmt: skip
-        for stage, key in keys:
-            if key and (path := store.find_artifact(stage, key)):
+        for name, key in artifact_keys(cell).items():
+            path = store.find_artifact(str(find_stage(name).folder), key)
+            if path is not None and name != "data":
                 path.unlink(missing_ok=True)
 
 
 def _finish(
     cell: Cell, outcome: Outcome, store: Store, registry: Registry, reporter: Reporter, summary: Summary
 ) -> None:
-    record = store.read_record(cell.key) if outcome.status == "done" else None
+    record = store.read_record(record_key(cell)) if outcome.status == "done" else None
     if record is None:
         failure = Failure(type=outcome.error, message=outcome.message, traceback=outcome.traceback)
         status: Literal["failed", "timeout"] = "timeout" if outcome.status == "timeout" else "failed"
         reason = f"{outcome.error}: {outcome.message}" if outcome.traceback else outcome.message
         suspects = name_suspects(cell, outcome, registry)
         record = Record.of(
-            cell, status, reason="; ".join([(reason or status).splitlines()[0], *suspects]), failure=failure,
-            provenance={"providers": name_providers(cell, registry)},
+            cell, record_key(cell), status, reason="; ".join([(reason or status).splitlines()[0], *suspects]),
+            failure=failure, provenance={"providers": name_providers(cell, registry)},
         )  # fmt: skip
         store.write_record(record)
         summary.failed.append(record)
@@ -203,8 +214,8 @@ def _finish(
 
 
 def _record_skip(store: Store, cell: Cell, reason: str, registry: Registry) -> None:
-    record = Record.of(cell, "skipped", reason=reason)
-    before = store.read_record(cell.key)
+    record = Record.of(cell, record_key(cell), "skipped", reason=reason)
+    before = store.read_record(record_key(cell))
     if before != record and (before is None or before.status != "done"):
         store.write_record(record)
         registry.plugins.cell_finished(cell, record)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from backdoor_bench_none.executors.base import Event, Pool
-from backdoor_bench_none.run.jobs import Job, Outcome
+from backdoor_bench_none.contracts.executor import Event, Pool
+from backdoor_bench_none.contracts.job import Job, Outcome
 
 #: seconds between two looks at whether to stop
 PATIENCE = 0.5

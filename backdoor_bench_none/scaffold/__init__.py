@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.plugins import BUILTINS
+from backdoor_bench_none.registry.plugins import BUILTINS
 
 KINDS = ("attack", "defense", "architecture")
 #: file in the package -> template beside this module

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from backdoor_bench_none.attack import (
+from backdoor_bench_none.contracts.attack import (
     Attack,
     AttackTask,
     CleanLabelAttack,
@@ -17,11 +17,12 @@ from backdoor_bench_none.attack import (
     StampAttack,
     TriggerAttack,
 )
+from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.network import Pixels, predict_logits
 from backdoor_bench_none.run.checks import check_loadable
 from backdoor_bench_none.run.stages import Stages
 from backdoor_bench_none.testing.bench import Bench, weights_of
 from backdoor_bench_none.testing.checks import Check, check_images, disturbed, equal, left_alone, require, same_weights
-from backdoor_bench_none.training import Pixels, predict_logits
 
 
 def _stages(attack: Attack, bench: Bench) -> Stages:
@@ -29,21 +30,32 @@ def _stages(attack: Attack, bench: Bench) -> Stages:
 
 
 def _resolved(attack: Attack, bench: Bench) -> Attack:
-    return _stages(attack, bench).cell.the_attack
+    return _stages(attack, bench).cell.attack.component
+
+
+#: what `poison` is given, and what `attack_test` is given
+Arguments = tuple[tuple[AttackTask, Context], tuple[AttackTask, Context]]
+
+
+def _arguments(attack: Attack, bench: Bench) -> Arguments:
+    return cast("Arguments", bench.keep("arguments", attack, _stages(attack, bench).attack_tasks))
 
 
 def _tasks(attack: Attack, bench: Bench) -> tuple[AttackTask, AttackTask]:
-    stages = _stages(attack, bench)
-    return cast("tuple[AttackTask, AttackTask]", bench.keep("tasks", attack, stages.attack_tasks))
+    (train, _), (test, _) = _arguments(attack, bench)
+    return train, test
+
+
+def _carry_out(attack: Attack, arguments: Arguments) -> tuple[PoisonedSamples, PoisonedSamples]:
+    train, test = arguments
+    return attack.poison(*train), attack.attack_test(*test)
 
 
 def _samples(attack: Attack, bench: Bench) -> tuple[PoisonedSamples, PoisonedSamples]:
     """The training and the test samples, made once."""
 
     def make() -> tuple[PoisonedSamples, PoisonedSamples]:
-        train, test = _tasks(attack, bench)
-        resolved = _resolved(attack, bench)
-        return resolved.poison(train), resolved.attack_test(test)
+        return _carry_out(_resolved(attack, bench), _arguments(attack, bench))
 
     return cast("tuple[PoisonedSamples, PoisonedSamples]", bench.keep("samples", attack, make))
 
@@ -131,36 +143,37 @@ def check_test_samples(attack: Attack, bench: Bench) -> None:
 def check_inputs_unchanged(attack: Attack, bench: Bench) -> None:
     """The data it is given are as they were."""
     resolved, stages = _resolved(attack, bench), bench.stages(attack=attack)
-    train, test = stages.attack_tasks()
-    before = [(task.data.images.clone(), task.data.labels.clone()) for task in (train, test)]
-    resolved.poison(train), resolved.attack_test(test)
+    arguments = stages.attack_tasks()
+    tasks = [task for task, _ in arguments]
+    before = [(task.data.images.clone(), task.data.labels.clone()) for task in tasks]
+    _carry_out(resolved, arguments)
     if not attack.searches:
-        resolved.preview(test)
-    for task, (images, labels) in zip((train, test), before, strict=True):
+        resolved.preview(*arguments[1])
+    for task, (images, labels) in zip(tasks, before, strict=True):
         require(torch.equal(task.data.images, images), "it changes task.data.images in place; change a clone")
         require(torch.equal(task.data.labels, labels), "it changes task.data.labels in place; change a clone")
 
 
 def check_deterministic(attack: Attack, bench: Bench) -> None:
     """Equal seeds give equal samples, whatever the state of global generators."""
-    resolved, (train, test) = _resolved(attack, bench), _tasks(attack, bench)
+    resolved, arguments = _resolved(attack, bench), _arguments(attack, bench)
     with disturbed(1):
-        first = resolved.poison(train), resolved.attack_test(test)
+        first = _carry_out(resolved, arguments)
     with disturbed(2):
-        second = resolved.poison(train), resolved.attack_test(test)
+        second = _carry_out(resolved, arguments)
     for name, one, other in zip(("poison()", "attack_test()"), first, second, strict=True):
         for part in ("indices", "images", "labels", "decoys"):
             require(
                 equal(getattr(one, part), getattr(other, part)),
-                f"{name}.{part} differs between two calls with one seed; draw from task.seed only",
+                f"{name}.{part} differs between two calls with one seed; draw from context.seed only",
             )
 
 
 def check_global_state_left_alone(attack: Attack, bench: Bench) -> None:
     """Generators, gradient mode and settings are as it found them."""
-    resolved, (train, test) = _resolved(attack, bench), _tasks(attack, bench)
+    resolved, arguments = _resolved(attack, bench), _arguments(attack, bench)
     with left_alone():
-        resolved.poison(train), resolved.attack_test(test)
+        _carry_out(resolved, arguments)
 
 
 def check_stamp_is_per_sample(attack: Attack, bench: Bench) -> None:
@@ -181,8 +194,8 @@ def check_stamp_is_per_sample(attack: Attack, bench: Bench) -> None:
 def check_preview(attack: Attack, bench: Bench) -> None:
     """A preview shows every image, in order."""
     if not attack.searches:
-        task = _tasks(attack, bench)[1]
-        check_images(_resolved(attack, bench).preview(task), tuple(task.data.images.shape), "preview()")
+        task, context = _arguments(attack, bench)[1]
+        check_images(_resolved(attack, bench).preview(task, context), tuple(task.data.images.shape), "preview()")
 
 
 def check_victim(attack: Attack, bench: Bench) -> None:

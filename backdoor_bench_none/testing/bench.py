@@ -18,22 +18,22 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from backdoor_bench_none.attack import TriggerAttack
-from backdoor_bench_none.cell import Cell, Choice
-from backdoor_bench_none.component import Component
-from backdoor_bench_none.context import Context
-from backdoor_bench_none.data.dataset import Dataset, DatasetInfo, ImageSet
-from backdoor_bench_none.defense import Defense, DefenseResult, DefenseTask, Stage
+from backdoor_bench_none.contracts.attack import TriggerAttack
+from backdoor_bench_none.contracts.cell import Cell
+from backdoor_bench_none.contracts.component import Choice, Component
+from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.dataset import Dataset, DatasetInfo, ImageSet
+from backdoor_bench_none.contracts.defense import Defense, DefenseResult, DefenseTask, Stage
+from backdoor_bench_none.contracts.recipe import Recipe
+from backdoor_bench_none.contracts.trigger import Trigger, place, solid_tile
 from backdoor_bench_none.models.activations import ReLU
 from backdoor_bench_none.models.resnet import ResNet18
-from backdoor_bench_none.recipe import Recipe
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
 from backdoor_bench_none.seeds import derive_seed
+from backdoor_bench_none.trainers.centralized import Centralized
 from backdoor_bench_none.trainers.federated import Federated
 from backdoor_bench_none.trainers.transfer import Transfer
-from backdoor_bench_none.training import Centralized
-from backdoor_bench_none.trigger import Trigger, place, solid_tile
 
 CLASSES, SIDE, PAIRS, TESTS = 3, 16, 120, 60
 RECIPE = Recipe(epochs=4, batch_size=16, lr=0.05)

@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from backdoor_bench_none.component import Component
+from backdoor_bench_none.contracts.component import Component
 from backdoor_bench_none.seeds import canonical_json
 from backdoor_bench_none.testing.bench import Bench
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, ClassVar
 
-from backdoor_bench_none.api import BASES
-from backdoor_bench_none.component import Component
+from backdoor_bench_none.contracts.component import Component
+from backdoor_bench_none.contracts.kinds import BASES
 from backdoor_bench_none.testing.attack_checks import ATTACK_CHECKS
 from backdoor_bench_none.testing.bench import Bench
 from backdoor_bench_none.testing.checks import COMPONENT_CHECKS, Check, Verdict, name_of, run_check

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from backdoor_bench_none.attack import PoisonedSamples
-from backdoor_bench_none.context import DeadlineError
-from backdoor_bench_none.defense import Defense, DefenseResult, DefenseTask, OracleTask, Stage
+from backdoor_bench_none.contracts.attack import PoisonedSamples
+from backdoor_bench_none.contracts.defense import Defense, DefenseResult, DefenseTask, OracleTask, Stage
+from backdoor_bench_none.contracts.network import Pixels, predict_logits
+from backdoor_bench_none.errors import DeadlineError
 from backdoor_bench_none.run.checks import check_loadable, check_result
 from backdoor_bench_none.run.stages import Stages
 from backdoor_bench_none.testing.bench import Bench, mixed_order, weights_of
 from backdoor_bench_none.testing.checks import Check, disturbed, equal, left_alone, require, same_weights
-from backdoor_bench_none.training import Pixels, predict_logits
 
 #: so few flagged samples say nothing of their order
 FEW = 10

@@ -8,13 +8,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from backdoor_bench_none.data.dataset import Dataset
-from backdoor_bench_none.evaluation import Evaluation, Metric
-from backdoor_bench_none.models.architecture import Activation, Architecture, ModelSpec
-from backdoor_bench_none.recipe import Recipe
+from backdoor_bench_none.contracts.architecture import Activation, Architecture, ModelSpec
+from backdoor_bench_none.contracts.dataset import Dataset
+from backdoor_bench_none.contracts.metric import Evaluation, Metric
+from backdoor_bench_none.contracts.network import find_logits_layer
+from backdoor_bench_none.contracts.recipe import Recipe
+from backdoor_bench_none.contracts.trainer import FitTask, Trainer
 from backdoor_bench_none.testing.bench import Bench, weights_of
 from backdoor_bench_none.testing.checks import Check, check_images, left_alone, require, same_weights
-from backdoor_bench_none.training import FitOptions, Trainer, last_layer
 
 CLASSES, SIDE = 7, 32
 
@@ -94,7 +95,7 @@ def check_trains(architecture: Architecture, bench: Bench) -> None:
     nn.functional.cross_entropy(model(_images()), torch.arange(4)).backward()  # type: ignore[no-untyped-call]
     idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     require(not idle, f"parameters without gradient: {', '.join(idle[:5])}")
-    head = cast("nn.Linear", last_layer(model))
+    head = cast("nn.Linear", find_logits_layer(model, _images()[:1]))
     require(head.weight.shape[0] == CLASSES, "the layer defined last does not make the logits; define it last")
 
 
@@ -142,7 +143,7 @@ def check_trainer(trainer: Trainer, bench: Bench) -> None:
     model = task.new_model()
     before = weights_of(model)
     with left_alone():
-        history = trainer.fit(model, task.training_data(None, bench.context), task.recipe, bench.context, FitOptions())
+        history = trainer.fit(FitTask(model, task.training_data(None, bench.context), task.recipe), bench.context)
     require(not same_weights(weights_of(model), before), "fit does not change the network")
     require(len(history.losses) == task.recipe.epochs, f"{len(history.losses)} losses, {task.recipe.epochs} epochs")
     require(not model.training, "the network is left in training mode")
@@ -153,7 +154,7 @@ def check_metric(metric: Metric, bench: Bench) -> None:
     labels = torch.arange(6) % 3
     for triggered in (labels[:0], labels[:4]):
         made = Evaluation(nn.Identity(), labels, labels, triggered, triggered, (triggered + 1) % 3)
-        numbers = metric.compute(made)
+        numbers = metric.compute(made, bench.context)
         require(all(isinstance(name, str) for name in numbers), "names are not strings")
         for name, value in numbers.items():
             require(isinstance(value, (int, float)), f"{name} is {type(value).__name__}, not a number")

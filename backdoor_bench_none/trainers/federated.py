@@ -9,13 +9,14 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from backdoor_bench_none.context import Context, no_log, no_progress
-from backdoor_bench_none.data.dataset import DatasetInfo
+from backdoor_bench_none.contracts.context import Context, no_log, no_progress
+from backdoor_bench_none.contracts.dataset import DatasetInfo
+from backdoor_bench_none.contracts.recipe import Recipe
+from backdoor_bench_none.contracts.trainer import FitTask, History, Trainer
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.recipe import Recipe
-from backdoor_bench_none.training import Centralized, FitOptions, History, Trainer, TrainingData
+from backdoor_bench_none.trainers.centralized import Centralized
 
 
 class Federated(Trainer):
@@ -72,14 +73,13 @@ class Federated(Trainer):
         for label in range(num_classes):
             yield np.flatnonzero(labels.numpy() == label), generator.dirichlet(np.full(self.clients, self.alpha))
 
-    def fit(
-        self, model: nn.Module, data: TrainingData, recipe: Recipe, context: Context, options: FitOptions
-    ) -> History:
-        """Train `model` in place, round by round; the losses are the means over clients."""
-        if data.clients is None:
-            return Centralized().fit(model, data, recipe, context, options)
-        kept = torch.arange(len(data.images)) if options.keep is None else options.keep.cpu()
-        held = {client: kept[data.clients[kept] == client] for client in range(self.clients)}
+    def fit(self, task: FitTask, context: Context) -> History:
+        """Train `task.model` in place, round by round; the losses are the means over clients."""
+        owners = task.data.clients
+        if owners is None:
+            return Centralized().fit(task, context)
+        model, recipe, kept = task.model, task.recipe, task.indices()
+        held = {client: kept[owners[kept] == client] for client in range(self.clients)}
         history = History()
         for index in range(recipe.epochs):
             shared = {"epochs": self.local_epochs, "lr": recipe.lr_at(index, 1), "schedule": "constant"}
@@ -88,10 +88,10 @@ class Federated(Trainer):
             for client, samples in held.items():
                 if not len(samples):
                     continue
-                local = Recipe(**{**recipe.model_dump(), **shared, **options.local.get(client, {})})
+                local = Recipe(**{**recipe.model_dump(), **shared, **task.local.get(client, {})})
                 model.load_state_dict(start)
                 here = replace(context.derive("round", index, client), progress=no_progress, log=no_log)
-                fitted = Centralized().fit(model, data, local, here, replace(options, keep=samples))
+                fitted = Centralized().fit(replace(task, recipe=local, keep=samples), here)
                 losses.append(fitted.losses[-1])
                 average.add(model.state_dict())
             model.load_state_dict(average.result())

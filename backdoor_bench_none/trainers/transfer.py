@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -14,16 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from backdoor_bench_none.component import Incidental
-from backdoor_bench_none.context import Context
-from backdoor_bench_none.data.dataset import DatasetInfo
+from backdoor_bench_none.contracts.component import Incidental
+from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.dataset import DatasetInfo
+from backdoor_bench_none.contracts.network import find_logits_layer, move
+from backdoor_bench_none.contracts.trainer import FitTask, History, PretrainingTask, Trainer
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.models.builder import ModelBuilder, load_backbone
-from backdoor_bench_none.recipe import Recipe
-from backdoor_bench_none.training import Centralized, FitOptions, History, Trainer, TrainingData, last_layer
-
-if TYPE_CHECKING:
-    from backdoor_bench_none.task import TrainingTask
+from backdoor_bench_none.trainers.centralized import Centralized
 
 
 class Transfer(Trainer):
@@ -60,27 +57,27 @@ class Transfer(Trainer):
             return super().identity()
         return {**super().identity(), "weights_sha256": hashlib.sha256(_read_bytes(self.weights)).hexdigest()}
 
-    def pretrain(self, make_task: Callable[[], TrainingTask], build: ModelBuilder, context: Context) -> nn.Module:
-        """The network of `weights`, or one trained on the images of `make_task`."""
+    def pretrain(self, task: PretrainingTask, context: Context) -> nn.Module:
+        """The network of `weights`, or one trained on the images of `task.open()`."""
         if self.weights is not None:
-            model = build(0)
-            load_backbone(model, read_weights(self.weights))
+            model = task.build(0)
+            task.build.load_backbone(model, read_weights(self.weights))
             return model
-        task = make_task()
-        model = task.new_model()
-        task.fit(model, context, epochs=self.pretraining_epochs or task.recipe.epochs)
+        training = task.open()
+        model = training.new_model()
+        training.fit(model, context, epochs=self.pretraining_epochs or training.recipe.epochs)
         return model
 
-    def fit(
-        self, model: nn.Module, data: TrainingData, recipe: Recipe, context: Context, options: FitOptions
-    ) -> History:
-        """Train the last layer of `model` in place."""
-        trained = {id(parameter) for parameter in last_layer(model).parameters()}
-        frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in trained]
+    def fit(self, task: FitTask, context: Context) -> History:
+        """Train the layer of `task.model` that makes the logits, in place."""
+        move(task.model, context.device)
+        head = find_logits_layer(task.model, task.data.example())
+        trained = {id(parameter) for parameter in head.parameters()}
+        frozen = [p for p in task.model.parameters() if p.requires_grad and id(p) not in trained]
         for parameter in frozen:
             parameter.requires_grad_(False)
         try:
-            return Centralized().fit(model, data, recipe, context, replace(options, freeze_batchnorm=True))
+            return Centralized().fit(replace(task, freeze_batchnorm=True), context)
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from backdoor_bench_none.hookspecs import hookimpl
+from backdoor_bench_none.api import hookimpl
 
 
 @hookimpl

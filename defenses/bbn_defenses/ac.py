@@ -14,8 +14,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA, FastICA
 from sklearn.metrics import silhouette_score
 
-from backdoor_bench_none.api import Context, Defense, DefenseResult, DefenseTask, Stage
-from backdoor_bench_none.models.features import collect_features
+from backdoor_bench_none.api import Context, Defense, DefenseResult, DefenseTask, Stage, collect_features
 
 Floats = NDArray[np.floating[Any]]
 Rule = Literal["smaller", "relative_size", "silhouette", "distance", "reclassification"]

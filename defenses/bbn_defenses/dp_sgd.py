@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,10 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F
 
-from backdoor_bench_none.api import Batch, Context, Defense, DefenseResult, DefenseTask, Stage
-
-if TYPE_CHECKING:
-    from backdoor_bench_none.cell import Cell
+from backdoor_bench_none.api import Batch, Combination, Context, Defense, DefenseResult, DefenseTask, Stage
 
 #: samples whose gradients are computed at once on a CPU: of 8, 16 and a whole batch of 64 the fastest, or close to it
 CPU_CHUNK = 16
@@ -36,9 +33,9 @@ class GroupNorm(Defense):
     paper: ClassVar[str] = "arXiv:1803.08494"
     stage: ClassVar[Stage] = Stage.IN_TRAINING
 
-    def skip(self, cell: Cell) -> str | None:
+    def skip(self, cell: Combination) -> str | None:
         """Not on a frozen backbone."""
-        return "the norms of a frozen backbone cannot be replaced" if cell.the_trainer.has_backbone else None
+        return "the norms of a frozen backbone cannot be replaced" if cell.trainer.component.has_backbone else None
 
     def adapt(self, model: nn.Module) -> nn.Module:
         """`model` with each BatchNorm of C channels replaced by Opacus with a GroupNorm of gcd(32, C) groups."""
@@ -80,9 +77,9 @@ class DPSGD(GroupNorm):
         None, ge=1, description="samples whose gradients are held at once; default: 16 on a CPU, where that is fastest"
     )
 
-    def skip(self, cell: Cell) -> str | None:
+    def skip(self, cell: Combination) -> str | None:
         """Nor with clients."""
-        return "the privacy account is for one trainer" if cell.the_trainer.has_clients else super().skip(cell)
+        return "the privacy account is for one trainer" if cell.trainer.component.has_clients else super().skip(cell)
 
     def run(self, task: DefenseTask, context: Context) -> DefenseResult:
         """The converted network, trained with clipping and noise; `epsilon` in extras."""

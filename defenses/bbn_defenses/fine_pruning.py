@@ -9,8 +9,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from backdoor_bench_none.api import Batch, Context, Defense, DefenseResult, DefenseTask, Stage, cross_entropy
-from backdoor_bench_none.models.features import collect_features, find_head
+from backdoor_bench_none.api import (
+    Batch,
+    Context,
+    Defense,
+    DefenseResult,
+    DefenseTask,
+    Stage,
+    collect_features,
+    cross_entropy,
+    find_logits_layer,
+)
 
 
 class FinePruning(Defense):
@@ -39,7 +48,7 @@ class FinePruning(Defense):
         model, data = task.victim(), task.training_data(task.clean, context)
         features = collect_features(model, data.images.images, data.pixels, replace(context, amp=None))
         channels = features.shape[1]
-        head = find_head(model, data.pixels.normalize(data.images.images[:1]))
+        head = find_logits_layer(model, data.pixels.normalize(data.images.images[:1]))
         pruned = self._choose(model, head, features.mean(0).argsort(stable=True), task, context)
         prune_inputs(head, pruned, channels)
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backdoor_bench_none.api import Batch, Context, Defense, DefenseResult, DefenseTask, Stage, cross_entropy
-from backdoor_bench_none.models.hooks import record_outputs
-from backdoor_bench_none.models.neurons import find_layers
-from backdoor_bench_none.training import Loss
-
-if TYPE_CHECKING:
-    from backdoor_bench_none.cell import Cell
-
+from backdoor_bench_none.api import (
+    Batch,
+    Combination,
+    Context,
+    Defense,
+    DefenseResult,
+    DefenseTask,
+    Loss,
+    Stage,
+    cross_entropy,
+    find_layers,
+    record_outputs,
+)
 
 #: Places of the maps for which the authors chose their betas: 32x32, 16x16 and 8x8.
 PLACES = (1024, 256, 64)
@@ -56,7 +61,7 @@ class NAD(Defense):
         (), max_length=3, description="modules whose output maps are compared; default: found automatically"
     )
 
-    def skip(self, cell: Cell) -> str | None:
+    def skip(self, cell: Combination) -> str | None:
         """A network without convolutions has no attention map."""
         return "nad: a network without convolutions has no attention map" if cell.architecture.name == "mlp" else None
 

@@ -19,17 +19,21 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from backdoor_bench_none.api import Context, Defense, DefenseResult, DefenseTask, Stage
-from backdoor_bench_none.models.neurons import (
+from backdoor_bench_none.api import (
+    Context,
+    Defense,
+    DefenseResult,
+    DefenseTask,
     Layer,
+    Stage,
     Tap,
     collect_activations,
+    find_breaks,
     find_layers,
     prune_neurons,
     reestimate_norms,
     reinitialize_neurons,
 )
-from backdoor_bench_none.natural_break import find_breaks
 
 #: The released code forgets to clear its list of neurons before these layers of a ResNet18, so that it resets those of
 #: the layers before them too.

@@ -11,8 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from backdoor_bench_none.api import Context, Defense, DefenseResult, DefenseTask, Stage
-from backdoor_bench_none.models.features import collect_features
+from backdoor_bench_none.api import Context, Defense, DefenseResult, DefenseTask, Stage, collect_features
 
 
 class SpectralSignatures(Defense):

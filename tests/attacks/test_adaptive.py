@@ -32,14 +32,14 @@ from backdoor_bench_none.api import (
     Trigger,
     VictimTask,
 )
+from backdoor_bench_none.contracts.builder import ModelBuilder
+from backdoor_bench_none.contracts.network import Pixels
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.models.builder import ModelBuilder
 from backdoor_bench_none.models.mlp import MLP
 from backdoor_bench_none.models.resnet import ResNet18
-from backdoor_bench_none.plan import Plan
+from backdoor_bench_none.planning.plan import Plan
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
-from backdoor_bench_none.training import Pixels
 
 CPU = Context(torch.device("cpu"), 0)
 INFO = DatasetInfo("toy", (1, 8, 8), 4, 20, (0.4,), (0.3,))
@@ -277,7 +277,7 @@ def measure(stages: Stages) -> tuple[float, float, float]:
     assert counts.attack_success_rate is not None
     network, info = stages.builder.load(stages.victim().tensors), stages.cell.info
     used = Pixels.of(info, CPU.device)
-    images = [used.normalize(x) for x in (test.images, stages.cell.the_attack.trigger(info).apply(test.images))]
+    images = [used.normalize(x) for x in (test.images, stages.cell.attack.component.trigger(info).apply(test.images))]
     first, second = network.features[0], network.features[2]
     with torch.no_grad():
         hidden = [first(x.flatten(1)) for x in images]

@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from backdoor_bench_none.api import AttackTask, Context, DatasetInfo, ImageSet, PoisonedSamples
+from backdoor_bench_none.contracts.trigger import noise
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.plan import Plan
+from backdoor_bench_none.planning.plan import Plan
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
-from backdoor_bench_none.trigger import noise
 
 CLASSES, COUNT, SIDE = 5, 60, 16
 #: the training set of digits

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from backdoor_bench_none import attack as attack_module
 from backdoor_bench_none.api import (
     Attack,
     AttackTask,
@@ -30,12 +29,14 @@ from backdoor_bench_none.api import (
     Trigger,
     TriggerAttack,
 )
+from backdoor_bench_none.contracts import attack as attack_module
+from backdoor_bench_none.contracts.measures import Counts
+from backdoor_bench_none.contracts.network import Pixels
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.evaluation import evaluate
-from backdoor_bench_none.measures import Counts
-from backdoor_bench_none.plugins import Plugins
-from backdoor_bench_none.registry import Registry
-from backdoor_bench_none.training import Centralized, Pixels
+from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
+from backdoor_bench_none.run.evaluation import evaluate
+from backdoor_bench_none.trainers.centralized import Centralized
 
 CLASSES = 5
 CONTEXT = Context(torch.device("cpu"), seed=0)

@@ -11,12 +11,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from backdoor_bench_none.api import AttackTask, CleanLabelAttack, DatasetInfo, ImageSet, StampAttack
-from backdoor_bench_none.config import parse_config
+from backdoor_bench_none.contracts.trigger import noise
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.plan import Plan, plan_config
-from backdoor_bench_none.plugins import Plugins
-from backdoor_bench_none.registry import Registry
-from backdoor_bench_none.trigger import noise
+from backdoor_bench_none.planning.plan import Plan, plan_config
+from backdoor_bench_none.planning.reading import parse_config
+from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
 
 CLASSES, COUNT, SIDE = 5, 60, 16
 REGISTRY = Registry(Plugins(external=False))
@@ -198,8 +198,8 @@ def test_all_to_all_moves_every_label_on_by_one(name: str) -> None:
 @pytest.mark.parametrize("name", DIRTY_LABEL)
 def test_all_to_all_is_planned_without_a_target(name: str) -> None:
     (cell,) = make_plan(name, "all_to_all").cells
-    assert isinstance(cell.the_attack, StampAttack)
-    assert (cell.the_attack.label_mode, cell.the_attack.target) == ("all_to_all", None)
+    assert isinstance(cell.attack.component, StampAttack)
+    assert (cell.attack.component.label_mode, cell.attack.component.target) == ("all_to_all", None)
 
 
 @pytest.mark.parametrize("name", CLEAN_LABEL)

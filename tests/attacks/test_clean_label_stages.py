@@ -12,13 +12,14 @@ from bbn_attacks.label_consistent import RobustCrafter
 from torch import Tensor, nn
 
 from backdoor_bench_none.api import Context
-from backdoor_bench_none.cell import Cell
-from backdoor_bench_none.models.features import collect_features
-from backdoor_bench_none.plan import Plan
+from backdoor_bench_none.contracts.cell import Cell
+from backdoor_bench_none.contracts.network import Pixels
+from backdoor_bench_none.inspection.features import collect_features
+from backdoor_bench_none.planning.plan import Plan
+from backdoor_bench_none.planning.stage_table import backbone_key, crafter_key, poison_key
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
 from backdoor_bench_none.trainers.transfer import Transfer
-from backdoor_bench_none.training import Pixels
 
 CONTEXT = Context(torch.device("cpu"), seed=0)
 SWEPT = (
@@ -76,8 +77,8 @@ def test_one_crafter_for_attacks_that_differ_in_rate(
 ) -> None:
     trained = count_calls(RobustCrafter, "train", monkeypatch)
     few, many = tiny_plan(attack=SWEPT, defense="no_defense").cells
-    assert few.crafter_key == many.crafter_key
-    assert few.poison_key != many.poison_key
+    assert crafter_key(few) == crafter_key(many)
+    assert poison_key(few) != poison_key(many)
     for cell, rate in ((few, 0.1), (many, 0.5)):
         stages = Stages(cell, store, CONTEXT)
         record = stages.evaluate()
@@ -98,12 +99,12 @@ def test_what_a_crafter_depends_on(tiny_plan: Callable[..., Plan]) -> None:
 
     shared = cells("steps: 5", architecture="mlp, {name: resnet18, params: {width: 0.1}}")
     assert len(shared) == 2
-    assert len({cell.crafter_key for cell in shared}) == len({cell.poison_key for cell in shared}) == 1
+    assert len({crafter_key(cell) for cell in shared}) == len({poison_key(cell) for cell in shared}) == 1
     others = {params: cells(params)[0] for params in ("steps: 6, norm: l2", "crafter: {epochs: 3}")}
-    assert [cell.crafter_key == shared[0].crafter_key for cell in others.values()] == [True, False]
-    assert [cell.poison_key == shared[0].poison_key for cell in others.values()] == [False, False]
-    assert len({cell.crafter_key for cell in cells("steps: 5", seeds="0, 1")}) == 2
-    assert tiny_plan(attack="badnets").cells[0].crafter_key is None
+    assert [crafter_key(cell) == crafter_key(shared[0]) for cell in others.values()] == [True, False]
+    assert [poison_key(cell) == poison_key(shared[0]) for cell in others.values()] == [False, False]
+    assert len({crafter_key(cell) for cell in cells("steps: 5", seeds="0, 1")}) == 2
+    assert tiny_plan(attack="badnets").crafter_key(cells[0]) is None
 
 
 # hidden trigger
@@ -176,8 +177,8 @@ def test_one_backbone_for_attacks_that_differ_in_rate(
 ) -> None:
     trained = count_calls(Transfer, "pretrain", monkeypatch)
     few, many = tiny_plan(attack=HIDDEN, defense="no_defense", trainer=TRANSFER).cells
-    assert few.backbone_key == many.backbone_key
-    assert few.poison_key != many.poison_key
+    assert backbone_key(few) == backbone_key(many)
+    assert poison_key(few) != poison_key(many)
     for cell, rate in ((few, 0.1), (many, 0.5)):
         assert_clean_label(Stages(cell, store, CONTEXT), 2, rate)
     assert len(trained) == saved(store, "backbone") == 1
@@ -186,7 +187,7 @@ def test_one_backbone_for_attacks_that_differ_in_rate(
 def test_poison_depends_on_the_backbone_only_if_the_attack_knows_it(tiny_plan: Callable[..., Plan]) -> None:
     def keys(attack: str, trainer: str, **axes: str) -> str:
         (cell,) = tiny_plan(attack=attack, defense="no_defense", trainer=trainer, **axes).cells
-        return cell.poison_key
+        return poison_key(cell)
 
     longer, wider = TRANSFER.replace("3", "4"), {"architecture": "{name: mlp, params: {hidden: 17, depth: 1}}"}
     hidden, consistent = (f"{{name: {name}, params: {{steps: 5}}}}" for name in ("hidden_trigger", "label_consistent"))

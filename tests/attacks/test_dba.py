@@ -15,11 +15,13 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from backdoor_bench_none.api import AttackTask, Context, DatasetInfo, History, ImageSet, TrainingData
+from backdoor_bench_none.contracts.network import Pixels, predict_logits
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.plan import Plan
+from backdoor_bench_none.planning.plan import Plan
+from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
-from backdoor_bench_none.training import Centralized, Pixels, predict_logits
+from backdoor_bench_none.trainers.centralized import Centralized
 
 CPU = Context(torch.device("cpu"), 0)
 FEDERATED = "{name: federated, recipe: {epochs: 6}}"
@@ -176,7 +178,7 @@ def test_more_attackers_than_clients(tiny_plan: Callable[..., Plan]) -> None:
 
 def test_a_trainer_without_clients_is_skipped_and_one_with_clients_is_not(tiny_plan: Callable[..., Plan]) -> None:
     plan = tiny_plan(dataset="digits", attack="dba", defense="no_defense", trainer="centralized, federated")
-    reasons = {cell.trainer.name: plan.skipped.get(cell.key) for cell in plan.cells}
+    reasons = {cell.trainer.name: plan.skipped.get(record_key(cell)) for cell in plan.cells}
     assert reasons == {"centralized": "dba needs a trainer with clients, as federated", "federated": None}
 
 
@@ -188,7 +190,7 @@ def success(stages: Stages) -> tuple[float, float, list[float]]:
     counts, (_, test), info = stages.evaluate().counts, stages.data(), stages.cell.info
     assert counts is not None
     assert counts.attack_success_rate is not None
-    attack = stages.cell.the_attack
+    attack = stages.cell.attack.component
     assert isinstance(attack, DBA)
     others = test.take(torch.nonzero(test.labels != 2).flatten()).images
     network = stages.builder.load(stages.victim().tensors)

@@ -15,10 +15,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from backdoor_bench_none.api import AttackTask, Context, DatasetInfo, ImageSet
+from backdoor_bench_none.contracts.network import Pixels
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.evaluation import evaluate
-from backdoor_bench_none.plan import Plan
-from backdoor_bench_none.training import Pixels
+from backdoor_bench_none.planning.plan import Plan
+from backdoor_bench_none.planning.stage_table import record_key
+from backdoor_bench_none.run.evaluation import evaluate
 
 CLASSES = 5
 SHARES = [30, 25, 20, 15, 10]
@@ -331,7 +332,7 @@ def test_faults_are_found_when_planning(params: str, message: str, tiny_plan: Ca
 
 def test_skipped_unless_the_backbone_is_frozen(tiny_plan: Callable[..., Plan]) -> None:
     plan = tiny_plan(attack="hidden_trigger, badnets", trainer="centralized, transfer, federated", defense="no_defense")
-    reasons = {(cell.attack.name, cell.trainer.name): plan.skipped.get(cell.key) for cell in plan.cells}
+    reasons = {(cell.attack.name, cell.trainer.name): plan.skipped.get(record_key(cell)) for cell in plan.cells}
     refused = "hidden_trigger needs a trainer with a frozen backbone, as transfer"
     assert reasons == {
         **{("badnets", trainer): None for trainer in ("centralized", "transfer", "federated")},

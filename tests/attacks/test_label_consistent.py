@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backdoor_bench_none.api import AttackTask, Context, DatasetInfo, ImageSet, ModelSpec, Recipe, TrainingTask, Trigger
+from backdoor_bench_none.contracts.builder import ModelBuilder
+from backdoor_bench_none.contracts.network import Pixels
 from backdoor_bench_none.data.digits import Digits
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.models.builder import ModelBuilder
-from backdoor_bench_none.plan import Plan
-from backdoor_bench_none.training import Centralized, Pixels
+from backdoor_bench_none.planning.plan import Plan
+from backdoor_bench_none.trainers.centralized import Centralized
 
 CLASSES, COUNT, SIDE = 5, 100, 16
 CONTEXT = Context(torch.device("cpu"), seed=0)

@@ -15,13 +15,15 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from backdoor_bench_none.api import Context, DatasetInfo, FoundTriggers, ImageSet, SearchTask
+from backdoor_bench_none.contracts.measures import Count
+from backdoor_bench_none.contracts.network import Pixels
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.evaluation import evaluate
-from backdoor_bench_none.measures import Count
-from backdoor_bench_none.plan import Plan
+from backdoor_bench_none.planning.plan import Plan
+from backdoor_bench_none.planning.stage_table import defense_key, search_key, victim_key
 from backdoor_bench_none.results.store import Artifact, Store
+from backdoor_bench_none.run.evaluation import evaluate
 from backdoor_bench_none.run.stages import Stages
-from backdoor_bench_none.training import Centralized, Pixels
+from backdoor_bench_none.trainers.centralized import Centralized
 
 SIDE, CLASSES = 12, 4
 INFO = DatasetInfo("toy", (3, SIDE, SIDE), CLASSES, 240, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
@@ -366,7 +368,7 @@ def test_clean_and_natural_share_networks_and_the_search_is_kept(
     monkeypatch.setattr(Centralized, "fit", lambda *args: (done.append("fit"), fit(*args))[1])
     monkeypatch.setattr(Natural, "find_triggers", lambda *args: (done.append("search"), search(*args))[1])
     clean, natural = tiny_plan(attack="clean, natural", defense="no_defense", epochs=10).cells
-    assert (clean.victim_key, clean.defense_key) == (natural.victim_key, natural.defense_key)
+    assert (victim_key(clean), defense_key(clean)) == (victim_key(natural), defense_key(natural))
     assert clean.key != natural.key
     store = Store(tmp_path / "results")
     records = [Stages(cell, store, CONTEXT).evaluate() for cell in (clean, natural, natural)]
@@ -397,7 +399,7 @@ def test_a_defended_network_is_searched_by_itself_and_a_constant_one_scores_zero
     (tmp_path / "bbnfile.py").write_text(BBNFILE)
     attack = "{name: natural, params: {areas: [0.05, 0.1], epochs: 5}}"
     cells = tiny_plan(attack=attack, defense="no_defense, none, flat", epochs=5).cells
-    assert len({cell.search_key for cell in cells}) == 3
+    assert len({search_key(cell) for cell in cells}) == 3
     records = [Stages(cell, Store(tmp_path / "results"), CONTEXT).evaluate() for cell in cells]
     for record in records[:2]:
         assert all(found["total"] < 500 and "note" not in found for found in record.triggers)

@@ -15,15 +15,17 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from backdoor_bench_none.api import AttackTask, Context, DatasetInfo, ModelSpec, Recipe, VictimTask
+from backdoor_bench_none.contracts.builder import ModelBuilder
+from backdoor_bench_none.contracts.measures import Count
+from backdoor_bench_none.contracts.network import Pixels, predict_logits
 from backdoor_bench_none.data.digits import Digits
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.measures import Count
-from backdoor_bench_none.models.builder import ModelBuilder
 from backdoor_bench_none.models.mlp import MLP
-from backdoor_bench_none.plan import Plan
+from backdoor_bench_none.planning.plan import Plan
+from backdoor_bench_none.planning.stage_table import benign_key, victim_key
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
-from backdoor_bench_none.training import Centralized, Pixels, predict_logits
+from backdoor_bench_none.trainers.centralized import Centralized
 
 SIZE, CLASSES = 12, 10
 INFO = Digits(image_size=SIZE).info()
@@ -298,14 +300,14 @@ def test_it_is_joined_to_the_benign_network_and_defended(tiny_plan: Callable[...
     cells = tiny_plan(attack="clean, trojannet", defense="no_defense, none, fine_tune, oracle_filter", epochs=5).cells
     by_name = {(cell.attack.name, cell.defense.name): cell for cell in cells}
     plain, attacked = by_name["clean", "no_defense"], by_name["trojannet", "no_defense"]
-    assert attacked.benign_key == plain.victim_key != attacked.victim_key
+    assert benign_key(attacked) == victim_key(plain) != victim_key(attacked)
     records = {cell.defense.name: Stages(cell, store, CONTEXT).evaluate() for cell in cells[4:]}
     counts = {name: record.counts for name, record in records.items()}
     rates = {name: count.attack_success_rate for name, count in counts.items() if count}
     others = int((Stages(plain, store, CONTEXT).data()[1].labels != 0).sum())
     assert rates["no_defense"] == Count(hits=others, total=others)
     assert {rate.total for rate in rates.values() if rate} == {others}
-    benign, victim = (store.load_artifact("victim", key) for key in (attacked.benign_key, attacked.victim_key))
+    benign, victim = (store.load_artifact("victim", key) for key in (benign_key(attacked), victim_key(attacked)))
     assert benign is not None
     assert victim is not None
     assert all(torch.equal(victim.tensors[f"host.{name}"], value) for name, value in benign.tensors.items())

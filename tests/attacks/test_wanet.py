@@ -15,7 +15,7 @@ from torch import Tensor
 
 from backdoor_bench_none.api import AttackTask, Context, DatasetInfo, ImageSet
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.plan import Plan
+from backdoor_bench_none.planning.plan import Plan
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
 

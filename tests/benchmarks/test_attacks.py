@@ -12,8 +12,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from ratios import measure_ratio
 
 from backdoor_bench_none.api import Attack, AttackTask, DatasetInfo, ImageSet
-from backdoor_bench_none.plugins import Plugins
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
 
 COUNT = 50_000
 INFO = DatasetInfo("noise", (3, 32, 32), 10, COUNT, (0.5,) * 3, (0.25,) * 3)

@@ -16,16 +16,18 @@ from ratios import measure_ratio, seconds
 from torch import nn
 from torch.nn import functional as F
 
-from backdoor_bench_none.context import Context, choose_amp, choose_device
-from backdoor_bench_none.data.dataset import DatasetInfo, ImageSet
-from backdoor_bench_none.defense import DefenseTask
-from backdoor_bench_none.models.architecture import ModelSpec
-from backdoor_bench_none.models.builder import ModelBuilder
-from backdoor_bench_none.models.hooks import record_outputs
+from backdoor_bench_none.contracts.architecture import ModelSpec
+from backdoor_bench_none.contracts.builder import ModelBuilder
+from backdoor_bench_none.contracts.context import Context, choose_amp, choose_device
+from backdoor_bench_none.contracts.dataset import DatasetInfo, ImageSet
+from backdoor_bench_none.contracts.defense import DefenseTask
+from backdoor_bench_none.contracts.network import Pixels, predict_logits
+from backdoor_bench_none.contracts.recipe import Recipe
+from backdoor_bench_none.contracts.trainer import Batch
+from backdoor_bench_none.inspection.hooks import record_outputs
 from backdoor_bench_none.models.nin import NiN
 from backdoor_bench_none.models.resnet import ResNet18
-from backdoor_bench_none.recipe import Recipe
-from backdoor_bench_none.training import Batch, Centralized, Pixels, predict_logits
+from backdoor_bench_none.trainers.centralized import Centralized
 
 DEVICE = choose_device()
 

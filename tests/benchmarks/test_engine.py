@@ -9,13 +9,15 @@ from ratios import measure_ratio
 from torch import nn
 from torch.nn import functional as F
 
-from backdoor_bench_none.context import Context, choose_amp, choose_device
-from backdoor_bench_none.data.dataset import DatasetInfo, ImageSet
-from backdoor_bench_none.models.architecture import ModelSpec
-from backdoor_bench_none.models.neurons import collect_activations, find_layers
+from backdoor_bench_none.contracts.architecture import ModelSpec
+from backdoor_bench_none.contracts.context import Context, choose_amp, choose_device
+from backdoor_bench_none.contracts.dataset import DatasetInfo, ImageSet
+from backdoor_bench_none.contracts.network import Pixels, move, predict_logits
+from backdoor_bench_none.contracts.recipe import Recipe
+from backdoor_bench_none.contracts.trainer import FitOptions, TrainingData
+from backdoor_bench_none.inspection.neurons import collect_activations, find_layers
 from backdoor_bench_none.models.resnet import ResNet18
-from backdoor_bench_none.recipe import Recipe
-from backdoor_bench_none.training import Centralized, FitOptions, Pixels, TrainingData, move, predict_logits
+from backdoor_bench_none.trainers.centralized import Centralized
 
 INFO = DatasetInfo("random", (3, 32, 32), 10, 2048, (0.5,) * 3, (0.25,) * 3, crop_padding=4, flip=True)
 RECIPE = Recipe(epochs=1, batch_size=128, lr=0.01)

@@ -10,10 +10,11 @@ from pathlib import Path
 import yaml
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from backdoor_bench_none.config import parse_config
-from backdoor_bench_none.plan import plan_config
-from backdoor_bench_none.plugins import Plugins
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.planning.plan import plan_config
+from backdoor_bench_none.planning.reading import parse_config
+from backdoor_bench_none.planning.stage_table import record_key
+from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
 from backdoor_bench_none.scaffold import write_package
 
 
@@ -31,7 +32,7 @@ def test_plan_ten_thousand_cells(benchmark: BenchmarkFixture) -> None:
 
     def plan() -> int:
         cells = plan_config(*parse_config(text), registry).cells
-        return len({cell.key for cell in cells})
+        return len({record_key(cell) for cell in cells})
 
     assert benchmark.pedantic(plan, rounds=3) == 10_000
     assert benchmark.stats.stats.median <= 2.0

@@ -14,10 +14,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
 from synthetic import synthetic_records, write_records
 
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.report.html.build import build_report, write_report
 from backdoor_bench_none.report.html.source import source_of_records
 from backdoor_bench_none.results.index import read_measurements
-from backdoor_bench_none.results.record import Record
 
 TIMES = """
 const {timing} = performance, [mark] = performance.getEntriesByName("interactive");

@@ -7,7 +7,7 @@ import numpy as np
 from pytest_benchmark.fixture import BenchmarkFixture
 from ratios import seconds
 
-from backdoor_bench_none.natural_break import find_breaks
+from backdoor_bench_none.maths.natural_break import find_breaks
 
 
 def test_split_against_jenkspy(benchmark: BenchmarkFixture) -> None:

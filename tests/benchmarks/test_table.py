@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from backdoor_bench_none.results.record import Record
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.results.store import Store
 
 COUNT, SEEDS = 20_000, 5

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from backdoor_bench_none.plugins import PluginWarning
+from backdoor_bench_none.registry.plugins import PluginWarning
 
 COMPONENTS = '''
 from typing import ClassVar

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backdoor_bench_none.cell import Cell
 from backdoor_bench_none.cli.init import default_benchmark
-from backdoor_bench_none.plan import Plan, make_plan
-from backdoor_bench_none.plugins import Plugins, PluginWarning
-from backdoor_bench_none.registry import Registry
-from backdoor_bench_none.results.record import Record
+from backdoor_bench_none.contracts.cell import Cell
+from backdoor_bench_none.contracts.record import Record
+from backdoor_bench_none.planning.plan import Plan, make_plan
+from backdoor_bench_none.planning.stage_table import defense_key, poison_key, record_key
+from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins, PluginWarning
 from backdoor_bench_none.results.store import Store
 
 #: `untrained` takes no time; `broken` raises until there is a file `mended`; ELU is skipped while there is one `skip`
@@ -253,10 +254,10 @@ def test_plan_verbose_names_every_cell_and_its_state(
     write: Write, bbn: Bbn, tmp_path: Path, make_record: MakeRecord
 ) -> None:
     plan = load(write(activation="relu, gelu, elu"))
-    Store(tmp_path / "results").write_record(make_record(plan.cells[0].key))
+    Store(tmp_path / "results").write_record(make_record(record_key(plan.cells[0])))
     (tmp_path / "skip").touch()
     lines = bbn("plan", "-v").out.splitlines()
-    found = {cell.title: line.split()[0] for cell in plan.cells for line in lines if cell.key in line}
+    found = {cell.title: line.split()[0] for cell in plan.cells for line in lines if record_key(cell) in line}
     assert [state for _, state in found.items()] == ["done", "run", "skip"]
     assert any("1: not on a Sunday" in line for line in lines)
 
@@ -288,7 +289,7 @@ def test_run_prints_a_line_per_cell_and_the_matrix(write: Write, bbn: Bbn, tmp_p
     assert said.code == 0
     assert said.err == ""
     for cell in plan.cells:
-        assert len(re.findall(rf"^done +{cell.key}  {cell.title} ", said.out, re.MULTILINE)) == 1
+        assert len(re.findall(rf"^done +{record_key(cell)}  {cell.title} ", said.out, re.MULTILINE)) == 1
     assert "untrained" in said.out
     assert re.search(r"^2 done in \d+ s$", said.out, re.MULTILINE)
     assert {record.status for record in Store(tmp_path / "results").records()} == {"done"}
@@ -378,16 +379,16 @@ def test_a_damaged_artifact_is_told(write: Write, bbn: Bbn, tmp_path: Path) -> N
     (cell,) = load(write()).cells
     bbn("run")
     store = Store(tmp_path / "results")
-    path = store.find_artifact("poison", cell.poison_key)
+    path = store.find_artifact("poison", poison_key(cell))
     assert path is not None
     path.write_bytes(path.read_bytes()[:-1])
-    store.record_path(cell.key).unlink()
-    defense = store.find_artifact("defense", cell.defense_key)
+    store.record_path(record_key(cell)).unlink()
+    defense = store.find_artifact("defense", defense_key(cell))
     assert defense is not None
     defense.unlink()
     said = bbn("run")
     assert said.code == 0
-    assert re.search(f"poison {cell.poison_key} is damaged", said.out + said.err)
+    assert re.search(f"poison {poison_key(cell)} is damaged", said.out + said.err)
 
 
 SELECTIONS = {
@@ -414,7 +415,7 @@ def test_selections(verb: str, options: str, write: Write, bbn: Bbn) -> None:
 def test_run_a_selection(write: Write, bbn: Bbn, tmp_path: Path) -> None:
     plan = load(write(attack="clean, badnets", activation="relu, elu"))
     assert bbn("run", "-a", "clean", "--activation", "elu").code == 0
-    (wanted,) = (cell.key for cell in plan.cells if "clean" in cell.title and "elu" in cell.title.split("/"))
+    (wanted,) = (record_key(cell) for cell in plan.cells if "clean" in cell.title and "elu" in cell.title.split("/"))
     assert [record.key for record in Store(tmp_path / "results").records()] == [wanted]
 
 
@@ -434,9 +435,9 @@ def recorded(write: Write, tmp_path: Path, make_record: MakeRecord) -> list[Cell
     """badnets and clean x untrained and broken: done, failed, done, missing."""
     cells = load(write(attack="badnets, clean", defense="untrained, broken")).cells
     store = Store(tmp_path / "results")
-    store.write_record(make_record(cells[0].key, ba=90, asr=25, clean_fraction=0.05))
+    store.write_record(make_record(record_key(cells[0]), ba=90, asr=25, clean_fraction=0.05))
     store.write_record(Record.of(cells[1], "failed", reason="ValueError: <b> & more"))
-    store.write_record(make_record(cells[2].key, ba=95, asr=None))
+    store.write_record(make_record(record_key(cells[2]), ba=95, asr=None))
     return cells
 
 
@@ -514,7 +515,7 @@ def test_a_wide_table_is_whole_without_a_terminal(
     labels = [f"defense_number_{number}" for number in range(8)]
     entries = ", ".join(f"{{name: untrained, params: {{number: {label[-1]}}}, as: {label}}}" for label in labels)
     for cell in load(write(attack="clean, badnets", defense=entries)).cells:
-        Store(tmp_path / "results").write_record(make_record(cell.key, ba=91, asr=77))
+        Store(tmp_path / "results").write_record(make_record(record_key(cell), ba=91, asr=77))
     monkeypatch.delenv("COLUMNS")
     said = bbn("table").out
     assert said.count("91.0 / 77.0") == 16
@@ -530,7 +531,7 @@ def test_a_small_share_of_clean_data_is_not_shown_as_none(
     write: Write, bbn: Bbn, tmp_path: Path, make_record: MakeRecord
 ) -> None:
     (cell,) = load(write()).cells
-    Store(tmp_path / "results").write_record(make_record(cell.key, clean_fraction=0.004))
+    Store(tmp_path / "results").write_record(make_record(record_key(cell), clean_fraction=0.004))
     assert "0.4 % of the training set as clean data" in bbn("table").out
 
 

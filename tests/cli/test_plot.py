@@ -18,17 +18,18 @@ import torch
 from PIL import Image
 
 from backdoor_bench_none.cli.main import run_cli
-from backdoor_bench_none.context import Context
-from backdoor_bench_none.models.neurons import collect_activations, find_layers
-from backdoor_bench_none.natural_break import find_breaks
-from backdoor_bench_none.plan import Plan, make_plan
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.network import Pixels
+from backdoor_bench_none.inspection.neurons import collect_activations, find_layers
+from backdoor_bench_none.maths.natural_break import find_breaks
+from backdoor_bench_none.planning.plan import Plan, make_plan
+from backdoor_bench_none.planning.stage_table import defense_key, record_key
+from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.report.plots.activations import read_activations
 from backdoor_bench_none.report.plots.finished import open_cell
 from backdoor_bench_none.report.plots.scores import read_scores
 from backdoor_bench_none.report.plots.triggers import make_sheets
 from backdoor_bench_none.results.store import DamagedArtifactWarning, Store
-from backdoor_bench_none.training import Pixels
 
 #: labels hold what matplotlib, XML and a terminal would read as commands
 BENCHMARK = r"""
@@ -184,8 +185,8 @@ def test_curve_has_a_line_for_each_attack(here: Path, bbn: Bbn) -> None:
 def test_scores_are_those_of_the_defense_and_its_natural_break(here: Path, one: Plan, bbn: Bbn) -> None:
     store = Store(here / "results")
     scores = read_scores(open_cell(one, store))
-    artifact = store.load_artifact("defense", one.cells[0].defense_key)
-    record = store.read_record(one.cells[0].key)
+    artifact = store.load_artifact("defense", defense_key(one.cells[0]))
+    record = store.read_record(record_key(one.cells[0]))
     assert artifact is not None
     assert record is not None
     assert record.detection is not None
@@ -312,17 +313,17 @@ def mine(finished: Path, here: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["scores", "activations"])
 def test_a_lost_artifact_is_not_computed_again(kind: str, mine: Path, one: Plan, bbn: Bbn) -> None:
-    path = Store(mine).find_artifact("defense", one.cells[0].defense_key)
+    path = Store(mine).find_artifact("defense", defense_key(one.cells[0]))
     assert path is not None
     path.unlink()
     said = bbn("plot", kind, *ONE)
     fault(said, "the defense stage of digits/badnets/none/mlp/relu/s0 is not in 'results'", "bbn run --only all")
     assert "-a badnets -d none -s 0" in said.err
-    assert Store(mine).find_artifact("defense", one.cells[0].defense_key) is None
+    assert Store(mine).find_artifact("defense", defense_key(one.cells[0])) is None
 
 
 def test_a_damaged_artifact_is_not_computed_again(mine: Path, one: Plan, bbn: Bbn) -> None:
-    path = Store(mine).find_artifact("defense", one.cells[0].defense_key)
+    path = Store(mine).find_artifact("defense", defense_key(one.cells[0]))
     assert path is not None
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.warns(DamagedArtifactWarning):
@@ -332,7 +333,7 @@ def test_a_damaged_artifact_is_not_computed_again(mine: Path, one: Plan, bbn: Bb
 
 def test_a_failed_cell(mine: Path, one: Plan, bbn: Bbn) -> None:
     store = Store(mine)
-    record = store.read_record(one.cells[0].key)
+    record = store.read_record(record_key(one.cells[0]))
     assert record is not None
     store.write_record(record.model_copy(update={"status": "failed", "reason": "it\x07broke", "counts": None}))
     fault(bbn("plot", "scores", *ONE), "digits/badnets/none/mlp/relu/s0 is failed: it�broke", "bbn run")

@@ -17,14 +17,15 @@ from pydantic import ValidationError
 from torch import nn
 
 from backdoor_bench_none.api import AttackTask, Context, DatasetInfo, DefenseTask, ModelSpec, Recipe
+from backdoor_bench_none.contracts.builder import ModelBuilder
+from backdoor_bench_none.contracts.network import Pixels, predict_logits
 from backdoor_bench_none.data.blobs import CENTRES, Blobs
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.models.builder import ModelBuilder
 from backdoor_bench_none.models.mlp import MLP
-from backdoor_bench_none.plan import Plan
+from backdoor_bench_none.planning.plan import Plan
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
-from backdoor_bench_none.training import Centralized, Pixels, predict_logits
+from backdoor_bench_none.trainers.centralized import Centralized
 
 CPU = Context(torch.device("cpu"), 0)
 TARGET, HEIGHT = 3, 153  # of 255: 0.6
@@ -179,8 +180,8 @@ def test_the_region_of_the_trojan_grows_with_the_rate(tiny_plan: Callable[..., P
     assert (recipe.optimizer, recipe.lr, recipe.epochs, recipe.batch_size) == ("adam", 1e-3, 60, 64)
     store, found = Store(tmp_path / "results"), dict[float, list[Measured]]()
     for cell in plan.cells:
-        assert isinstance(cell.the_attack, Coordinate)
-        found.setdefault(cell.the_attack.poison_rate, []).append(measure(Stages(cell, store, CPU)))
+        assert isinstance(cell.attack.component, Coordinate)
+        found.setdefault(cell.attack.component.poison_rate, []).append(measure(Stages(cell, store, CPU)))
     means = {rate: Measured(*map(mean, zip(*runs, strict=True))) for rate, runs in found.items()}
     assert list(means) == list(TABLE)
     for rate, expected in TABLE.items():

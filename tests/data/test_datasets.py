@@ -24,8 +24,8 @@ from PIL import Image
 from pydantic import ValidationError
 from sklearn.datasets import load_digits
 
-from backdoor_bench_none.component import Incidental
-from backdoor_bench_none.data.dataset import ImageSet
+from backdoor_bench_none.contracts.component import Incidental
+from backdoor_bench_none.contracts.dataset import ImageSet
 from backdoor_bench_none.data.digits import Digits
 from backdoor_bench_none.data.image_files import GTSRB, Imagenette, SmallerThanPublishedWarning
 from backdoor_bench_none.data.torchvision_sets import CIFAR10, MNIST, FashionMNIST

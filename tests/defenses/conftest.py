@@ -24,9 +24,9 @@ from backdoor_bench_none.api import (
     Trainer,
     TrainingData,
 )
-from backdoor_bench_none.models.builder import ModelBuilder
+from backdoor_bench_none.contracts.builder import ModelBuilder
 from backdoor_bench_none.models.resnet import ResNet18
-from backdoor_bench_none.training import Centralized
+from backdoor_bench_none.trainers.centralized import Centralized
 
 CLASSES, SIDE, TARGET = 3, 8, 0
 CPU = Context(torch.device("cpu"), 0)

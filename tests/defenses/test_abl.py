@@ -16,16 +16,17 @@ from bbn_defenses.abl import ABL, ascent
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backdoor_bench_none import training
 from backdoor_bench_none.api import Architecture, Batch, Context, FitOptions, History, ImageSet, ModelSpec, Trainer
+from backdoor_bench_none.contracts.trainer import TrainingData
 from backdoor_bench_none.errors import BenchError, TrainingError
 from backdoor_bench_none.models.mlp import MLP
 from backdoor_bench_none.models.resnet import ResNet18
-from backdoor_bench_none.plan import make_plan
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.planning.plan import make_plan
+from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
-from backdoor_bench_none.training import Centralized, TrainingData
+from backdoor_bench_none.trainers import centralized as training
+from backdoor_bench_none.trainers.centralized import Centralized
 
 CPU = Context(torch.device("cpu"), 0)
 Make = Callable[..., Any]

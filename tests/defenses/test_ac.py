@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from backdoor_bench_none.api import Architecture, Context, ImageSet, ModelSpec
 from backdoor_bench_none.errors import TrainingError
-from backdoor_bench_none.models import features as features_module
-from backdoor_bench_none.models.features import collect_features
+from backdoor_bench_none.inspection import features as features_module
+from backdoor_bench_none.inspection.features import collect_features
 
 CPU = Context(torch.device("cpu"), 0)
 # FastICA's own warning reaches the record; that it need not converge on noise is no fault

@@ -31,16 +31,18 @@ from backdoor_bench_none.api import (
     OracleTask,
     PoisonedSamples,
 )
-from backdoor_bench_none.defense import Stage
+from backdoor_bench_none.contracts.defense import Stage
+from backdoor_bench_none.contracts.record import Record
+from backdoor_bench_none.contracts.trainer import FitOptions
 from backdoor_bench_none.errors import BenchError, TrainingError
-from backdoor_bench_none.models.features import collect_features
+from backdoor_bench_none.inspection.features import collect_features
 from backdoor_bench_none.models.mlp import MLP
-from backdoor_bench_none.plan import make_plan
-from backdoor_bench_none.registry import Registry
-from backdoor_bench_none.results.record import Record
+from backdoor_bench_none.planning.plan import make_plan
+from backdoor_bench_none.planning.stage_table import record_key
+from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
-from backdoor_bench_none.training import Centralized, FitOptions
+from backdoor_bench_none.trainers.centralized import Centralized
 
 CPU = Context(torch.device("cpu"), 0)
 NAMES = (
@@ -306,20 +308,20 @@ def test_every_defense_ends_with_a_record(architecture: str, tmp_path: Path, mon
     monkeypatch.setattr(Stages, "defense_task", spy)
     records: list[Record] = []
     for cell in plan.cells:
-        if cell.key in plan.skipped:
-            assert plan.skipped[cell.key] == "nad: a network without convolutions has no attention map"
+        if record_key(cell) in plan.skipped:
+            assert plan.skipped[record_key(cell)] == "nad: a network without convolutions has no attention map"
             continue
         record = Stages(cell, store, CPU).evaluate()
         store.write_record(record)
-        assert store.read_record(cell.key) == record
+        assert store.read_record(record_key(cell)) == record
         records.append(record)
         assert record.status == "done"
         assert record.counts is not None
         assert record.defense_stage in set(Stage)
-        assert record.clean_fraction == cell.the_defense.clean_fraction
+        assert record.clean_fraction == cell.defense.component.clean_fraction
         assert record.sees_ground_truth == (cell.defense.name == "oracle_filter")
-        assert (record.detection is not None) == ("flagged" in cell.the_defense.returns)
-        assert (record.infected is not None) == ("infected" in cell.the_defense.returns)
+        assert (record.detection is not None) == ("flagged" in cell.defense.component.returns)
+        assert (record.infected is not None) == ("infected" in cell.defense.component.returns)
     expected = 2 * (len(defenses) + ("none" in defenses)) - 2 * (architecture == "mlp")
     assert len(records) == expected
     assert {name for name, task in tasks.items() if hasattr(task, "poisoned")} == {"oracle_filter"} & set(defenses)

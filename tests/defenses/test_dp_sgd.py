@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from backdoor_bench_none.api import Batch, Context, ModelSpec
 from backdoor_bench_none.models.resnet import ResNet18
-from backdoor_bench_none.plan import make_plan
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.planning.plan import make_plan
+from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
 

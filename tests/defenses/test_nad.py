@@ -27,15 +27,16 @@ from backdoor_bench_none.api import (
     TrainingData,
 )
 from backdoor_bench_none.errors import ConfigError, TrainingError
-from backdoor_bench_none.models.hooks import record_outputs
+from backdoor_bench_none.inspection.hooks import record_outputs
 from backdoor_bench_none.models.nin import NiN
 from backdoor_bench_none.models.resnet import ResNet18
 from backdoor_bench_none.models.vgg import VGG11, VGG16
-from backdoor_bench_none.plan import make_plan
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.planning.plan import make_plan
+from backdoor_bench_none.planning.stage_table import record_key
+from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
-from backdoor_bench_none.training import Centralized
+from backdoor_bench_none.trainers.centralized import Centralized
 
 CPU = Context(torch.device("cpu"), 0)
 Make = Callable[..., Any]
@@ -303,7 +304,7 @@ def test_exactly_the_declared_share_of_distinct_clean_images_is_granted(tmp_path
 
 def test_a_network_without_convolutions_is_skipped_with_a_reason(tmp_path: Path) -> None:
     plan, _ = make_stages(tmp_path, architecture="mlp")
-    assert plan.skipped == {plan.cells[0].key: "nad: a network without convolutions has no attention map"}
+    assert plan.skipped == {record_key(plan.cells[0]): "nad: a network without convolutions has no attention map"}
 
 
 @pytest.mark.parametrize("defense", [NAD, FineTune])

@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from backdoor_bench_none.api import Architecture, Context, ImageSet, ModelSpec
-from backdoor_bench_none.models.neurons import collect_activations, find_layers
+from backdoor_bench_none.inspection.neurons import collect_activations, find_layers
 from backdoor_bench_none.models.resnet import ResNet18
-from backdoor_bench_none.plan import make_plan
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.planning.plan import make_plan
+from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backdoor_bench_none.api import Architecture, Context, ImageSet, ModelSpec
+from backdoor_bench_none.inspection.neurons import find_layers, reestimate_norms
 from backdoor_bench_none.models import activations
-from backdoor_bench_none.models.neurons import find_layers, reestimate_norms
 from backdoor_bench_none.models.resnet import ResNet18
 
 CPU = Context(torch.device("cpu"), 0)

@@ -15,14 +15,15 @@ from typing import NamedTuple
 
 import pytest
 
+from backdoor_bench_none.contracts.executor import Event
+from backdoor_bench_none.contracts.job import Job, Outcome, Settings
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.executors import local
-from backdoor_bench_none.executors.base import Event
 from backdoor_bench_none.executors.local import Local, count_cores
-from backdoor_bench_none.plan import Plan, make_plan
-from backdoor_bench_none.registry import Registry
-from backdoor_bench_none.results.record import Record
+from backdoor_bench_none.planning.plan import Plan, make_plan
+from backdoor_bench_none.planning.stage_table import record_key
+from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.results.store import Store
-from backdoor_bench_none.run.jobs import Job, Outcome, Settings
 from backdoor_bench_none.run.runner import pack_jobs
 from backdoor_bench_none.run.scheduler import Scheduler
 
@@ -128,7 +129,7 @@ def run(folder: Path, defenses: str, slots: int = 2) -> Ended:
     store = Store(folder / "results")
     jobs = pack_jobs(plan.cells, store)
     settings = Settings(store.root, "cpu", TIMEOUT, registry.plugins.bbnfile)
-    titles = {f"cell:{cell.key}": cell.defense.name for cell in plan.cells}
+    titles = {f"cell:{record_key(cell)}": cell.defense.name for cell in plan.cells}
     events: list[Event] = []
     started = time.monotonic()
     with Local(slots=slots).open(settings) as pool:

@@ -18,20 +18,21 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from backdoor_bench_none import plugins
 from backdoor_bench_none.cli.main import run_cli
-from backdoor_bench_none.context import Context
-from backdoor_bench_none.executors.base import Event
+from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.executor import Event
+from backdoor_bench_none.contracts.job import Job, Settings
 from backdoor_bench_none.executors.local import Local
 from backdoor_bench_none.leaderboard import track as tracks
 from backdoor_bench_none.leaderboard.pack import pack
 from backdoor_bench_none.leaderboard.submission import open_submission
 from backdoor_bench_none.leaderboard.verification import Finding, Verification
 from backdoor_bench_none.leaderboard.verify import Verifier
-from backdoor_bench_none.plan import Plan
-from backdoor_bench_none.plugins import Plugins
-from backdoor_bench_none.registry import Registry
-from backdoor_bench_none.run.jobs import Job, Settings, run_job
+from backdoor_bench_none.planning.plan import Plan
+from backdoor_bench_none.registry import plugins
+from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
+from backdoor_bench_none.run.jobs import run_job
 from backdoor_bench_none.run.progress import Lines
 
 REAL_TRACKS = tracks.FOLDER

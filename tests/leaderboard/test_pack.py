@@ -14,15 +14,16 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from backdoor_bench_none import plugins
 from backdoor_bench_none.cli.init import text_from
-from backdoor_bench_none.config import parse_config
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.leaderboard.submission import open_submission, read_submission
 from backdoor_bench_none.leaderboard.track import read_track, track_names
-from backdoor_bench_none.plan import make_plan, plan_config
-from backdoor_bench_none.plugins import Plugins
-from backdoor_bench_none.registry import Registry
-from backdoor_bench_none.results.record import Record
+from backdoor_bench_none.planning.plan import make_plan, plan_config
+from backdoor_bench_none.planning.reading import parse_config
+from backdoor_bench_none.planning.stage_table import defense_key, record_key
+from backdoor_bench_none.registry import plugins
+from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
 from backdoor_bench_none.results.store import Store
 
 Bbn = Callable[..., Any]
@@ -58,7 +59,7 @@ def test_a_submission_is_whole(arena: Any, pack: Callable[..., Any], tmp_path: P
     assert said.out == "wrote mine: fine_tune (backdoor-bench-none 0.1.0), 6 cells of tiny-v1\n"
     plan = arena.plan("fine_tune")
     submission, records = read_submission(tmp_path / "mine")
-    assert set(records) == {cell.key for cell in plan.cells}
+    assert set(records) == {record_key(cell) for cell in plan.cells}
     parts = {
         f"{part}/{key}.{end}" for key in records for part, end in (("records", "json"), ("weights", "safetensors"))
     }
@@ -78,18 +79,18 @@ def test_a_submission_is_whole(arena: Any, pack: Callable[..., Any], tmp_path: P
 def test_weights_are_the_tensors_of_the_stage_and_nothing_else(defense: str, arena: Any) -> None:
     store, folder = Store(arena.results), arena.submissions / defense
     for cell in arena.plan(defense).cells:
-        artifact = store.load_artifact("defense", cell.defense_key)
+        artifact = store.load_artifact("defense", defense_key(cell))
         assert artifact is not None
-        path = folder / "weights" / f"{cell.key}.safetensors"
+        path = folder / "weights" / f"{record_key(cell)}.safetensors"
         packed = load_file(path)
         assert set(packed) == set(artifact.tensors)
         assert all(packed[name].equal(tensor) for name, tensor in artifact.tensors.items())
         assert any(name == "flagged" for name in packed) == (defense == "none")
         with safe_open(path, framework="pt") as file:
             assert not file.metadata()
-        assert Record.model_validate_json((folder / "records" / f"{cell.key}.json").read_text()) == store.read_record(
-            cell.key
-        )
+        assert Record.model_validate_json(
+            (folder / "records" / f"{record_key(cell)}.json").read_text()
+        ) == store.read_record(record_key(cell))
 
 
 def test_an_archive_holds_the_same_as_a_folder(pack: Callable[..., Any], bbn: Bbn, tmp_path: Path, tree: Tree) -> None:
@@ -106,18 +107,18 @@ def test_labels_are_the_tracks_whatever_the_benchmark_file_called_the_cell(
     arena: Any, pack: Callable[..., Any], results: Path, tmp_path: Path
 ) -> None:
     store, cell = Store(results), arena.plan("fine_tune").cells[0]
-    record = store.read_record(cell.key)
+    record = store.read_record(record_key(cell))
     assert record is not None
     axes = {name: value.model_copy(update={"label": f"my {name}"}) for name, value in record.axes.items()}
     store.write_record(record.model_copy(update={"axes": axes, "title": "mine"}))
     assert pack().code == 0
-    assert read_submission(tmp_path / "mine")[1][cell.key] == record
+    assert read_submission(tmp_path / "mine")[1][record_key(cell)] == record
 
 
 def test_missing_cells_are_counted_and_named(arena: Any, pack: Callable[..., Any], results: Path) -> None:
     cells = arena.plan("fine_tune").cells
     for cell in cells[1:3]:
-        Store(results).record_path(cell.key).unlink()
+        Store(results).record_path(record_key(cell)).unlink()
     title = re.escape(cells[1].title)
     refused(pack(), f"2 of 6 cells of the track are missing, the first is {title}: not run yet", "bbn init.*bbn run")
 
@@ -130,7 +131,7 @@ def test_a_failed_cell_is_missing(arena: Any, pack: Callable[..., Any], results:
 
 def test_vanished_and_damaged_weights(arena: Any, pack: Callable[..., Any], results: Path) -> None:
     store, cell = Store(results), arena.plan("fine_tune").cells[3]
-    path = store.find_artifact("defense", cell.defense_key)
+    path = store.find_artifact("defense", defense_key(cell))
     assert path is not None
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.warns(UserWarning, match="is damaged"):
@@ -142,7 +143,7 @@ def test_too_much_clean_data(bbn: Bbn, arena: Any, results: Path) -> None:
     for cell in arena.plan("fine_tune", clean_fraction=0.25).cells:
         record = Record.of(cell, "done")
         Store(results).write_record(record)
-        path = results / "artifacts" / "defense" / cell.defense_key[:2] / f"{cell.defense_key}.0.safetensors"
+        path = results / "artifacts" / "defense" / defense_key(cell)[:2] / f"{defense_key(cell)}.0.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     options = [word.replace("0.1", "0.25") for word in FINE_TUNE]
@@ -220,7 +221,7 @@ def test_the_tracks_are_listed_with_their_rules(bbn: Bbn) -> None:
 def test_digits_plans(defense: str | None) -> None:
     """3 attacks x 2 architectures x 3 seeds."""
     cells = read_track("digits-v1").plan(Registry(Plugins(external=False)), defense).cells
-    assert len({cell.key for cell in cells}) == 18
+    assert len({record_key(cell) for cell in cells}) == 18
     assert {cell.defense.name for cell in cells} == {defense or "no_defense"}
 
 
@@ -249,10 +250,10 @@ def test_init_writes_the_benchmark_of_a_track(bbn: Bbn, tmp_path: Path) -> None:
     assert all(f"# - {rule}\n" in text for rule in track.rules.splitlines())
     assert yaml.safe_load(text) == track.benchmark
     (tmp_path / "track.yaml").write_text(text.replace("defense: [no_defense]", "defense: [no_defense, none, nad]"))
-    keys = {cell.key: cell.defense.name for cell in make_plan(tmp_path / "track.yaml", registry).cells}
+    keys = {record_key(cell): cell.defense.name for cell in make_plan(tmp_path / "track.yaml", registry).cells}
     assert len(keys) == 54
     for defense in ("no_defense", "none", "nad"):
-        assert {cell.key for cell in track.plan(registry, defense).cells} == {
+        assert {record_key(cell) for cell in track.plan(registry, defense).cells} == {
             key for key, name in keys.items() if name == defense
         }
 

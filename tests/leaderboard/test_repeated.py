@@ -12,14 +12,15 @@ import torch
 from bbn_defenses.no_defense import NoDefense
 from torch import nn
 
-from backdoor_bench_none.cell import Cell
-from backdoor_bench_none.context import Context
+from backdoor_bench_none.contracts.cell import Cell
+from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.network import Pixels
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.leaderboard.verification import Finding, Verification
-from backdoor_bench_none.plan import Plan
-from backdoor_bench_none.results.record import Record
+from backdoor_bench_none.planning.plan import Plan
+from backdoor_bench_none.planning.stage_table import defense_key, record_key
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
-from backdoor_bench_none.training import Pixels
 
 CPU = torch.device("cpu")
 ATTACKED = [f"digits/badnets/fine_tune/mlp/relu/s{seed}" for seed in range(3)]
@@ -143,12 +144,12 @@ def test_parameters_other_than_those_that_were_run_are_exposed(
         before = Record.model_validate(forged.record(name))
         paths = forged.record_path(name), forged.weights_path(name)
         honest = Record.of(cell, "done").model_dump(mode="json", by_alias=True)
-        upstream = {**before.upstream, "defense": cell.defense_key}
+        upstream = {**before.upstream, "defense": defense_key(cell)}
         kept = before.model_dump(mode="json", by_alias=True)
         edited = {**kept, **{n: honest[n] for n in ("key", "title", "axes", "clean_fraction")}, "upstream": upstream}
         for path in paths:
-            path.rename(path.with_name(path.name.replace(forged.keys[name], cell.key)))
-        forged.keys[name] = cell.key
+            path.rename(path.with_name(path.name.replace(forged.keys[name], record_key(cell))))
+        forged.keys[name] = record_key(cell)
         forged.write_record(name, edited)
     forged.manifest["defense"]["params"] |= params
     assert verify(forged.seal()).verdict == "reevaluated"

@@ -13,18 +13,11 @@ from typing import Any
 
 import pytest
 
-from backdoor_bench_none.leaderboard.standings import (
-    Entry,
-    as_table,
-    choose_baseline,
-    rank_entries,
-    read_entries,
-    show,
-)
+from backdoor_bench_none.contracts.measures import Count, Counts
+from backdoor_bench_none.contracts.record import AxisValue, Record
+from backdoor_bench_none.leaderboard.standings import Entry, as_table, choose_baseline, rank_entries, read_entries, show
 from backdoor_bench_none.leaderboard.submission import Source, Submission, hash_file, write_archive
 from backdoor_bench_none.leaderboard.verification import Verdict, Verification
-from backdoor_bench_none.measures import Count, Counts
-from backdoor_bench_none.results.record import AxisValue, Record
 
 Bbn = Callable[..., Any]
 #: (BA, ASR) in percent of every seed, by attack; ASR None where there is no attack

@@ -15,7 +15,7 @@ from backdoor_bench_none.executors.local import Local
 from backdoor_bench_none.leaderboard.pack import pack
 from backdoor_bench_none.leaderboard.track import read_track
 from backdoor_bench_none.leaderboard.verification import Finding, Verification
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.registry.components import Registry
 
 #: leaves a line in a file whenever it is imported, in whatever process
 SOURCE = """

@@ -10,9 +10,9 @@ import torch
 import torchvision
 from torch import nn
 
+from backdoor_bench_none.contracts.architecture import Activation, Architecture, ModelSpec
 from backdoor_bench_none.models import activations
 from backdoor_bench_none.models.alexnet import AlexNet
-from backdoor_bench_none.models.architecture import Activation, Architecture, ModelSpec
 from backdoor_bench_none.models.initial_weights import measure_spread
 from backdoor_bench_none.models.mlp import MLP
 from backdoor_bench_none.models.nin import NiN

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from backdoor_bench_none.api import Context, ModelSpec
-from backdoor_bench_none.models import features as features_module
+from backdoor_bench_none.contracts.architecture import Architecture
+from backdoor_bench_none.contracts.network import Pixels
+from backdoor_bench_none.inspection import features as features_module
+from backdoor_bench_none.inspection.features import collect_features
+from backdoor_bench_none.inspection.hooks import record_outputs
 from backdoor_bench_none.models.alexnet import AlexNet
-from backdoor_bench_none.models.architecture import Architecture
-from backdoor_bench_none.models.features import collect_features
-from backdoor_bench_none.models.hooks import record_outputs
 from backdoor_bench_none.models.mlp import MLP
 from backdoor_bench_none.models.nin import NiN
 from backdoor_bench_none.models.resnet import ResNet18
 from backdoor_bench_none.models.vgg import VGG11, VGG16
-from backdoor_bench_none.training import Pixels
 
 CPU = Context(torch.device("cpu"), 0)
 PIXELS = Pixels(torch.tensor([[[1 / 255]]]), torch.tensor([[[0.0]]]), 4, True)

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backdoor_bench_none.api import Context, DatasetInfo
-from backdoor_bench_none.models import activations, neurons
-from backdoor_bench_none.models.alexnet import AlexNet
-from backdoor_bench_none.models.architecture import Architecture, ModelSpec
-from backdoor_bench_none.models.mlp import MLP
-from backdoor_bench_none.models.neurons import (
+from backdoor_bench_none.contracts.architecture import Architecture, ModelSpec
+from backdoor_bench_none.contracts.network import Pixels
+from backdoor_bench_none.inspection import neurons
+from backdoor_bench_none.inspection.neurons import (
     Consumer,
     Layer,
     Tap,
@@ -24,10 +23,12 @@ from backdoor_bench_none.models.neurons import (
     prune_neurons,
     reinitialize_neurons,
 )
+from backdoor_bench_none.models import activations
+from backdoor_bench_none.models.alexnet import AlexNet
+from backdoor_bench_none.models.mlp import MLP
 from backdoor_bench_none.models.nin import NiN
 from backdoor_bench_none.models.resnet import ResNet18
 from backdoor_bench_none.models.vgg import VGG11, VGG16
-from backdoor_bench_none.training import Pixels
 
 CPU = Context(torch.device("cpu"), 0)
 SIDE = 6

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 
 from backdoor_bench_none import paper
-from backdoor_bench_none.config import parse_config
 from backdoor_bench_none.data.blobs import Blobs
 from backdoor_bench_none.errors import BenchError, ConfigError
 from backdoor_bench_none.paper import benchmark_names, benchmark_text
 from backdoor_bench_none.paper.regions import Panel, draw_panels, plane, with_ideal_trojan
-from backdoor_bench_none.plan import plan_config
-from backdoor_bench_none.plugins import Plugins
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.planning.plan import plan_config
+from backdoor_bench_none.planning.reading import parse_config
+from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
 
 #: table -> number of cells
 CELLS = {"table2": 12, "table4": 12, "table5": 18, "table6": 8, "table11": 4, "table12": 8, "fig6": 4, "fig7": 3}
@@ -41,7 +41,7 @@ def test_sweeps_are_the_papers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     def swept(name: str, parameter: str) -> list[Any]:
         config, source = parse_config(benchmark_text(name))
         cells = plan_config(config, source, Registry(Plugins(external=False))).cells
-        return list(dict.fromkeys(getattr(cell.the_attack, parameter) for cell in cells))
+        return list(dict.fromkeys(getattr(cell.attack.component, parameter) for cell in cells))
 
     assert swept("table4", "size") == [3, 5, 7, 9, 15, 20]
     assert swept("table5", "trigger_kind") == ["dynamic", "static", "watermark"]

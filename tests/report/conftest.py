@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.report.html.source import Source
-from backdoor_bench_none.results.record import Record
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.report.html.source import Source, source_of_records
 from backdoor_bench_none.results.index import read_measurements
-from backdoor_bench_none.results.record import Record
 from backdoor_bench_none.results.store import Store
 
 DEFENSES = ("no_defense", "none", "nad", "ac", "abl", "dp_sgd", "fine_tune", "oracle_filter")

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from synthetic import synthetic_records, write_records
 
-from backdoor_bench_none.cell import AXES
-from backdoor_bench_none.plan import Plan
+from backdoor_bench_none.contracts.cell import AXES
+from backdoor_bench_none.contracts.record import Cost, Failure, Record
+from backdoor_bench_none.planning.plan import Plan
+from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.report.html.build import build_report
 from backdoor_bench_none.report.html.previews import make_previews
 from backdoor_bench_none.report.html.source import Source, source_of_plan
-from backdoor_bench_none.results.record import Cost, Failure, Record
 
 pytest.importorskip("selenium")
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ def test_drawer_shows_everything(tiny_plan: Callable[..., Plan], tmp_path: Path,
     for part in (
         "90.0 ±0.0", "90 of 100", "poison_rate=", "4 test images of digits", "one line for each of 2 seeds", "device 1",
         "bbn run benchmark.yaml --dataset digits -a badnets -d no_defense", "Provenance, seed 0", "take care",
-        "1.50 s, 1024 MiB", plan.cells[0].key, "epochs",
+        "1.50 s, 1024 MiB", record_key(plan.cells[0]), "epochs",
     ):  # fmt: skip
         assert part in text
     assert browser.run(

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from backdoor_bench_none.cell import AXES
+from backdoor_bench_none.contracts.cell import AXES
+from backdoor_bench_none.contracts.measures import Outcomes
+from backdoor_bench_none.contracts.record import AxisValue, Record
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.measures import Outcomes
+from backdoor_bench_none.maths.statistics import pack_outcomes
 from backdoor_bench_none.report.comparison import compare_defenses
 from backdoor_bench_none.report.paper import compare_with_paper, read_tables
 from backdoor_bench_none.results.measurement import Measurement
-from backdoor_bench_none.results.record import AxisValue, Record
 from backdoor_bench_none.results.rows import Row, rows_of_measurements
 from backdoor_bench_none.results.store import Store
-from backdoor_bench_none.statistics import pack_outcomes
 
 MakeRecord = Callable[..., Record]
 

@@ -14,9 +14,10 @@ import pytest
 from markupsafe import escape
 from synthetic import parse, synthetic_records, write_records
 
-from backdoor_bench_none.measures import Count, Counts
-from backdoor_bench_none.plan import Plan, make_plan
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.contracts.measures import Count, Counts
+from backdoor_bench_none.contracts.record import AxisValue, Cost, Failure, Record
+from backdoor_bench_none.planning.plan import Plan, make_plan
+from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.report.html import previews as html_previews
 from backdoor_bench_none.report.html import summary
 from backdoor_bench_none.report.html.build import SCRIPTS, build_report
@@ -26,7 +27,6 @@ from backdoor_bench_none.report.html.previews import Preview
 from backdoor_bench_none.report.html.source import Source, source_of_plan
 from backdoor_bench_none.report.html.texts import clean_line, clean_lines, show_number
 from backdoor_bench_none.results.metrics import METRICS
-from backdoor_bench_none.results.record import AxisValue, Cost, Failure, Record
 
 MakeRecord = Callable[..., Record]
 MakeSource = Callable[[Sequence[Record]], Source]

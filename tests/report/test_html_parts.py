@@ -10,14 +10,14 @@ from typing import Any
 
 from synthetic import parse
 
-from backdoor_bench_none.plan import Plan
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.contracts.record import Record
+from backdoor_bench_none.planning.plan import Plan
+from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.report.html import previews as html_previews
 from backdoor_bench_none.report.html.build import build_report
 from backdoor_bench_none.report.html.command import Commands
 from backdoor_bench_none.report.html.previews import Preview, make_previews
 from backdoor_bench_none.report.html.source import Source, source_of_plan
-from backdoor_bench_none.results.record import Record
 
 MakeRecord = Callable[..., Record]
 MakeSource = Callable[[Sequence[Record]], Source]
@@ -78,7 +78,7 @@ def test_previews_of_real_images(tiny_plan: Callable[..., Plan]) -> None:
 
 def test_previews_without_data_or_with_a_broken_attack(tiny_plan: Callable[..., Plan]) -> None:
     plan = tiny_plan()
-    dataset, attack = plan.cells[0].the_dataset, plan.cells[0].the_attack
+    dataset, attack = plan.cells[0].dataset.component, plan.cells[0].attack.component
     absent = Registry.default().create("dataset", "gtsrb", {"root": "/nowhere"})
 
     def explode() -> Any:
@@ -94,7 +94,9 @@ def test_previews_without_data_or_with_a_broken_attack(tiny_plan: Callable[..., 
 
 def test_previews_are_few_and_small(tiny_plan: Callable[..., Plan]) -> None:
     cell = tiny_plan().cells[0]
-    made = make_previews({("digits", str(number)): lambda: (cell.the_dataset, cell.the_attack) for number in range(30)})
+    made = make_previews(
+        {("digits", str(number)): lambda: (cell.dataset.component, cell.attack.component) for number in range(30)}
+    )
     assert sum(bool(preview.source) for preview in made.values()) == html_previews.MOST
     assert sum(len(preview.source) for preview in made.values()) <= html_previews.BUDGET
     assert made["digits", "29"].text == "a report has 24 pictures at most"

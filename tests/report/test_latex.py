@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.report.comparison import compare_defenses
 from backdoor_bench_none.report.tables import render, render_table
 from backdoor_bench_none.results.measurement import Measurement
-from backdoor_bench_none.results.record import Record
 from backdoor_bench_none.results.rows import rows_of_measurements
 
 PDFLATEX = shutil.which("pdflatex")

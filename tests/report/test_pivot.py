@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from backdoor_bench_none.cell import AXES
+from backdoor_bench_none.contracts.cell import AXES
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.errors import ConfigError
+from backdoor_bench_none.maths.statistics import wilson_interval
 from backdoor_bench_none.report.pivot import Box, Layout, Pivot, pivot
 from backdoor_bench_none.report.tables import render
 from backdoor_bench_none.results.measurement import Measurement
 from backdoor_bench_none.results.metrics import METRICS
-from backdoor_bench_none.results.record import Record
 from backdoor_bench_none.results.rows import Row, rows_of_measurements
-from backdoor_bench_none.statistics import wilson_interval
 
 MakeRows = Callable[..., list[Row]]
 #: defense -> (BA, ASR) in hits of 100 for each seed

@@ -20,8 +20,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.errors import BenchError, ConfigError
-from backdoor_bench_none.natural_break import find_breaks
+from backdoor_bench_none.maths.natural_break import find_breaks
+from backdoor_bench_none.maths.statistics import wilson_interval
 from backdoor_bench_none.report.plots import canvas
 from backdoor_bench_none.report.plots.activations import choose_layers
 from backdoor_bench_none.report.plots.canvas import DPI, check_output, draw_shares, legend_lines, plain, write_picture
@@ -33,10 +35,8 @@ from backdoor_bench_none.report.plots.scores import Scores, draw_scores, find_cu
 from backdoor_bench_none.report.plots.sweep import draw_sweep, find_sweep
 from backdoor_bench_none.results.measurement import Measurement
 from backdoor_bench_none.results.metrics import METRICS
-from backdoor_bench_none.results.record import Record
 from backdoor_bench_none.results.rows import Row, rows_of_measurements
 from backdoor_bench_none.results.store import Store
-from backdoor_bench_none.statistics import wilson_interval
 
 BA_ASR = (METRICS["ba"], METRICS["asr"])
 #: (BA, ASR) in hits of 100 for each seed

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from backdoor_bench_none.measures import Detection
+from backdoor_bench_none.contracts.measures import Detection
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.results import index
 from backdoor_bench_none.results.index import read_measurements
 from backdoor_bench_none.results.measurement import COLUMNS, Measurement
-from backdoor_bench_none.results.record import Record
 from backdoor_bench_none.results.store import Store
 
 MakeRecord = Callable[..., Record]

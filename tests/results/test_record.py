@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from backdoor_bench_none.measures import Count, Detection
-from backdoor_bench_none.plan import Plan
-from backdoor_bench_none.results.record import Cost, Failure, Record
+from backdoor_bench_none.contracts.measures import Count, Detection
+from backdoor_bench_none.contracts.record import Cost, Failure, Record
+from backdoor_bench_none.planning.plan import Plan
+from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.results.store import Store
 
 MakeRecord = Callable[..., Record]
@@ -70,7 +71,7 @@ def test_numbers_that_are_not_finite_stay_readable_json(value: float, make_recor
 def test_a_record_of_a_cell_says_what_took_part(tiny_plan: Callable[..., Plan]) -> None:
     cell = tiny_plan(defense="none").cells[0]
     record = Record.of(cell, "skipped", reason="because")
-    assert (record.key, record.seed, record.reason, record.counts) == (cell.key, 0, "because", None)
+    assert (record.key, record.seed, record.reason, record.counts) == (record_key(cell), 0, "because", None)
     assert record.axes["defense"].params["epochs"] == 1
     assert record.axes["attack"].params["target"] == 0
     assert record.axes["dataset"].params == {"image_size": 8}

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from backdoor_bench_none.measures import Detection
-from backdoor_bench_none.plan import Plan
+from backdoor_bench_none.contracts.measures import Detection
+from backdoor_bench_none.contracts.record import Record
+from backdoor_bench_none.planning.plan import Plan
+from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.results.measurement import Measurement
-from backdoor_bench_none.results.record import Record
 from backdoor_bench_none.results.rows import Row, make_rows, rows_of_measurements
 from backdoor_bench_none.results.store import Store
 
@@ -102,7 +103,7 @@ def rows(tiny_plan: TinyPlan, tmp_path: Path) -> Callable[..., Row]:
         for cell, status in zip(plan.cells, statuses, strict=True):
             if status is not None:
                 store.write_record(Record.of(cell, status, reason=None if status == "done" else f"it {status}"))  # type: ignore[arg-type]
-        reasons = dict.fromkeys((cell.key for cell in plan.cells), skipped) if skipped else {}
+        reasons = dict.fromkeys((record_key(cell) for cell in plan.cells), skipped) if skipped else {}
         plan = Plan(plan.config, plan.cells, reasons, 0)
         (row,) = make_rows(plan, store.root)
         return row
@@ -128,7 +129,7 @@ def test_the_plan_says_why_a_cell_is_skipped(rows: Callable[..., Row]) -> None:
 
 def test_partial(tiny_plan: TinyPlan, tmp_path: Path, make_record: MakeRecord) -> None:
     plan, store = tiny_plan(defense="none", seeds="0, 1"), Store(tmp_path / "results")
-    store.write_record(make_record(plan.cells[0].key, ba=90))
+    store.write_record(make_record(record_key(plan.cells[0]), ba=90))
     store.write_record(Record.of(plan.cells[1], "failed", reason="it broke"))
     (row,) = make_rows(plan, store.root)
     assert (row.status, row.reason, row.seeds, row.ba) == ("partial", "it broke", [0], 0.9)
@@ -175,5 +176,5 @@ include:
         return  # refusing equal labels is as good
     store = Store(tmp_path / "results")
     for cell in plan.cells:
-        store.write_record(make_record(cell.key))
+        store.write_record(make_record(record_key(cell)))
     assert distinct_seeds(make_rows(plan, store.root))

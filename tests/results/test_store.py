@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.errors import BenchError, StoreError
-from backdoor_bench_none.results.record import Record
 from backdoor_bench_none.results.store import Artifact, DamagedArtifactWarning, Store
 
 MakeRecord = Callable[..., Record]

@@ -12,14 +12,23 @@ from bbn_attacks.label_consistent import RobustCrafter
 from torch import Tensor, nn
 
 from backdoor_bench_none.api import Attack, Context, DefenseTask, PoisonedSamples, Trigger
-from backdoor_bench_none.cell import Cell
+from backdoor_bench_none.contracts.cell import Cell
+from backdoor_bench_none.contracts.job import Job, Settings
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.plan import Plan
+from backdoor_bench_none.planning.plan import Plan
+from backdoor_bench_none.planning.stage_table import (
+    backbone_key,
+    benign_key,
+    crafter_key,
+    data_key,
+    poison_key,
+    victim_key,
+)
 from backdoor_bench_none.results.store import Artifact, Store
-from backdoor_bench_none.run.jobs import Job, Settings, run_job
+from backdoor_bench_none.run.jobs import run_job
 from backdoor_bench_none.run.runner import pack_jobs
 from backdoor_bench_none.run.stages import Stages
-from backdoor_bench_none.training import Centralized
+from backdoor_bench_none.trainers.centralized import Centralized
 
 #: `everything` has a crafter and starts from the benign network; the others return other networks than they say
 BBNFILE = """
@@ -172,8 +181,8 @@ def test_clean_and_whoever_starts_from_it_share_one_network(
 ) -> None:
     by_name = {cell.attack.name: cell for cell in cells(attack=order, defense="no_defense")}
     benign = by_name["clean"].victim_key
-    assert {cell.benign_key for cell in by_name.values()} == {benign}
-    assert len({cell.victim_key for cell in by_name.values()}) == 3
+    assert {benign_key(cell) for cell in by_name.values()} == {benign}
+    assert len({victim_key(cell) for cell in by_name.values()}) == 3
     jobs = pack_jobs(list(by_name.values()), store)
     trained = [job.id for job in jobs if job.kind in ("victim", "benign")]
     assert len(trained) == len(set(trained)) == 3
@@ -184,7 +193,7 @@ def test_clean_and_whoever_starts_from_it_share_one_network(
 def test_nothing_is_waited_for_that_is_there(one: Callable[..., Cell], store: Store) -> None:
     cell = one(attack="everything", trainer=TRANSFER)
     nothing = Artifact({"x": torch.zeros(1)}, {})
-    for stage, key in (("data", cell.data_key), ("backbone", cell.backbone_key), ("crafter", cell.crafter_key)):
+    for stage, key in (("data", data_key(cell)), ("backbone", backbone_key(cell)), ("crafter", crafter_key(cell))):
         store.save_artifact(stage, str(key), nothing)
     assert graph(pack_jobs([cell], store)) == {
         "poison": set(), "benign": set(), "victim": {"poison", "benign"}, "cell": {"victim"}
@@ -274,8 +283,8 @@ def test_which_keys_change_with(change: str, one: Callable[..., Cell]) -> None:
 def test_attacks_and_networks_share_the_crafter(cells: Callable[..., list[Cell]]) -> None:
     attacks = "label_consistent, {name: label_consistent, as: other, params: {norm: l2, target: 3}}"
     found = cells(attack=attacks, architecture="{name: mlp}, nin", trainer=f"centralized, {TRANSFER}")
-    assert len({cell.crafter_key for cell in found}) == 1
-    assert len({cell.poison_key for cell in found}) == 2
+    assert len({crafter_key(cell) for cell in found}) == 1
+    assert len({poison_key(cell) for cell in found}) == 2
 
 
 def test_a_crafter_of_another_revision_makes_other_poison(

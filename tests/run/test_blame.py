@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from backdoor_bench_none.cell import AXES, Cell
-from backdoor_bench_none.plan import make_plan
-from backdoor_bench_none.plugins import Plugins
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.contracts.cell import AXES, Cell
+from backdoor_bench_none.contracts.job import JobKind, Outcome
+from backdoor_bench_none.planning.plan import make_plan
+from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
 from backdoor_bench_none.run.blame import AT_WORK, name_suspects
-from backdoor_bench_none.run.jobs import JobKind, Outcome
 
 #: kind -> what a package of a stranger has in its one module
 SOURCES = {
@@ -59,7 +59,7 @@ class Strangers:
         return next(
             cell
             for cell in self.cells
-            if all((getattr(cell, axis).name == f"strange_{axis}") == (axis in strange) for axis in SOURCES)
+            if all((cell.choices[axis].name == f"strange_{axis}") == (axis in strange) for axis in SOURCES)
         )
 
     def suspects(self, outcome: Outcome, *strange: str) -> list[str]:

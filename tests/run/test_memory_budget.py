@@ -9,8 +9,9 @@ from textwrap import dedent
 
 import pytest
 
-from backdoor_bench_none.config import Config, parse_config
+from backdoor_bench_none.contracts.config import Config
 from backdoor_bench_none.errors import ConfigError
+from backdoor_bench_none.planning.reading import parse_config
 
 BENCHMARK = """\
 version: 1

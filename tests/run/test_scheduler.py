@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from backdoor_bench_none.executors.base import Event
-from backdoor_bench_none.run.jobs import Job, Outcome
+from backdoor_bench_none.contracts.executor import Event
+from backdoor_bench_none.contracts.job import Job, Outcome
 from backdoor_bench_none.run.scheduler import Scheduler
 
 DONE = Outcome("done")

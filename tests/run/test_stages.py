@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from backdoor_bench_none.api import Attack, Context, DefenseResult, DefenseTask, PoisonedSamples
-from backdoor_bench_none.cell import Cell
-from backdoor_bench_none.plan import Plan
-from backdoor_bench_none.results.record import Record
+from backdoor_bench_none.contracts.cell import Cell
+from backdoor_bench_none.contracts.record import Record
+from backdoor_bench_none.planning.plan import Plan
+from backdoor_bench_none.planning.stage_table import poison_key
 from backdoor_bench_none.results.store import DamagedArtifactWarning, Store
 from backdoor_bench_none.run.checks import check_result
 from backdoor_bench_none.run.stages import Stages
-from backdoor_bench_none.training import Centralized
+from backdoor_bench_none.trainers.centralized import Centralized
 
 TRAIN, POISONED, TEST = 1297, 65, 500
 #: a defense that is granted clean data, and shows what it was given
@@ -137,7 +138,7 @@ def test_seeds_differ(cells: Callable[..., list[Cell]], store: Store) -> None:
 def test_the_poisoned_set_is_the_same_for_all_defenses(cells: Callable[..., list[Cell]], store: Store) -> None:
     chosen = cells(defense="no_defense, none, granted")
     sets = [stages(cell, store).poisoned_train() for cell in chosen]
-    assert len({cell.poison_key for cell in chosen}) == 1
+    assert len({poison_key(cell) for cell in chosen}) == 1
     assert all(torch.equal(each.images, sets[0].images) and torch.equal(each.labels, sets[0].labels) for each in sets)
 
 

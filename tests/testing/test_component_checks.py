@@ -36,7 +36,7 @@ from backdoor_bench_none.api import (
 from backdoor_bench_none.testing.bench import Stripes
 from backdoor_bench_none.testing.checks import COMPONENT_CHECKS, name_of
 from backdoor_bench_none.testing.network_checks import checks_of_kind
-from backdoor_bench_none.training import Centralized
+from backdoor_bench_none.trainers.centralized import Centralized
 
 Fault = Callable[[str, Component], str]
 

@@ -15,11 +15,12 @@ import torch
 from bbn_attacks.badnets import BadNets
 from bbn_attacks.clean import Clean
 
-from backdoor_bench_none.api import BASES, Component, Defense, DefenseResult, Stage
+from backdoor_bench_none.api import Component, Defense, DefenseResult, Stage
+from backdoor_bench_none.contracts.kinds import BASES
 from backdoor_bench_none.models.activations import ReLU
 from backdoor_bench_none.models.mlp import MLP
-from backdoor_bench_none.plugins import Plugins
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
 from backdoor_bench_none.testing import ArchitectureContract, parametrize_contracts, run_contract
 from backdoor_bench_none.testing.bench import Bench
 from backdoor_bench_none.testing.checks import run_check

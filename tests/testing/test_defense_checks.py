@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backdoor_bench_none.api import Component, Context, Defense, DefenseResult, DefenseTask, OracleTask, Stage
-from backdoor_bench_none.context import DeadlineError
+from backdoor_bench_none.errors import DeadlineError
 from backdoor_bench_none.run.stages import Stages
 from backdoor_bench_none.testing.checks import COMPONENT_CHECKS, name_of
 from backdoor_bench_none.testing.defense_checks import DEFENSE_CHECKS

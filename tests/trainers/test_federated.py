@@ -25,15 +25,14 @@ from backdoor_bench_none.api import (
     TrainingData,
     TrainingTask,
 )
-from backdoor_bench_none.context import DeadlineError
-from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.models.builder import ModelBuilder
+from backdoor_bench_none.contracts.builder import ModelBuilder
+from backdoor_bench_none.errors import ConfigError, DeadlineError
 from backdoor_bench_none.models.mlp import MLP
-from backdoor_bench_none.plan import Plan
+from backdoor_bench_none.planning.plan import Plan
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
+from backdoor_bench_none.trainers.centralized import Centralized
 from backdoor_bench_none.trainers.federated import Average, Federated
-from backdoor_bench_none.training import Centralized
 
 CPU = Context(torch.device("cpu"), 0)
 CLASSES, COUNT = 3, 24

@@ -17,16 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from backdoor_bench_none.api import Batch, Context, DatasetInfo, FitOptions, ImageSet, Recipe, TrainingData
-from backdoor_bench_none.config import parse_config
+from backdoor_bench_none.contracts.trainer import cross_entropy
 from backdoor_bench_none.data.image_files import Imagenette
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.plan import Plan, plan_config
-from backdoor_bench_none.plugins import Plugins
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.planning.plan import Plan, plan_config
+from backdoor_bench_none.planning.reading import parse_config
+from backdoor_bench_none.planning.stage_table import backbone_key
+from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
+from backdoor_bench_none.trainers.centralized import Centralized
 from backdoor_bench_none.trainers.transfer import Transfer
-from backdoor_bench_none.training import Centralized, cross_entropy
 
 CONTEXT = Context(torch.device("cpu"), seed=0)
 REAL = Path(os.environ.get("BBN_TEST_DATA", "nowhere"))
@@ -171,7 +173,7 @@ def test_a_file_in_the_home_folder_is_found(
     """As the folders of data sets are."""
     save(tmp_path / "w.safetensors", weights())
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert tiny_plan(trainer=reading(Path("~/w.safetensors"))).cells[0].backbone_key
+    assert backbone_key(tiny_plan(trainer=reading(Path("~/w.safetensors"))).cells[0])
 
 
 # what is frozen
@@ -310,7 +312,7 @@ def test_digits_leave_out_no_class(
 
 def test_a_backbone_is_trained_once_for_all_attacks(tiny_plan: Callable[..., Plan]) -> None:
     cells = tiny_plan(attack="clean, badnets, wanet", trainer="transfer", seeds="0, 1").cells
-    assert len({(cell.seed, cell.backbone_key) for cell in cells}) == len({cell.backbone_key for cell in cells}) == 2
+    assert len({(cell.seed, backbone_key(cell)) for cell in cells}) == len({backbone_key(cell) for cell in cells}) == 2
 
 
 @pytest.mark.parametrize("classes", [["red"], ["red", "red"], ["red", "pink"]])

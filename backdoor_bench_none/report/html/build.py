@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from backdoor_bench_none.errors import BenchError
-from backdoor_bench_none.plugins import own_version
+from backdoor_bench_none.registry.plugins import own_version
 from backdoor_bench_none.report.html import summary
 from backdoor_bench_none.report.html.colours import STEPS, heat_css, step_of
 from backdoor_bench_none.report.html.data import Payload, embed

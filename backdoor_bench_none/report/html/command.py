@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from backdoor_bench_none.cell import AXES
+from backdoor_bench_none.contracts.cell import AXES
 from backdoor_bench_none.report.html.source import Trial
 from backdoor_bench_none.results.rows import Labels
 

@@ -6,28 +6,22 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from backdoor_bench_none.cell import AXES
-from backdoor_bench_none.measures import Count
+from backdoor_bench_none.contracts.cell import AXES
+from backdoor_bench_none.contracts.measures import Count
+from backdoor_bench_none.contracts.record import Record
+from backdoor_bench_none.planning.stage_table import in_order
 from backdoor_bench_none.report.html.command import Commands
 from backdoor_bench_none.report.html.previews import Preview
 from backdoor_bench_none.report.html.source import Pair, Source, Trial
-from backdoor_bench_none.report.html.texts import (
-    LABEL,
-    Pool,
-    clean_line,
-    clean_lines,
-    clean_value,
-    finite,
-    show_number,
-)
+from backdoor_bench_none.report.html.texts import LABEL, Pool, clean_line, clean_lines, clean_value, finite, show_number
 from backdoor_bench_none.report.pivot import rank_rows
 from backdoor_bench_none.results.metrics import METRICS, Metric
-from backdoor_bench_none.results.record import Record
 from backdoor_bench_none.results.rows import Row
 
 #: points of a curve, lines of a block, and significant digits of a loss
 POINTS, LINES, DIGITS = 60, 80, 4
-STAGES = ("data", "crafter", "backbone", "poison", "benign", "victim", "defense", "search", "evaluate")
+#: stages whose costs are shown: a hostile record may name any number
+MOST_COSTS = 12
 Block = tuple[tuple[str, str], ...]
 Curve = tuple[float | None, ...]
 
@@ -209,9 +203,9 @@ def _count(count: Count | None) -> str:
 
 
 def _costs(record: Record) -> list[str]:
-    known = sorted(record.costs.items(), key=lambda item: STAGES.index(item[0]) if item[0] in STAGES else len(STAGES))
     lines = []
-    for stage, cost in known[: len(STAGES)]:
+    for stage in in_order(record.costs)[:MOST_COSTS]:
+        cost = record.costs[stage]
         seconds = finite(cost.seconds)
         text = "– s" if seconds is None else f"{seconds:.2f} s" if abs(seconds) < 1e9 else f"{seconds:.3g} s"
         memory = "" if cost.peak_memory is None else f", {show_number(cost.peak_memory, METRICS['peak_memory'])} MiB"

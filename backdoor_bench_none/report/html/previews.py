@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backdoor_bench_none.attack import Attack, AttackTask
-from backdoor_bench_none.data.dataset import Dataset, ImageSet
+from backdoor_bench_none.contracts.attack import Attack, AttackTask
+from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.dataset import Dataset, ImageSet
 from backdoor_bench_none.errors import BenchError
 from backdoor_bench_none.report.html.source import MakePair, Pair
 from backdoor_bench_none.report.html.texts import clean_line
@@ -89,7 +90,7 @@ def _read(dataset: Dataset) -> ImageSet | str:
 
 def _draw(pair: Pair, dataset: Dataset, attack: Attack, sample: ImageSet) -> tuple[str, str]:
     info = dataset.info()
-    triggered = attack.resolve(info).preview(AttackTask(sample, info, seed=0))
+    triggered = attack.resolve(info).preview(AttackTask(sample, info), Context(torch.device("cpu"), 0))
     difference = (triggered.int() - sample.images.int()).abs()
     if not bool(difference.any()):
         raise NothingToShowError("this attack shows nothing to these test images")

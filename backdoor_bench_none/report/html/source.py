@@ -9,17 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from backdoor_bench_none.cell import AXES, Cell
+from backdoor_bench_none.contracts.cell import AXES, Cell
+from backdoor_bench_none.contracts.record import Record
+from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.results.measurement import Measurement
-from backdoor_bench_none.results.record import Record
 from backdoor_bench_none.results.rows import Labels, Row, make_rows, rows_of_measurements
 from backdoor_bench_none.results.store import Store
 
 if TYPE_CHECKING:
-    from backdoor_bench_none.attack import Attack
-    from backdoor_bench_none.data.dataset import Dataset
-    from backdoor_bench_none.plan import Plan
-    from backdoor_bench_none.registry import Registry
+    from backdoor_bench_none.contracts.attack import Attack
+    from backdoor_bench_none.contracts.dataset import Dataset
+    from backdoor_bench_none.planning.plan import Plan
+    from backdoor_bench_none.registry.components import Registry
 
 #: the labels of a data set and of an attack
 Pair = tuple[str, str]
@@ -63,7 +64,7 @@ def source_of_plan(plan: Plan, results: Path, file: Path) -> Source:
     """What a benchmark file plans."""
     store = Store(results)
     rows = make_rows(plan, results)
-    trials = [_trial_of_cell(cell, plan, store.read_record(cell.key)) for cell in plan.cells]
+    trials = [_trial_of_cell(cell, plan, store.read_record(record_key(cell))) for cell in plan.cells]
     pairs: dict[Pair, MakePair] = {}
     for cell in plan.cells:
         pairs.setdefault((cell.dataset.label, cell.attack.label), partial(_pair_of, cell))
@@ -87,11 +88,11 @@ def source_of_records(
 
 def _trial_of_cell(cell: Cell, plan: Plan, record: Record | None) -> Trial:
     labels, names = (tuple(getattr(getattr(cell, axis), part) for axis in AXES) for part in ("label", "name"))
-    skipped = plan.skipped.get(cell.key)
+    skipped = plan.skipped.get(record_key(cell))
     if record is not None and (record.counts is not None or skipped is None):
-        return Trial(labels, names, cell.seed, cell.title, cell.key, record.status, record.reason, record)
+        return Trial(labels, names, cell.seed, cell.title, record_key(cell), record.status, record.reason, record)
     status, reason = ("missing", "not run yet") if skipped is None else ("skipped", skipped)
-    return Trial(labels, names, cell.seed, cell.title, cell.key, status, reason)
+    return Trial(labels, names, cell.seed, cell.title, record_key(cell), status, reason)
 
 
 def _trial_of_record(measured: Measurement, record: Record) -> Trial:
@@ -103,7 +104,7 @@ def _trial_of_record(measured: Measurement, record: Record) -> Trial:
 
 
 def _pair_of(cell: Cell) -> tuple[Dataset, Attack]:
-    return cell.the_dataset, cell.the_attack
+    return cell.dataset.component, cell.attack.component
 
 
 def _create_pair(record: Record, registry: Registry) -> tuple[Dataset, Attack]:

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from backdoor_bench_none.cell import AXES
+from backdoor_bench_none.contracts.cell import AXES
 from backdoor_bench_none.report.html.source import Source, Trial
 from backdoor_bench_none.report.html.texts import LABEL, clean_line, clean_value, finite, show_number
 from backdoor_bench_none.report.pivot import mean_ranks, rank_rows

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from backdoor_bench_none.contracts.network import Pixels
 from backdoor_bench_none.errors import BenchError, ConfigError
-from backdoor_bench_none.models.neurons import Layer, collect_activations, find_layers
+from backdoor_bench_none.inspection.neurons import Layer, collect_activations, find_layers
 from backdoor_bench_none.report.plots.canvas import (
     MAX_PANELS,
     add_legend,
@@ -24,7 +25,6 @@ from backdoor_bench_none.report.plots.canvas import (
     plain,
     set_title,
 )
-from backdoor_bench_none.training import Pixels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,7 +70,7 @@ def _paired_images(stages: FinishedStages) -> tuple[Tensor, Tensor]:
     """Up to `MAX_IMAGES` test images (N, C, H, W) spread over the set, and the same ones triggered."""
     test, samples = stages.data()[1], stages.poison()[1]
     indices, images = samples.indices, samples.images
-    if stages.cell.the_attack.searches:
+    if stages.cell.attack.component.searches:
         found = stages.search()
         parts = [found.stamp(index, test) for index in range(len(found.labels))]
         indices, images = (torch.cat([getattr(part, name) for part in parts]) for name in ("indices", "images"))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.errors import BenchError
 from backdoor_bench_none.report.plots.canvas import (
     MAX_SERIES,
@@ -22,7 +23,6 @@ from backdoor_bench_none.report.plots.canvas import (
     needs_log,
 )
 from backdoor_bench_none.report.plots.labels import describe_rows, label_row, tell_apart, varying_axes
-from backdoor_bench_none.results.record import Record
 from backdoor_bench_none.results.rows import Row
 from backdoor_bench_none.results.store import Store
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
-from backdoor_bench_none.context import Context
+from backdoor_bench_none.contracts.context import Context
 from backdoor_bench_none.errors import BenchError, ConfigError
+from backdoor_bench_none.planning.stage_table import find_stage, record_key, stage_key
 from backdoor_bench_none.report.plots.canvas import plain
 from backdoor_bench_none.results.store import Artifact, Store
 from backdoor_bench_none.run.stages import Stages
 
 if TYPE_CHECKING:
-    from backdoor_bench_none.plan import Plan
+    from backdoor_bench_none.planning.plan import Plan
 
 #: cells that an error names
 LISTED = 6
@@ -24,16 +25,9 @@ LISTED = 6
 class FinishedStages(Stages):
     """The stages of a finished cell: one that is not there is an error."""
 
-    def _artifact(
-        self,
-        stage: str,
-        key: str,
-        compute: Callable[[], Artifact],
-        needed: Sequence[Callable[[], object]] = (),
-        name: str | None = None,
-    ) -> Artifact:
-        name = name or stage
-        artifact = self._cached.get(name) or self.store.load_artifact(stage, key)
+    def _artifact(self, name: str, compute: Callable[[], Artifact], key: str | None = None) -> Artifact:
+        key = key or stage_key(self.cell, name)
+        artifact = self._cached.get(name) or self.store.load_artifact(str(find_stage(name).folder), key)
         if artifact is None:
             title = plain(self.cell.title, 100)
             labels = {"-a": self.cell.attack.label, "-d": self.cell.defense.label}
@@ -56,7 +50,7 @@ def open_cell(plan: Plan, store: Store) -> FinishedStages:
             "narrow it down with -a, -d, -m, --activation, --dataset, -s and -k",
         )
     cell = plan.cells[0]
-    record = store.read_record(cell.key)
+    record = store.read_record(record_key(cell))
     if record is None or record.status != "done":
         state = "has not been run" if record is None else f"is {record.status}: {plain(record.reason, 100)}"
         raise BenchError(f"{plain(cell.title, 100)} {state}", "`bbn run` makes what the picture shows")

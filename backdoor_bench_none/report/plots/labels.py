@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from backdoor_bench_none.cell import AXES
+from backdoor_bench_none.contracts.cell import AXES
 from backdoor_bench_none.errors import BenchError, ConfigError, did_you_mean
 from backdoor_bench_none.report.pivot import describe_seeds
 from backdoor_bench_none.report.plots.canvas import plain

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backdoor_bench_none.errors import BenchError, ConfigError
-from backdoor_bench_none.natural_break import find_breaks
+from backdoor_bench_none.maths.natural_break import find_breaks
 from backdoor_bench_none.report.plots.canvas import add_legend, draw_shares, make_panels, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from backdoor_bench_none.cell import Cell
+    from backdoor_bench_none.contracts.cell import Cell
     from backdoor_bench_none.report.plots.finished import FinishedStages
 
 
@@ -37,7 +37,7 @@ class Scores:
 
 def check_scores(cell: Cell) -> None:
     """Raise `ConfigError` for a defense that says it gives no scores."""
-    if "scores" not in cell.the_defense.returns:
+    if "scores" not in cell.defense.component.returns:
         raise ConfigError(
             f"the defense '{plain(cell.defense.label)}' gives no scores",
             "choose one with -d whose `bbn show NAME` says that it returns scores, as none",

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from backdoor_bench_none.cell import AXES
+from backdoor_bench_none.contracts.cell import AXES
 from backdoor_bench_none.errors import ConfigError, did_you_mean
 from backdoor_bench_none.report.plots.canvas import (
     MAX_SERIES,

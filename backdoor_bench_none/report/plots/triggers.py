@@ -11,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from backdoor_bench_none.attack import AttackTask
-from backdoor_bench_none.data.dataset import ImageSet
+from backdoor_bench_none.contracts.attack import AttackTask
+from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.dataset import ImageSet
 from backdoor_bench_none.errors import BenchError, ConfigError, PluginError
+from backdoor_bench_none.planning.stage_table import poison_key
 from backdoor_bench_none.report.plots.canvas import PAGE, check_count, new_figure, plain
 from backdoor_bench_none.seeds import derive_seed
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from backdoor_bench_none.cell import Cell
+    from backdoor_bench_none.contracts.cell import Cell
 
 #: images of different classes on a sheet
 COLUMNS = 4
@@ -57,8 +59,8 @@ def make_sheets(cells: Sequence[Cell]) -> tuple[list[Sheet], list[str]]:
     for cell in cells:
         chosen.setdefault((cell.dataset.identity, cell.attack.identity), cell)
     known = list(chosen.values())
-    searching = [plain(cell.attack.label) for cell in known if cell.the_attack.searches]
-    left = [cell for cell in known if not cell.the_attack.searches]
+    searching = [plain(cell.attack.label) for cell in known if cell.attack.component.searches]
+    left = [cell for cell in known if not cell.attack.component.searches]
     if not left:
         raise ConfigError(
             f"{', '.join(searching)}: this attack finds its triggers in finished networks",
@@ -74,7 +76,7 @@ def make_sheets(cells: Sequence[Cell]) -> tuple[list[Sheet], list[str]]:
 
 
 def _make_sheet(cells: Sequence[Cell], notes: list[str]) -> Sheet:
-    dataset = cells[0].the_dataset
+    dataset = cells[0].dataset.component
     dataset.prepare()
     test = dataset.load()[1]
     sample = test.take(_one_of_each_class(test))
@@ -99,9 +101,9 @@ def _one_of_each_class(test: ImageSet) -> Tensor:
 
 
 def _make_line(cell: Cell, sample: ImageSet) -> Line:
-    seed = derive_seed(derive_seed(cell.poison_key), "test")
+    context = Context(torch.device("cpu"), derive_seed(derive_seed(poison_key(cell)), "test"))
     try:
-        triggered = cell.the_attack.preview(AttackTask(sample, cell.info, seed))
+        triggered = cell.attack.component.preview(AttackTask(sample, cell.info), context)
     except BenchError:
         raise
     except Exception as error:  # a stranger's component

@@ -23,10 +23,11 @@ from sklearn.datasets import load_digits
 from standins import BENCHMARK, CLASSES, ENDINGS, FT, MODEL, POISONED, ROOT, SOURCE, TRAIN, Said, write_part
 
 from backdoor_bench_none.cli.main import run_cli
-from backdoor_bench_none.context import Context
-from backdoor_bench_none.plan import make_plan
-from backdoor_bench_none.registry import Registry
-from backdoor_bench_none.results.record import Record
+from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.record import Record
+from backdoor_bench_none.planning.plan import make_plan
+from backdoor_bench_none.planning.stage_table import record_key
+from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
 
@@ -188,8 +189,8 @@ def evaluate(tmp_path: Path) -> Callable[..., dict[str, Record]]:
         store.create()
         for cell in plan.cells:
             deadline = None if seconds is None else time.monotonic() + seconds
-            if cell.key in plan.skipped:
-                record = Record.of(cell, "skipped", reason=plan.skipped[cell.key])
+            if record_key(cell) in plan.skipped:
+                record = Record.of(cell, "skipped", reason=plan.skipped[record_key(cell)])
             else:
                 record = Stages(cell, store, Context(torch.device("cpu"), 0, deadline=deadline)).evaluate()
             store.write_record(record)

@@ -12,11 +12,11 @@ import torch
 import torchvision
 from standins import MODEL, Said
 
-from backdoor_bench_none.context import Context
+from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.errors import BenchError
-from backdoor_bench_none.plan import make_plan
-from backdoor_bench_none.registry import Registry
-from backdoor_bench_none.results.record import Record
+from backdoor_bench_none.planning.plan import make_plan
+from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
 from bbn_backdoorbench.export import export_attack

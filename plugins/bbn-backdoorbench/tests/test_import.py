@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from standins import CLASSES, POISONED, TEST, Said
 
-from backdoor_bench_none.results.record import Record
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.results.store import Store
 
 Bbn = Callable[..., Said]

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 from standins import Said
 
-from backdoor_bench_none.context import DeadlineError
-from backdoor_bench_none.errors import BenchError
-from backdoor_bench_none.results.record import Record
+from backdoor_bench_none.contracts.record import Record
+from backdoor_bench_none.errors import BenchError, DeadlineError
 from backdoor_bench_none.results.store import Store
 
 Bbn = Callable[..., Said]

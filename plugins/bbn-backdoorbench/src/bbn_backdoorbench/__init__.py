@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from backdoor_bench_none import hookimpl
+from backdoor_bench_none.api import hookimpl
 from bbn_backdoorbench.words import DATASETS, MODELS, SCRIPTS
 
 

@@ -10,9 +10,7 @@ from typing import Any
 
 import yaml
 
-from backdoor_bench_none.context import choose_device
-from backdoor_bench_none.errors import BenchError, ConfigError, did_you_mean
-from backdoor_bench_none.registry import Registry
+from backdoor_bench_none.api import BenchError, ConfigError, Registry, choose_device, did_you_mean
 from bbn_backdoorbench.cli import benchmark_text, open_stages, plan_cell
 from bbn_backdoorbench.export import export_defense
 from bbn_backdoorbench.reading import ToolboxRecord, read_record
@@ -121,7 +119,7 @@ def _read_yaml(path: Path, defense: str) -> dict[str, Any]:
 
 
 def _parse(pairs: Sequence[str]) -> dict[str, Any]:
-    from backdoor_bench_none.cli.catalogue import parse_params
+    from backdoor_bench_none.api import parse_params
 
     return parse_params(tuple(pairs))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from backdoor_bench_none.api import (
     Attack,
     AttackTask,
+    Combination,
+    ConfigError,
     Context,
     DatasetInfo,
     History,
@@ -21,12 +23,8 @@ from backdoor_bench_none.api import (
     Stage,
     VictimTask,
 )
-from backdoor_bench_none.errors import ConfigError
 from bbn_backdoorbench.reading import Part, RecordError, ToolboxRecord, hash_record, read_images, read_record
 from bbn_backdoorbench.words import ATTACK_RESULT, INFO
-
-if TYPE_CHECKING:
-    from backdoor_bench_none.cell import Cell
 
 
 class BackdoorBenchRecord(Attack):
@@ -66,19 +64,19 @@ class BackdoorBenchRecord(Attack):
                 hint = f"use the data set backdoorbench:{record.dataset}, or backdoorbench:npz with images of your own"
                 raise ConfigError(f"the record in '{self.record}' is of another {what}: {wanted}, not {found}", hint)
 
-    def skip(self, cell: Cell) -> str | None:
+    def skip(self, cell: Combination) -> str | None:
         """The record has one network, trained in one place, and perhaps no training set."""
         record = self.read()
-        if getattr(cell.the_architecture, "model_name", None) != record.model_name:
+        if getattr(cell.architecture.component, "model_name", None) != record.model_name:
             return f"the network of the record is {record.model_name}: use backdoorbench:{record.model_name}"
-        if cell.the_trainer.has_clients or cell.the_trainer.has_backbone:
+        if cell.trainer.component.has_clients or cell.trainer.component.has_backbone:
             return "the network of a record was trained in one place: use the trainer centralized"
-        filters = getattr(cell.the_defense, "filters_training_set", False)
-        if record.train is None and (filters or cell.the_defense.stage is not Stage.POST_TRAINING):
+        filters = getattr(cell.defense.component, "filters_training_set", False)
+        if record.train is None and (filters or cell.defense.component.stage is not Stage.POST_TRAINING):
             return "the record has no training set (bd_train is empty), which this defense needs"
         return None
 
-    def poison(self, task: AttackTask) -> PoisonedSamples:
+    def poison(self, task: AttackTask, context: Context) -> PoisonedSamples:
         """The record's changed training samples."""
         record = self.read()
         if record.train is None:
@@ -90,7 +88,7 @@ class BackdoorBenchRecord(Attack):
             samples.indices, samples.images, samples.labels, torch.ones(len(samples), dtype=torch.bool)
         )
 
-    def attack_test(self, task: AttackTask) -> PoisonedSamples:
+    def attack_test(self, task: AttackTask, context: Context) -> PoisonedSamples:
         """The record's triggered test samples."""
         return self._samples(self.read().test, "bd_test", task)
 
@@ -100,7 +98,7 @@ class BackdoorBenchRecord(Attack):
         load_weights(model, self.read().weights, self.record / ATTACK_RESULT)
         return model.eval(), History()
 
-    def preview(self, task: AttackTask) -> Tensor:
+    def preview(self, task: AttackTask, context: Context) -> Tensor:
         """There is none: a record holds images with a trigger, not the trigger."""
         raise ConfigError("a record holds triggered images, not the trigger", "look into its bd_test_dataset")
 

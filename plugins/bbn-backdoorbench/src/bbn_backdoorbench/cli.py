@@ -9,15 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from backdoor_bench_none.cli.options import file_argument, find_file, open_registry, results_option
-from backdoor_bench_none.errors import BenchError, ExitCode
+from backdoor_bench_none.api import (
+    BenchError,
+    Cell,
+    Counts,
+    ExitCode,
+    Registry,
+    Stages,
+    find_file,
+    record_key,
+)
 
 if TYPE_CHECKING:
-    from backdoor_bench_none.cell import Cell
-    from backdoor_bench_none.measures import Counts
-    from backdoor_bench_none.registry import Registry
-    from backdoor_bench_none.run.stages import Stages
     from bbn_backdoorbench.reading import ToolboxRecord
+
+
+results_option = click.option(
+    "--results",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Results folder; default: the file's, else results/.",
+)
 
 
 @click.group("backdoorbench")
@@ -36,7 +47,7 @@ def import_command(
     record: Path, root: Path | None, npz: Path | None, output: Path | None, device: str, results: Path | None
 ) -> int:
     """Check the record in the folder RECORD, evaluate its network, and print its ACC, ASR and RA."""
-    from backdoor_bench_none.context import choose_device
+    from backdoor_bench_none.api import choose_device
     from bbn_backdoorbench.reading import read_record
 
     if output is not None and (output.exists() or not output.absolute().parent.is_dir()):
@@ -44,7 +55,7 @@ def import_command(
         raise BenchError(f"'{output}' {fault}", "choose another file with --output")
     found = read_record(record)
     text = benchmark_text(found, record, root, npz)
-    cell = plan_cell(text, open_registry(None))
+    cell = plan_cell(text, Registry.default())
     made = open_stages(cell, results, choose_device(device))
     measured = made.evaluate()
     made.store.write_record(measured)
@@ -77,21 +88,18 @@ def benchmark_text(record: ToolboxRecord, folder: Path, root: Path | None, npz: 
 
 def plan_cell(text: str, registry: Registry) -> Cell:
     """The one cell of a benchmark file; `BenchError` with the reason if it would be skipped."""
-    from backdoor_bench_none.config import parse_config
-    from backdoor_bench_none.plan import plan_config
+    from backdoor_bench_none.api import parse_config, plan_config
 
     plan = plan_config(*parse_config(text, "record"), registry, need_data=True)
     (cell,) = plan.cells
-    if (reason := plan.skipped.get(cell.key)) is not None:
+    if (reason := plan.skipped.get(record_key(cell))) is not None:
         raise BenchError(reason)
     return cell
 
 
 def open_stages(cell: Cell, results: Path | None, device: Any) -> Stages:  # noqa: ANN401
     """The stages of a cell in float32, kept in the results folder."""
-    from backdoor_bench_none.context import Context
-    from backdoor_bench_none.results.store import Store
-    from backdoor_bench_none.run.stages import Stages
+    from backdoor_bench_none.api import Context, Stages, Store
 
     store = Store(results or Path("results"))
     store.create()
@@ -131,7 +139,7 @@ def read_summary(folder: Path) -> dict[str, float]:
 
 @backdoorbench.command("export")
 @click.argument("key")
-@file_argument
+@click.argument("file", required=False, type=click.Path(path_type=Path))
 @results_option
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Folder of the record; default: <results>/backdoorbench/<name>."
@@ -150,9 +158,9 @@ def export_command(key: str, file: Path | None, results: Path | None, output: Pa
     cell, folder = find_cell(key, path, results)
     check_exportable(cell)
     stages = open_stages(cell, folder, torch.device("cpu"))
-    measured = stages.store.read_record(cell.key)
+    measured = stages.store.read_record(record_key(cell))
     if measured is None or measured.counts is None:
-        raise BenchError(f"cell {cell.key} has no numbers yet", f"bbn run {path}")
+        raise BenchError(f"cell {record_key(cell)} has no numbers yet", f"bbn run {path}")
     name = folder_name(f"{cell.attack.label}_{cell.architecture.label}_s{cell.seed}")
     target = output or folder / "backdoorbench" / name
     if not target.exists() or cell.defense.name == "no_defense":
@@ -165,10 +173,10 @@ def export_command(key: str, file: Path | None, results: Path | None, output: Pa
 
 def find_cell(key: str, file: Path, results: Path | None) -> tuple[Cell, Path]:
     """The one cell of `file` whose key starts with `key`, and the results folder."""
-    from backdoor_bench_none.plan import make_plan
+    from backdoor_bench_none.api import make_plan
 
-    plan = make_plan(file, open_registry(file), need_data=True)
-    found = [cell for cell in plan.cells if cell.key.startswith(key)]
+    plan = make_plan(file, Registry.default(file.parent), need_data=True)
+    found = [cell for cell in plan.cells if record_key(cell).startswith(key)]
     if len(found) != 1:
         fault = f"no cell of '{file}'" if not found else f"{len(found)} cells of '{file}'"
         raise BenchError(f"{fault} has a key that starts with '{key}'", "`bbn plan -v` shows the keys")

@@ -12,11 +12,9 @@ from typing import Any, ClassVar
 import torchvision.datasets as tv
 from pydantic import Field, field_validator
 
-from backdoor_bench_none.api import DatasetInfo
-from backdoor_bench_none.data.image_files import GTSRB as PublishedGTSRB  # noqa: N811 - no constant, a name
-from backdoor_bench_none.data.image_files import Sample
-from backdoor_bench_none.data.torchvision_sets import CIFAR10 as PublishedCIFAR10  # noqa: N811
-from backdoor_bench_none.data.user import Npz
+from backdoor_bench_none.api import CIFAR10 as PublishedCIFAR10  # noqa: N811
+from backdoor_bench_none.api import GTSRB as PublishedGTSRB  # noqa: N811 - no constant, a name
+from backdoor_bench_none.api import DatasetInfo, Npz, Sample
 from bbn_backdoorbench.words import DATASETS, HOME
 
 

@@ -10,12 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from backdoor_bench_none.api import PoisonedSamples
-from backdoor_bench_none.cell import Cell
-from backdoor_bench_none.errors import BenchError
-from backdoor_bench_none.measures import Counts
-from backdoor_bench_none.plugins import own_version
-from backdoor_bench_none.run.stages import Stages
+from backdoor_bench_none.api import BenchError, Cell, Counts, PoisonedSamples, Stages, own_version
 from bbn_backdoorbench.attack import BackdoorBenchRecord
 from bbn_backdoorbench.reading import read_record
 from bbn_backdoorbench.words import DECOYS, MODELS
@@ -27,7 +22,7 @@ SPECIAL = ("fp", "dbd")
 
 def check_exportable(cell: Cell) -> str:
     """The toolbox's name of the cell's network; `BenchError` if its tools would load it and evaluate it wrongly."""
-    name = getattr(cell.the_architecture, "model_name", None)
+    name = getattr(cell.architecture.component, "model_name", None)
     if cell.activation.name != "relu":
         raise BenchError(
             f"{cell.title}: BackdoorBench would load these weights into a network with ReLU and evaluate that",
@@ -43,7 +38,7 @@ def check_exportable(cell: Cell) -> str:
             f"{cell.title}: BackdoorBench normalises images in its own way, and this network was trained on another",
             f"use the data set backdoorbench:{cell.dataset.name}",
         )
-    if cell.the_attack.searches:
+    if cell.attack.component.searches:
         raise BenchError(f"{cell.title}: the triggers of {cell.attack.label} are found in networks; a record has none")
     return str(name)
 
@@ -95,7 +90,7 @@ def _check_same(cell: Cell, stages: Stages, folder: Path) -> None:
 
 def has_no_training_set(cell: Cell) -> bool:
     """Whether the cell's attack is a record without one."""
-    return isinstance(cell.the_attack, BackdoorBenchRecord) and cell.the_attack.read().train is None
+    return isinstance(cell.attack.component, BackdoorBenchRecord) and cell.attack.component.read().train is None
 
 
 def folder_name(label: str) -> str:
@@ -106,7 +101,7 @@ def folder_name(label: str) -> str:
 
 def _facts(cell: Cell, size: int, changed: PoisonedSamples) -> Mapping[str, Any]:
     """What info.pickle says, in the toolbox's words; of an imported record, what that one said."""
-    attack, decoys = cell.the_attack, 0 if changed.decoys is None else int(changed.decoys.sum())
+    attack, decoys = cell.attack.component, 0 if changed.decoys is None else int(changed.decoys.sum())
     marks = {DECOYS: decoys} if decoys else {}
     if isinstance(attack, BackdoorBenchRecord):
         return {**attack.read().info, **marks}

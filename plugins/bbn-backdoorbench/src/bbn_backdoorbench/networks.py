@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torchvision
 from pydantic import Field
 from torch import Tensor, nn
 
-from backdoor_bench_none.api import Architecture, ModelSpec
-
-if TYPE_CHECKING:
-    from backdoor_bench_none.cell import Cell
+from backdoor_bench_none.api import Architecture, Combination, ModelSpec
 
 
 class ToolboxNetwork(Architecture):
@@ -24,7 +21,7 @@ class ToolboxNetwork(Architecture):
 
     width: float = Field(1.0, ge=1, le=1, description="the toolbox has one width only")
 
-    def skip(self, cell: Cell) -> str | None:
+    def skip(self, cell: Combination) -> str | None:
         """Networks of the toolbox have no choice of activation function, and three input channels."""
         if cell.activation.name != "relu":
             return f"{self.model_name} of BackdoorBench has its own activation functions: use relu"

@@ -22,7 +22,7 @@ from numpy._core import multiarray
 from numpy.typing import NDArray
 from torch import Tensor
 
-from backdoor_bench_none.errors import BenchError
+from backdoor_bench_none.api import BenchError
 from bbn_backdoorbench.words import ATTACK_RESULT, DECOYS, INFO, RECORD_KEYS, TRAINING_CONTROLLED
 
 #: all that numpy's arrays and scalars need; numpy 1 called the module `numpy.core`

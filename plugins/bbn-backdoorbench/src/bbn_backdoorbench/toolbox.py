@@ -16,8 +16,16 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from backdoor_bench_none.api import Context, Defense, DefenseResult, DefenseTask, OracleTask, Stage
-from backdoor_bench_none.errors import BenchError, ConfigError
+from backdoor_bench_none.api import (
+    BenchError,
+    ConfigError,
+    Context,
+    Defense,
+    DefenseResult,
+    DefenseTask,
+    OracleTask,
+    Stage,
+)
 from bbn_backdoorbench.attack import load_weights
 from bbn_backdoorbench.reading import RecordError, load_checked, read_weights
 from bbn_backdoorbench.words import DEFENSE_RESULT, HOME

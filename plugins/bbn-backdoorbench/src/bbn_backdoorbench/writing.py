@@ -15,9 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backdoor_bench_none.api import DatasetInfo, ImageSet, PoisonedSamples
-from backdoor_bench_none.errors import BenchError
-from backdoor_bench_none.measures import Counts
+from backdoor_bench_none.api import BenchError, Counts, DatasetInfo, ImageSet, PoisonedSamples
 from bbn_backdoorbench.words import ATTACK_RESULT, DEFENSE_RESULT, INFO
 
 #: marks results of ours, which may be overwritten

@@ -1,6 +1,6 @@
 """An attack and a defense: all that a package for backdoor-bench-none needs."""
 
-from backdoor_bench_none import hookimpl
+from backdoor_bench_none.api import hookimpl
 
 
 @hookimpl

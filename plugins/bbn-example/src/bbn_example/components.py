@@ -5,8 +5,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from backdoor_bench_none.api import Context, DatasetInfo, Defense, DefenseResult, DefenseTask, Stage, Trigger
-from backdoor_bench_none.api import TriggerAttack
+from backdoor_bench_none.api import Context, DatasetInfo, Defense, DefenseResult, DefenseTask, Stage, Trigger, TriggerAttack
 
 
 class Cross(TriggerAttack):

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from backdoor_bench_none.component import Component
-from backdoor_bench_none.run.jobs import Job, Outcome, Settings
+from backdoor_bench_none.contracts.component import Component
+from backdoor_bench_none.contracts.job import Job, Outcome, Settings
 
 
 @dataclass(frozen=True)

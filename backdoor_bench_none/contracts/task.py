@@ -7,19 +7,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from backdoor_bench_none.context import Context
-from backdoor_bench_none.data.dataset import DatasetInfo, ImageSet
-from backdoor_bench_none.models.builder import ModelBuilder
-from backdoor_bench_none.recipe import Recipe
-from backdoor_bench_none.training import (
-    FitOptions,
+from backdoor_bench_none.contracts.builder import ModelBuilder
+from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.dataset import DatasetInfo, ImageSet
+from backdoor_bench_none.contracts.network import predict_logits
+from backdoor_bench_none.contracts.recipe import Recipe
+from backdoor_bench_none.contracts.trainer import (
+    FitTask,
     Gradients,
     History,
     Loss,
     Trainer,
     TrainingData,
     cross_entropy,
-    predict_logits,
 )
 
 
@@ -60,8 +60,9 @@ class TrainingTask:
         `data` (default `train`) is what to train on; `keep` (k,) int64 the indices of its samples to use. `loss` is
         differentiated; `gradients` computes gradients itself.
         """
-        options = FitOptions(keep, freeze_batchnorm, loss, gradients)
-        return self.trainer.fit(model, self.training_data(data, context), self.changed(recipe), context, options)
+        training_data, changed = self.training_data(data, context), self.changed(recipe)
+        task = FitTask(model, training_data, changed, keep, freeze_batchnorm, loss, gradients)
+        return self.trainer.fit(task, context)
 
     def changed(self, recipe: dict[str, Any]) -> Recipe:
         """The cell's recipe with other values of these fields."""

@@ -6,7 +6,7 @@ the places of its map (released code).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from backdoor_bench_none.context import Context
-from backdoor_bench_none.models.hooks import Hook, record_outputs
-from backdoor_bench_none.training import Pixels, iterate_normalized
+from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.network import WEIGHTED, Pixels, find_logits_layers, iterate_normalized
+from backdoor_bench_none.inspection.hooks import Hook, record_outputs
 
 Tap = Literal["pre_activation", "convolution"]
-WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.Softplus, nn.Tanhshrink, nn.GELU, nn.SiLU,
@@ -90,15 +89,17 @@ class _Tracer(fx.Tracer):
 def find_layers(model: nn.Module, example: Tensor) -> list[Layer]:
     """All layers in order of execution, without the ones that make the logits.
 
-    `model` is in eval mode; `example` (1, C, H, W) is what it takes.
+    `model` is in eval mode; `example` (1, C, H, W) is what it takes. Raises `TrainingError` if it has no
+    layer at all.
     """
+    last = find_logits_layers(model, example)
     try:
         traced = fx.GraphModule(model, _Tracer().trace(model))
         with torch.no_grad():
             ShapeProp(traced).propagate(example)
     except Exception:  # fx refuses control flow that depends on data, and many other things
-        return _find_by_execution(model, example)
-    return _Graph(traced).layers()
+        return _find_by_execution(model, example, last)
+    return _Graph(traced).layers(last)
 
 
 class _Graph:
@@ -114,9 +115,8 @@ class _Graph:
     def module(self, node: fx.Node) -> nn.Module | None:
         return self.modules.get(str(node.target)) if node.op == "call_module" else None
 
-    def layers(self) -> list[Layer]:
-        hidden = {name: nodes for name, nodes in self.calls.items() if not any(map(self.makes_logits, nodes))}
-        return [self.layer(name, nodes) for name, nodes in hidden.items()]
+    def layers(self, without: Collection[str]) -> list[Layer]:
+        return [self.layer(name, nodes) for name, nodes in self.calls.items() if name not in without]
 
     def layer(self, name: str, nodes: list[fx.Node]) -> Layer:
         if len(nodes) > 1:  # its outputs go different ways
@@ -142,18 +142,6 @@ class _Graph:
             if isinstance(module, WEIGHTED):
                 return None, None
         return None, None
-
-    def makes_logits(self, start: fx.Node) -> bool:
-        """Whether its output reaches the network's output before any other layer."""
-        seen, waiting = set[fx.Node](), _users(start)
-        while waiting:
-            node = waiting.pop()
-            if node.op == "output":
-                return True
-            if node not in seen and not isinstance(self.module(node), WEIGHTED):
-                seen.add(node)
-                waiting += _users(node)
-        return False
 
     def consumers(self, start: fx.Node) -> tuple[Consumer, ...] | None:
         """The layers that read `start` alone; None where that cannot be told."""
@@ -219,8 +207,8 @@ def _function(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
-def _find_by_execution(model: nn.Module, example: Tensor) -> list[Layer]:
-    """Run the network and watch which norm takes a layer's very output; the layer run last makes the logits."""
+def _find_by_execution(model: nn.Module, example: Tensor, without: Collection[str]) -> list[Layer]:
+    """Run the network and watch which norm takes a layer's very output."""
     order: list[str] = []
     norms: dict[str, str] = {}
     made_by: dict[tuple[int, int], str] = {}
@@ -245,7 +233,7 @@ def _find_by_execution(model: nn.Module, example: Tensor) -> list[Layer]:
     finally:
         for handle in handles:
             handle.remove()
-    return [Layer(name, norms.get(name), None) for name in dict.fromkeys(order[:-1])]
+    return [Layer(name, norms.get(name), None) for name in dict.fromkeys(order) if name not in without]
 
 
 @torch.no_grad()

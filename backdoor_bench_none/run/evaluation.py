@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from backdoor_bench_none.attack import PoisonedSamples
-from backdoor_bench_none.component import Component
-from backdoor_bench_none.context import Context
-from backdoor_bench_none.data.dataset import ImageSet
-from backdoor_bench_none.measures import Count, Counts, Detection, Outcomes
-from backdoor_bench_none.statistics import pack_outcomes, tpr_at_fpr
-from backdoor_bench_none.training import Pixels, predict_logits
-
-#: bumped when the evaluation changes results: part of every cell's key
-EVALUATION_REVISION = 1
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a metric may look at: predictions (N,) int64 on the clean test set and
-    (M,) on the triggered one, with their labels, and the finished model.
-    """
-
-    model: nn.Module
-    clean_predictions: Tensor
-    clean_labels: Tensor
-    triggered_predictions: Tensor
-    triggered_labels: Tensor
-    wanted_labels: Tensor
-    #: numbers of triggered images of each of the attack's triggers, where it has several
-    part_sizes: tuple[int, ...] = ()
-
-
-class Metric(Component):
-    """Base of all extra metrics."""
-
-    def compute(self, evaluation: Evaluation) -> Mapping[str, float]:
-        """Numbers by name; the names are prefixed with the metric's."""
-        raise NotImplementedError
+from backdoor_bench_none.contracts.attack import PoisonedSamples
+from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.dataset import ImageSet
+from backdoor_bench_none.contracts.measures import Count, Counts, Detection, Outcomes
+from backdoor_bench_none.contracts.metric import Evaluation
+from backdoor_bench_none.contracts.network import Pixels, predict_logits
+from backdoor_bench_none.maths.statistics import pack_outcomes, tpr_at_fpr
 
 
 def evaluate(
@@ -85,6 +56,8 @@ def _count(hits: Tensor) -> Count:
 
 def score_detection(flagged: Tensor, scores: Tensor | None, poisoned: Tensor) -> Detection:
     """Compare `flagged` (N,) bool with the ground truth `poisoned` (N,) bool."""
+    from sklearn.metrics import roc_auc_score
+
     flagged, poisoned = flagged.cpu(), poisoned.cpu()
     auroc = tpr = None
     if scores is not None and 0 < int(poisoned.sum()) < len(poisoned):

@@ -19,17 +19,23 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from backdoor_bench_none import hookspecs
+from backdoor_bench_none.contracts.markers import PROJECT
+from backdoor_bench_none.registry import hookspecs
 
 if TYPE_CHECKING:
-    from backdoor_bench_none.cell import Cell
-    from backdoor_bench_none.config import Config
-    from backdoor_bench_none.results.record import Record
+    from backdoor_bench_none.contracts.cell import Cell
+    from backdoor_bench_none.contracts.config import Config
+    from backdoor_bench_none.contracts.record import Record
 
-#: A plugin module may set `bbn_api_version`; a newer one than this is refused.
-API_VERSION = 1
+#: The version of `backdoor_bench_none.api`. A plugin module says in `bbn_api_version` which one it was written for.
+API_VERSION = 2
+#: What has changed since an older version: a plugin that asks for it is refused with this sentence.
+CHANGES = {
+    1: "every method that does work now takes (task, context), and everything is imported from "
+    "backdoor_bench_none.api; see 'Changes of the API' in docs/api.md, then set bbn_api_version = 2",
+}
 #: Registered by import name, so that a bare checkout works without being installed.
-BUILTINS = ("backdoor_bench_none.builtin", "backdoor_bench_none.loggers", "bbn_attacks", "bbn_defenses")
+BUILTINS = ("backdoor_bench_none.registry.builtin", "backdoor_bench_none.loggers", "bbn_attacks", "bbn_defenses")
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class Plugins:
     def __init__(
         self, *, external: bool = True, bbnfile: Path | None = None, disabled: Iterable[str] | None = None
     ) -> None:
-        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self.external = external
         self.bbnfile = bbnfile
@@ -108,7 +114,7 @@ class Plugins:
         module = None
         try:
             module = load()
-            self._refuse_newer_api(module)
+            _check_api_version(module)
             self._register(module, provider.plugin)
             entries = list(self._entries_of(provider))
         except (Exception, SystemExit) as error:  # whatever a stranger's module does on import
@@ -119,13 +125,6 @@ class Plugins:
         self.providers.append(provider)
         for entry in entries:
             self._add_entry(entry)
-
-    def _refuse_newer_api(self, module: object) -> None:
-        wanted: int = getattr(module, "bbn_api_version", API_VERSION)
-        if wanted > API_VERSION:
-            raise RuntimeError(
-                f"it needs plugin API {wanted}, this is {API_VERSION}; a newer backdoor-bench-none may have it"
-            )
 
     def _register(self, module: object, name: str) -> None:
         self._manager.register(module, name=name)
@@ -194,6 +193,18 @@ class Plugins:
                 warnings.warn(message, PluginWarning, stacklevel=3)
 
 
+def _check_api_version(module: object) -> None:
+    """Refuse a plugin that was written for another version of the API, and say what to do."""
+    wanted: int = getattr(module, "bbn_api_version", API_VERSION)
+    if wanted > API_VERSION:
+        raise RuntimeError(
+            f"it needs plugin API {wanted}, this is {API_VERSION}; a newer backdoor-bench-none may have it"
+        )
+    if wanted < API_VERSION:
+        changes = "; ".join(CHANGES[version] for version in range(max(1, wanted), API_VERSION))
+        raise RuntimeError(f"it was written for plugin API {wanted}, this is {API_VERSION}: {changes}")
+
+
 def _own_provider(module: str) -> Provider:
     return Provider(module, "backdoor-bench-none", own_version(), builtin=True)
 
@@ -207,7 +218,7 @@ def own_version() -> str:
 
 
 def _external_points() -> list[EntryPoint]:
-    return sorted(entry_points(group=hookspecs.PROJECT), key=lambda point: point.name)
+    return sorted(entry_points(group=PROJECT), key=lambda point: point.name)
 
 
 def _provider_of(point: EntryPoint) -> Provider:

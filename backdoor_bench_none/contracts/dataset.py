@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backdoor_bench_none.component import Component
+from backdoor_bench_none.contracts.component import Component
 
 
 @dataclass(frozen=True)

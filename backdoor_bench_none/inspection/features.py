@@ -7,28 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from backdoor_bench_none.context import Context
-from backdoor_bench_none.models.neurons import WEIGHTED
-from backdoor_bench_none.training import Pixels, iterate_normalized
-
-
-@torch.no_grad()
-def find_head(model: nn.Module, example: Tensor) -> nn.Module:
-    """The convolution or linear layer that runs last on `example` (1,
-    C, H, W) in eval mode: the one that makes the logits.
-    """
-    model.eval()
-    ran: list[nn.Module] = []
-    layers = [module for module in model.modules() if isinstance(module, WEIGHTED)]
-    handles = [layer.register_forward_hook(lambda module, inputs, output: ran.append(module)) for layer in layers]
-    try:
-        model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not ran:
-        raise ValueError("the network has no convolution and no linear layer")
-    return ran[-1]
+from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.network import Pixels, find_logits_layer, iterate_normalized
 
 
 class FeatureTap:
@@ -40,7 +20,7 @@ class FeatureTap:
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         self.model = model.eval()
-        self._head = find_head(model, example)
+        self._head = find_logits_layer(model, example)
         self._features: Tensor | None = None
 
     def __enter__(self) -> Self:

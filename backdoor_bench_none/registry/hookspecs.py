@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import pluggy
+from backdoor_bench_none.contracts.markers import hookspec
 
 if TYPE_CHECKING:
-    from backdoor_bench_none.api import Activation, Architecture, Attack, Dataset, Defense, Executor, Metric, Trainer
-    from backdoor_bench_none.cell import Cell
-    from backdoor_bench_none.config import Config
-    from backdoor_bench_none.results.record import Record
-
-PROJECT = "backdoor_bench_none"
-hookspec = pluggy.HookspecMarker(PROJECT)
-hookimpl = pluggy.HookimplMarker(PROJECT)
+    from backdoor_bench_none.contracts.architecture import Activation, Architecture
+    from backdoor_bench_none.contracts.attack import Attack
+    from backdoor_bench_none.contracts.cell import Cell
+    from backdoor_bench_none.contracts.config import Config
+    from backdoor_bench_none.contracts.dataset import Dataset
+    from backdoor_bench_none.contracts.defense import Defense
+    from backdoor_bench_none.contracts.executor import Executor
+    from backdoor_bench_none.contracts.metric import Metric
+    from backdoor_bench_none.contracts.record import Record
+    from backdoor_bench_none.contracts.trainer import Trainer
 
 
 @hookspec

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 from torch import nn
 
-from backdoor_bench_none.component import Component
+from backdoor_bench_none.contracts.component import Component
 
 
 @dataclass(frozen=True)

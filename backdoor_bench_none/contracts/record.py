@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from backdoor_bench_none.cell import AXES, Cell
-from backdoor_bench_none.measures import Counts, Detection, Outcomes
+from backdoor_bench_none.contracts.cell import Cell
+from backdoor_bench_none.contracts.component import Choice, Component
+from backdoor_bench_none.contracts.measures import Counts, Detection, Outcomes
 
 Status = Literal["done", "failed", "timeout", "skipped"]
 
@@ -91,17 +92,16 @@ class Record(_Part):
         return None if isinstance(values, float) and not math.isfinite(values) else values
 
     @classmethod
-    def of(cls, cell: Cell, status: Status, **values: Any) -> Self:
-        """A record for `cell`."""
-        axes = {axis: _axis_value(cell, axis) for axis in AXES}
+    def of(cls, cell: Cell, key: str, status: Status, **values: Any) -> Self:
+        """A record for `cell`, under its key."""
+        axes = {axis: _axis_value(choice) for axis, choice in cell.choices.items()}
         return cls(
-            key=cell.key, title=cell.title, status=status, axes=axes, seed=cell.seed,
-            recipe=cell.recipe.model_dump(mode="json"), clean_fraction=cell.the_defense.clean_fraction, **values,
+            key=key, title=cell.title, status=status, axes=axes, seed=cell.seed,
+            recipe=cell.recipe.model_dump(mode="json"), clean_fraction=cell.defense.component.clean_fraction, **values,
         )  # fmt: skip
 
 
-def _axis_value(cell: Cell, axis: str) -> AxisValue:
-    choice = getattr(cell, axis)
+def _axis_value(choice: Choice[Component]) -> AxisValue:
     identity = choice.component.identity()
     known = {name: identity.pop(name) for name in ("revision", "params")}
     return AxisValue(name=choice.name, label=choice.label, **known, content=identity)

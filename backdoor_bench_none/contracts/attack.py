@@ -8,25 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from backdoor_bench_none.component import Component
-from backdoor_bench_none.context import Context
-from backdoor_bench_none.data.dataset import DatasetInfo, ImageSet
+from backdoor_bench_none.contracts.architecture import Architecture
+from backdoor_bench_none.contracts.component import Combination, Component
+from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.dataset import DatasetInfo, ImageSet
+from backdoor_bench_none.contracts.network import Pixels, predict_logits
+from backdoor_bench_none.contracts.task import TrainingTask
+from backdoor_bench_none.contracts.trainer import History, Trainer, check_learned
+from backdoor_bench_none.contracts.trigger import PlacedTiles, Trigger
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.models.architecture import Architecture
 from backdoor_bench_none.seeds import derive_seed
-from backdoor_bench_none.task import TrainingTask
-from backdoor_bench_none.training import History, Pixels, Trainer, check_learned, predict_logits
-from backdoor_bench_none.trigger import PlacedTiles, Trigger
-
-if TYPE_CHECKING:
-    from backdoor_bench_none.cell import Cell
 
 LabelMode = Literal["all_to_one", "all_to_all", "clean_label"]
 #: images stamped at once: few enough to stay in a cache
@@ -35,16 +33,14 @@ STAMP_CHUNK = 256
 
 @dataclass(frozen=True)
 class AttackTask:
-    """What an attack is given: clean data, on the CPU, in original order, and a seed of its own."""
+    """What an attack is given: clean data, on the CPU, in original order. It draws from `context.seed`."""
 
     data: ImageSet
     info: DatasetInfo
-    seed: int
     #: what it asked for with `crafted_with` or `needs_backbone`: a network in eval mode, on the device of `context`
     network: nn.Module | None = None
     #: the client (N,) int64 that holds each sample, for one that `needs_clients`
     clients: Tensor | None = None
-    context: Context = field(default_factory=lambda: Context(torch.device("cpu"), 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,11 +175,12 @@ class Attack(Component):
     def check_trainer(self, trainer: Trainer) -> None:
         """Raise `ConfigError` if it cannot be carried out with the parameters of that trainer."""
 
-    def skip(self, cell: Cell) -> str | None:
+    def skip(self, cell: Combination) -> str | None:
         """A reason if the cell's trainer does not have what the attack needs."""
-        if self.needs_backbone and not cell.the_trainer.has_backbone:
+        trainer: Trainer = cell.trainer.component
+        if self.needs_backbone and not trainer.has_backbone:
             return f"{cell.attack.name} needs a trainer with a frozen backbone, as transfer"
-        if self.needs_clients and not cell.the_trainer.has_clients:
+        if self.needs_clients and not trainer.has_clients:
             return f"{cell.attack.name} needs a trainer with clients, as federated"
         return None
 
@@ -191,7 +188,7 @@ class Attack(Component):
         """How to make the network that `poison` is given."""
         return None
 
-    def poison(self, task: AttackTask) -> PoisonedSamples:
+    def poison(self, task: AttackTask, context: Context) -> PoisonedSamples:
         """The training samples that are replaced."""
         if self.poisons:
             raise NotImplementedError
@@ -208,7 +205,7 @@ class Attack(Component):
         """The structure of the victim, made of one of the cell's networks; the same by default."""
         return model
 
-    def attack_test(self, task: AttackTask) -> PoisonedSamples:
+    def attack_test(self, task: AttackTask, context: Context) -> PoisonedSamples:
         """The test samples whose label the attack would change,
         triggered, with the labels it wants: the denominator of ASR.
         """
@@ -220,7 +217,7 @@ class Attack(Component):
         """The triggers of a finished network, defended or not; ASR is taken over all of them together."""
         raise NotImplementedError
 
-    def preview(self, task: AttackTask) -> Tensor:
+    def preview(self, task: AttackTask, context: Context) -> Tensor:
         """Every image of `task.data` as the attack changes it at test time, whatever its label (N, C, H, W) uint8."""
         return task.data.images
 
@@ -254,7 +251,9 @@ class StampAttack(Attack):
 
     def resolve(self, info: DatasetInfo) -> Self:
         """Fill in the paper's target label; `all_to_all` has none."""
-        target = None if self.label_mode == "all_to_all" else info.paper_target if self.target is None else self.target
+        target: int | None = info.paper_target if self.target is None else self.target
+        if self.label_mode == "all_to_all":
+            target = None
         return self.model_copy(update={"target": target})
 
     def check(self, info: DatasetInfo) -> None:
@@ -276,16 +275,16 @@ class StampAttack(Attack):
         """`images` (N, C, H, W) uint8 of the samples `indices` (N,) with their triggers."""
         return stamp_in_chunks(images, lambda part: self.trigger_each(info, indices[part], seed))
 
-    def attack_test(self, task: AttackTask) -> PoisonedSamples:
+    def attack_test(self, task: AttackTask, context: Context) -> PoisonedSamples:
         """All samples whose label would change: for all-to-one those of other classes, for all-to-all every one."""
         wanted = self.relabel(task.data.labels, task.info.num_classes)
         indices = torch.nonzero(wanted != task.data.labels).flatten()
-        images = self.stamp(task.data.images[indices], indices, task.info, derive_seed(task.seed, "place"))
+        images = self.stamp(task.data.images[indices], indices, task.info, derive_seed(context.seed, "place"))
         return PoisonedSamples(indices, images, wanted[indices])
 
-    def preview(self, task: AttackTask) -> Tensor:
+    def preview(self, task: AttackTask, context: Context) -> Tensor:
         """All images with their triggers."""
-        return self.stamp(task.data.images, torch.arange(len(task.data)), task.info, derive_seed(task.seed, "place"))
+        return self.stamp(task.data.images, torch.arange(len(task.data)), task.info, derive_seed(context.seed, "place"))
 
 
 class TriggerAttack(StampAttack):
@@ -306,11 +305,11 @@ class TriggerAttack(StampAttack):
             return draw_indices(torch.arange(len(labels)), count, seed)
         return draw_indices(torch.nonzero(labels != self.target).flatten(), count, seed)
 
-    def poison(self, task: AttackTask) -> PoisonedSamples:
+    def poison(self, task: AttackTask, context: Context) -> PoisonedSamples:
         """Stamp and relabel the selected samples."""
-        indices = self.select(task.data.labels, derive_seed(task.seed, "select"))
+        indices = self.select(task.data.labels, derive_seed(context.seed, "select"))
         chosen = task.data.take(indices)
-        images = self.stamp(chosen.images, indices, task.info, derive_seed(task.seed, "place"))
+        images = self.stamp(chosen.images, indices, task.info, derive_seed(context.seed, "place"))
         return PoisonedSamples(indices, images, self.relabel(chosen.labels, task.info.num_classes))
 
 
@@ -353,15 +352,15 @@ class CleanLabelAttack(StampAttack):
             )
         return draw_indices(of_target, count, seed)
 
-    def craft(self, chosen: ImageSet, indices: Tensor, task: AttackTask) -> Tensor:
+    def craft(self, chosen: ImageSet, indices: Tensor, task: AttackTask, context: Context) -> Tensor:
         """The selected samples `chosen`, of `indices` (k,), as they stand in the training set: stamped, by default."""
-        return self.stamp(chosen.images, indices, task.info, derive_seed(task.seed, "place"))
+        return self.stamp(chosen.images, indices, task.info, derive_seed(context.seed, "place"))
 
-    def poison(self, task: AttackTask) -> PoisonedSamples:
+    def poison(self, task: AttackTask, context: Context) -> PoisonedSamples:
         """Craft the selected samples."""
-        indices = self.select(task.data.labels, derive_seed(task.seed, "select"))
+        indices = self.select(task.data.labels, derive_seed(context.seed, "select"))
         chosen = task.data.take(indices)
-        return PoisonedSamples(indices, self.craft(chosen, indices, task), chosen.labels)
+        return PoisonedSamples(indices, self.craft(chosen, indices, task, context), chosen.labels)
 
 
 def check_rates(info: DatasetInfo, **rates: float) -> None:

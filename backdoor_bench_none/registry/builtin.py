@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from backdoor_bench_none.hookspecs import hookimpl
+from backdoor_bench_none.contracts.markers import hookimpl
 
 
 @hookimpl
@@ -58,7 +58,7 @@ def bbn_datasets() -> Mapping[str, str]:
 def bbn_trainers() -> Mapping[str, str]:
     """The one training loop: on all data in one place, on each client's, or for the last layer alone."""
     return {
-        "centralized": "backdoor_bench_none.training:Centralized",
+        "centralized": "backdoor_bench_none.trainers.centralized:Centralized",
         "federated": "backdoor_bench_none.trainers.federated:Federated",
         "transfer": "backdoor_bench_none.trainers.transfer:Transfer",
     }

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from backdoor_bench_none.component import Component
+from backdoor_bench_none.contracts.component import Component
 from backdoor_bench_none.errors import ConfigError, PluginError, did_you_mean
-from backdoor_bench_none.plugins import Entry, Plugins
+from backdoor_bench_none.registry.plugins import Entry, Plugins
+
+C = TypeVar("C", bound=Component)
 
 
 class Registry:
@@ -51,25 +53,46 @@ class Registry:
 
     def load(self, kind: str, name: str) -> type[Component]:
         """The class behind a name, checked to be a component of that kind."""
-        from backdoor_bench_none.api import BASES
+        from backdoor_bench_none.contracts.kinds import BASES
 
+        return self.load_as(BASES[kind], name)
+
+    def load_as(self, base: type[C], name: str) -> type[C]:
+        """As `load`, for the kind whose base class is `base`."""
+        kind = kind_of(base)
         entry = self.entry(kind, name)
         loaded = import_target(entry)
-        if not (isinstance(loaded, type) and issubclass(loaded, BASES[kind])):
+        if not (isinstance(loaded, type) and issubclass(loaded, base)):
             raise PluginError(
-                f"{kind} '{name}' of plugin {entry.provider} is not a subclass of {BASES[kind].__name__}",
+                f"{kind} '{name}' of plugin {entry.provider} is not a subclass of {base.__name__}",
                 _remedy(entry),
             )
         return loaded
 
     def create(self, kind: str, name: str, params: Mapping[str, Any] | None = None) -> Component:
         """An instance with `params`; parameter faults become one `ConfigError` that names them all."""
-        loaded = self.load(kind, name)
+        from backdoor_bench_none.contracts.kinds import BASES
+
+        return self.create_as(BASES[kind], name, params)
+
+    def create_as(self, base: type[C], name: str, params: Mapping[str, Any] | None = None) -> C:
+        """As `create`, for the kind whose base class is `base`."""
+        loaded, kind = self.load_as(base, name), kind_of(base)
         try:
             return loaded(**(params or {}))
         except ValidationError as error:
             faults = "; ".join(f"{path}: {message}" for path, message in explain(error, loaded))
             raise ConfigError(f"{kind} '{name}': {faults}", _parameters_hint(loaded)) from error
+
+
+def kind_of(base: type[Component]) -> str:
+    """The kind whose base class is `base`, or a base of it; `TypeError` if it is no component."""
+    from backdoor_bench_none.contracts.kinds import BASES
+
+    for kind, known in BASES.items():
+        if issubclass(base, known):
+            return kind
+    raise TypeError(f"{base.__name__} is no component; subclass one of {', '.join(sorted(BASES))}")
 
 
 def import_target(entry: Entry) -> Any:  # noqa: ANN401

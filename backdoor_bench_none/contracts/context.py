@@ -7,25 +7,20 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
 
 import torch
 
-from backdoor_bench_none.errors import BenchError
+from backdoor_bench_none.errors import BenchError, DeadlineError
 from backdoor_bench_none.seeds import derive_seed
-
-
-class DeadlineError(BenchError):
-    """A stage ran past its deadline."""
+from backdoor_bench_none.system import cpu_has_bf16
 
 
 def no_log(name: str, value: float, step: int) -> None:
-    """Drop a logged number."""
+    """Ignore a logged number."""
 
 
 def no_progress(done: int, total: int) -> None:
-    """Tell nobody."""
+    """Ignore the progress of a stage."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +73,3 @@ def choose_amp(device: torch.device) -> torch.dtype | None:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     return torch.bfloat16 if cpu_has_bf16() else None
-
-
-@cache
-def cpu_has_bf16() -> bool:
-    """Whether this CPU has instructions for bfloat16 (AVX-512 BF16 or AMX), as Linux tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file():
-        return False
-    flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
-    return bool({"avx512_bf16", "amx_bf16"} & set(flags.split()))

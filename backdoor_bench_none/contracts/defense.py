@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from backdoor_bench_none.component import Component
-from backdoor_bench_none.data.dataset import ImageSet
+from backdoor_bench_none.contracts.component import Component
+from backdoor_bench_none.contracts.dataset import ImageSet
+from backdoor_bench_none.contracts.task import TrainingTask
 from backdoor_bench_none.errors import PluginError
-from backdoor_bench_none.task import TrainingTask
 
 if TYPE_CHECKING:
-    from backdoor_bench_none.attack import PoisonedSamples
-    from backdoor_bench_none.context import Context
+    from backdoor_bench_none.contracts.attack import PoisonedSamples
+    from backdoor_bench_none.contracts.context import Context
 
 
 class Stage(StrEnum):

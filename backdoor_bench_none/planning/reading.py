@@ -1,133 +1,20 @@
-"""benchmark.yaml: what may stand in it, read with line numbers, all faults at once."""
+"""Reads a benchmark file with line numbers, and reports all faults at once."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
+from backdoor_bench_none.contracts.config import Budget, Config, Entry, Exclude, Fault, Location, Matrix
 from backdoor_bench_none.errors import ConfigError, did_you_mean
 
-Location = tuple[str | int, ...]
-Fault = tuple[Location, str]
-
+#: the part of pydantic's location that tells which member of a union was tried
 UNION_PART = re.compile(r"(str|int|float|bool|dict)$|.*\[")
-DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
-SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTkmgt])(?:i?B)?")
-BYTES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-
-def _seconds(value: object) -> object:
-    if isinstance(value, str):
-        match = DURATION.fullmatch(value.strip())
-        if match is None:
-            raise ValueError(f"'{value}' is not a duration such as 90s, 30m or 2h")
-        return float(match[1]) * SECONDS[match[2]]
-    return value
-
-
-def _bytes(value: object) -> object:
-    if isinstance(value, str):
-        match = SIZE.fullmatch(value.strip())
-        if match is None:
-            raise ValueError(f"'{value}' is not a size such as 500M, 4G or 4GiB")
-        return int(float(match[1]) * BYTES[match[2].upper()])
-    return value
-
-
-def _named(value: object) -> object:
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _listed(value: object) -> object:
-    return value if isinstance(value, list) else [value]
-
-
-def _name_or_mapping(value: object) -> object:
-    if value is None or isinstance(value, str | dict):
-        return value
-    raise ValueError("a recipe is a name or a mapping")
-
-
-def _flatten(value: object) -> object:
-    """`{name: local, slots: 2}` -> name and params, as executors are written without a `params` level."""
-    if isinstance(value, dict) and "name" in value and "params" not in value:
-        return {"name": value["name"], "params": {k: v for k, v in value.items() if k != "name"}}
-    return _named(value)
-
-
-class Entry(_Strict):
-    """One value of an axis: a name, or a mapping with parameters;
-    `sweep` makes one entry per combination of its values.
-    """
-
-    name: str
-    params: dict[str, Any] = {}
-    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
-    label: str | None = Field(None, alias="as")
-    recipe: Annotated[str | dict[str, Any] | None, BeforeValidator(_name_or_mapping)] = None
-
-
-AnEntry = Annotated[Entry, BeforeValidator(_named)]
-Entries = Annotated[list[AnEntry], BeforeValidator(_listed), Field(min_length=1)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Names = Annotated[list[str], BeforeValidator(_listed)]
-
-
-class Matrix(_Strict):
-    """The axes that are crossed."""
-
-    dataset: Entries = [Entry(name="digits")]
-    attack: Entries
-    defense: Entries
-    architecture: Entries
-    activation: Entries = [Entry(name="relu")]
-    trainer: Entries = [Entry(name="centralized")]
-
-
-class Exclude(_Strict):
-    """Cells to leave out: those that match every axis named here, by label or name."""
-
-    dataset: Names | None = None
-    attack: Names | None = None
-    defense: Names | None = None
-    architecture: Names | None = None
-    activation: Names | None = None
-    trainer: Names | None = None
-    seed: Annotated[list[int], BeforeValidator(_listed)] | None = None
-    because: str | None = None
-
-
-class Budget(_Strict):
-    """Limits for each stage of a cell: seconds, and bytes that its process may allocate (Linux, not with CUDA)."""
-
-    cell_timeout: Annotated[float, BeforeValidator(_seconds), Field(gt=0)] | None = None
-    memory: Annotated[int, BeforeValidator(_bytes), Field(gt=0)] | None = None
-
-
-class Config(_Strict):
-    """A whole benchmark file."""
-
-    version: Literal[1]
-    name: str = Field(min_length=1)
-    seeds: Annotated[list[Seed], BeforeValidator(_listed), Field(min_length=1)] = [0]
-    results: Path = Path("results")
-    matrix: Matrix
-    include: list[Matrix] = []
-    exclude: list[Exclude] = []
-    defaults: dict[str, dict[str, dict[str, Any]]] = {}
-    metrics: list[AnEntry] = []
-    budget: Budget = Budget()
-    executor: Annotated[Entry, BeforeValidator(_flatten)] = Entry(name="local")
 
 
 class Source:
@@ -194,6 +81,14 @@ def _path(location: Location) -> str:
     return ".".join(str(part) for part in location) or "the file"
 
 
+def find_file(file: Path | None) -> Path:
+    """The benchmark file: the one given, else ./benchmark.yaml, else an error."""
+    path = file or Path("benchmark.yaml")
+    if not path.is_file():
+        raise ConfigError(f"there is no file '{path}'", "`bbn init` writes one" if file is None else None)
+    return path
+
+
 def read_config(path: Path) -> tuple[Config, Source]:
     """The validated content of a benchmark file; a `ConfigError` lists every fault with its line and column."""
     try:
@@ -240,3 +135,17 @@ def _known_keys(location: Location) -> list[str]:
     elif model is Matrix and len(location) > 2 + (location[0] == "include"):
         model = Entry
     return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def parse_params(pairs: Sequence[str]) -> dict[str, Any]:
+    """The parameters that a command line gives as `NAME=VALUE`, the values read as YAML."""
+    params: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"'{pair}' is not NAME=VALUE")
+        try:
+            params[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"'{value}' of '{name}' is not YAML") from error
+    return params

@@ -1,0 +1,61 @@
+"""Makes the networks of a cell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from backdoor_bench_none.contracts.architecture import Architecture, ModelSpec
+from backdoor_bench_none.contracts.network import find_logits_layers, move
+from backdoor_bench_none.errors import ConfigError
+from backdoor_bench_none.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class ModelBuilder:
+    """Builds an architecture for a spec, with initial weights that are a function of `key` and a draw."""
+
+    architecture: Architecture
+    spec: ModelSpec
+    key: str
+    device: torch.device
+    #: weights that every network starts from, except for its last layer
+    backbone: Mapping[str, Tensor] | None = field(default=None, repr=False)
+
+    def __call__(self, draw: int) -> nn.Module:
+        """A freshly initialised network on the device, channels last; torch's global generator is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.key, draw))
+            model = self.architecture.build(self.spec)
+        if self.backbone is not None:
+            self.load_backbone(model, self.backbone)
+        return move(model, self.device)
+
+    def load(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """A network with these weights, in eval mode."""
+        model = self(0)
+        model.load_state_dict(dict(weights))
+        return model.eval()
+
+    def load_backbone(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Load all of `weights` into `model` except for the layers that make the logits; `ConfigError` if they do not
+        fit.
+        """
+        own = model.state_dict()
+        heads = find_logits_layers(
+            model, torch.zeros(1, self.spec.channels, self.spec.image_size, self.spec.image_size)
+        )
+        # by tensor and not by name: a tied weight stands under several names
+        kept = {tensor.data_ptr() for head in heads.values() for tensor in head.state_dict().values()}
+        wanted = {name: tensor for name, tensor in own.items() if tensor.data_ptr() not in kept}
+        wrong = sorted(name for name in wanted if name not in weights or weights[name].shape != wanted[name].shape)
+        if wrong:
+            raise ConfigError(
+                f"the pretrained weights do not fit: {len(wrong)} of {len(wanted)} tensors are absent or of another "
+                f"shape, the first is {wrong[0]}",
+                "pretrain the same architecture, of the same width and image size",
+            )
+        model.load_state_dict({**own, **{name: weights[name] for name in wanted}})

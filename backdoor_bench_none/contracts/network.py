@@ -1,0 +1,137 @@
+"""Networks as everything here uses them: their input pixels, their logits, and the layer that makes these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.dataset import DatasetInfo
+from backdoor_bench_none.errors import TrainingError
+
+#: images per forward pass without gradients
+INFERENCE_BATCH = 512
+#: layers with a weight matrix, one row for each output channel or feature
+WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Turns uint8 images into the input of networks: scaled to 0..1, normalised per channel, and in training cropped
+    and flipped.
+    """
+
+    scale: Tensor  # (C, 1, 1)
+    shift: Tensor  # (C, 1, 1)
+    crop_padding: int
+    flip: bool
+
+    @classmethod
+    def of(cls, info: DatasetInfo, device: torch.device) -> Pixels:
+        """The normalisation and augmentation of a data set."""
+        mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (info.mean, info.std))
+        return cls(1 / (255 * std), -mean / std, info.crop_padding, info.flip)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) uint8 -> float32, zero mean and unit deviation, channels last."""
+        return torch.addcmul(self.shift, images, self.scale).contiguous(memory_format=torch.channels_last)
+
+    def draw_shifts(self, count: int, generator: torch.Generator) -> Tensor:
+        """(N, 3) int64: the top and left of each image's crop in the padded image, and whether it is flipped."""
+        corners = torch.randint(2 * self.crop_padding + 1, (count, 2), generator=generator)
+        flip_probability = 0.5 if self.flip else 0.0
+        flipped = torch.rand(count, 1, generator=generator) < flip_probability
+        return torch.cat([corners, flipped.long()], dim=1)
+
+    def augment(self, images: Tensor, shifts: Tensor) -> Tensor:
+        """Crop each of `images` (N, C, H, W) uint8 out of its zero-padded self and flip it, as `shifts` (N, 3) says."""
+        if not self.crop_padding and not self.flip:
+            return images
+        height, width = (torch.arange(extent, device=images.device) for extent in images.shape[2:])
+        top, left, flipped = shifts[:, :, None].unbind(1)  # (N, 1) each
+        rows = top + height  # (N, H)
+        columns = left + torch.where(flipped.bool(), width.flip(0), width)  # (N, W)
+        padded = F.pad(images, (self.crop_padding,) * 4)
+        samples = torch.arange(len(images), device=images.device)
+        # advanced indices around a slice: (N, H, W, C), which is channels last already
+        return padded[samples[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def move(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` on `device`, in the channels-last layout."""
+    return model.to(device).to(memory_format=torch.channels_last)
+
+
+def iterate_normalized(images: Tensor, pixels: Pixels, batch_size: int = INFERENCE_BATCH) -> Iterator[Tensor]:
+    """`images` (N, C, H, W) uint8 in order, in normalised batches."""
+    for chunk in torch.split(images, batch_size):
+        yield pixels.normalize(chunk)
+
+
+@torch.no_grad()
+def predict_logits(model: nn.Module, images: Tensor, pixels: Pixels, context: Context) -> Tensor:
+    """Logits (N, K) float32 of `images` (N, C, H, W) uint8, in order, in eval mode, in the precision of `context`."""
+    model.eval()
+    images = images.to(context.device)
+    with context.autocast():
+        logits = [model(batch).float() for batch in iterate_normalized(images, pixels)]
+    return torch.cat(logits) if logits else torch.empty(0, device=context.device)
+
+
+def find_logits_layer(model: nn.Module, example: Tensor) -> nn.Module:
+    """The convolution or linear layer that makes the logits; of several, the one that ran last. See
+    `find_logits_layers`.
+    """
+    return list(find_logits_layers(model, example).values())[-1]
+
+
+def find_logits_layers(model: nn.Module, example: Tensor) -> dict[str, nn.Module]:
+    """The layers, by module name, whose output reaches the network's output through no other convolution or linear
+    layer, in the order in which they ran on `example` (1, C, H, W), normalised.
+
+    What counts is what was computed, not the order of definition: autograd's graph is followed back from the output,
+    through softmax, pooling and views. Where it is cut (an output that is detached), it is the layer that ran last. The
+    network is run once, in eval mode, and left as it was. Raises `TrainingError` if it has no such layer.
+    """
+    outputs: list[tuple[str, nn.Module, Tensor]] = []  # kept, so that autograd's nodes live as long as the search
+
+    def watch(name: str) -> Any:  # noqa: ANN401
+        return lambda module, inputs, output: outputs.append((name, module, output))
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
+    handles = [module.register_forward_hook(watch(name)) for name, module in layers.items()]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.enable_grad():
+            output = model.eval()(example.detach().clone().requires_grad_())
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    if not outputs:
+        raise TrainingError("the network has no convolution and no linear layer")
+    nodes = {tensor.grad_fn: name for name, _, tensor in outputs if tensor.grad_fn is not None}
+    reached = _nodes_before_others(output if isinstance(output, Tensor) else output[0], set(nodes))
+    names = {nodes[node] for node in reached} or {outputs[-1][0]}
+    return {name: module for name, module, _ in outputs if name in names}
+
+
+def _nodes_before_others(output: Tensor, stops: set[Any]) -> set[Any]:
+    """The nodes of autograd's graph among `stops` that are met first on the ways back from `output`."""
+    reached, seen, waiting = set[Any](), set[Any](), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in stops:
+            reached.add(node)
+        else:
+            waiting += [before for before, _ in node.next_functions]
+    return reached

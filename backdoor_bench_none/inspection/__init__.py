@@ -1,0 +1,1 @@
+"""Looking into networks: their neurons, their features and the outputs of their modules."""

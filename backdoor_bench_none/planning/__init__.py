@@ -1,0 +1,1 @@
+"""From a benchmark file to checked cells and their stages."""

@@ -1,0 +1,226 @@
+"""The stages between a data set and a record: what each is called, where it is kept, what its content key rests on, and
+what it reads. Jobs, costs, progress, blame, verification and reports are loops over this table; `run/stages.py` has one
+method for each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import wraps
+from typing import TypeVar
+
+from backdoor_bench_none.contracts.cell import AXES, Cell
+from backdoor_bench_none.seeds import canonical_json, content_key
+
+#: bumped when the evaluation changes results: part of every record's key
+EVALUATION_REVISION = 1
+K = TypeVar("K", str, str | None)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table."""
+
+    #: what jobs, costs and tables call it; the name of its method
+    name: str
+    #: the folder of its artifact below `artifacts`; None for the last, whose result is the record
+    folder: str | None
+    #: its content key; None for a cell that has no such stage
+    key: Callable[[Cell], str | None]
+    #: the names of the stages it reads; those that the cell does not have are left out
+    needs: Callable[[Cell], tuple[str, ...]]
+    #: what it makes, in the singular, for people
+    words: str
+    #: whether one job computes it for all cells that have it; the others are part of the cell's own job
+    shared: bool
+    #: the axes whose components are at work in it
+    axes: tuple[str, ...]
+
+
+def _once(make: Callable[[Cell], K]) -> Callable[[Cell], K]:
+    """A key that is computed once for each cell."""
+
+    @wraps(make)
+    def key(cell: Cell) -> K:
+        if make.__name__ not in cell.memo:
+            cell.memo[make.__name__] = make(cell)
+        known: K = cell.memo[make.__name__]
+        return known
+
+    return key
+
+
+# The keys. Seeds are derived from them, so that equal stages draw equal numbers.
+
+
+@_once
+def data_key(cell: Cell) -> str:
+    """The decoded data set."""
+    return content_key("data", cell.dataset.identity, cell.fingerprint)
+
+
+@_once
+def crafter_key(cell: Cell) -> str | None:
+    """The network that the attack crafts with, if it does."""
+    crafter = cell.attack.component.crafted_with()
+    if crafter is None:
+        return None
+    name = f"{type(crafter).__module__}:{type(crafter).__qualname__}"
+    return content_key("crafter", data_key(cell), name, canonical_json(crafter.identity()), cell.seed)
+
+
+@_once
+def backbone_key(cell: Cell) -> str | None:
+    """The frozen backbone that every network starts from, if the trainer has one."""
+    if not cell.trainer.component.has_backbone:
+        return None
+    return content_key("backbone", data_key(cell), initial_key(cell), cell.trainer.identity)
+
+
+@_once
+def poison_key(cell: Cell) -> str:
+    """The poisoned training samples and the triggered test samples."""
+    attack = cell.attack.component
+    backbone = backbone_key(cell) if attack.needs_backbone else None
+    clients = cell.trainer.identity if attack.needs_clients else None
+    parts = (crafter_key(cell), backbone, clients)
+    return content_key("poison", data_key(cell), cell.attack.identity, cell.seed, *parts)
+
+
+@_once
+def train_key(cell: Cell) -> str:
+    """The training set as a defender gets it."""
+    return poison_key(cell) if cell.attack.component.poisons else data_key(cell)
+
+
+@_once
+def initial_key(cell: Cell) -> str:
+    """The initial weights: equal for all attacks and defenses of a seed."""
+    parts = (cell.dataset.identity, cell.architecture.identity, cell.activation.identity)
+    return content_key("initial", *parts, cell.seed)
+
+
+@_once
+def victim_key(cell: Cell) -> str:
+    """The network trained on the poisoned data without a defense."""
+    attacker = cell.attack.identity if cell.attack.component.controls_training else None
+    return _trained_key(cell, train_key(cell), attacker)
+
+
+@_once
+def benign_key(cell: Cell) -> str:
+    """The network trained on clean data: the victim of the attack `clean`."""
+    return _trained_key(cell, data_key(cell), None)
+
+
+def _trained_key(cell: Cell, data: str, attacker: str | None) -> str:
+    parts = (cell.architecture.identity, cell.activation.identity, cell.trainer.identity)
+    return content_key("victim", data, attacker, *parts, cell.recipe_json, cell.seed)
+
+
+@_once
+def defense_key(cell: Cell) -> str:
+    """The defended network and what the defense reports."""
+    return content_key("defense", victim_key(cell), cell.defense.identity)
+
+
+@_once
+def search_key(cell: Cell) -> str:
+    """The triggers that the attack finds in the defended network."""
+    return content_key("search", defense_key(cell), cell.attack.identity)
+
+
+@_once
+def record_key(cell: Cell) -> str:
+    """The cell's record."""
+    metrics = [metric.identity for metric in cell.metrics]
+    return content_key("cell", defense_key(cell), poison_key(cell), EVALUATION_REVISION, metrics)
+
+
+# Which cells have the stages that not all have.
+
+
+def _victim_key_if_used(cell: Cell) -> str | None:
+    return victim_key(cell) if cell.defense.component.starts_from_victim else None
+
+
+def _benign_key_if_used(cell: Cell) -> str | None:
+    used = cell.defense.component.starts_from_victim and cell.attack.component.starts_from_benign
+    return benign_key(cell) if used else None
+
+
+def _search_key_if_used(cell: Cell) -> str | None:
+    return search_key(cell) if cell.attack.component.searches else None
+
+
+def _needs_of_poison(cell: Cell) -> tuple[str, ...]:
+    if cell.attack.component.needs_backbone:
+        return ("data", "crafter", "backbone")
+    return ("data", "crafter")
+
+
+def _always(*names: str) -> Callable[[Cell], tuple[str, ...]]:
+    return lambda cell: names
+
+
+NETWORK = ("architecture", "activation", "trainer")
+
+#: each after those that it needs
+STAGES: tuple[Stage, ...] = (
+    Stage("data", "data", data_key, _always(), "data set", True, ("dataset",)),
+    Stage("crafter", "crafter", crafter_key, _always("data"), "crafting network", True, ("attack", "dataset")),
+    Stage("backbone", "backbone", backbone_key, _always("data"), "backbone", True, (*NETWORK, "dataset")),
+    Stage("poison", "poison", poison_key, _needs_of_poison, "poisoned set", True, ("attack",)),
+    Stage("benign", "victim", _benign_key_if_used, _always("data", "backbone"), "benign network", True, NETWORK),
+    Stage(
+        "victim", "victim", _victim_key_if_used, _always("data", "poison", "backbone", "benign"), "victim", True,
+        ("attack", *NETWORK),
+    ),
+    Stage(
+        "defense", "defense", defense_key, _always("data", "poison", "backbone", "victim"), "defended network", False,
+        AXES,
+    ),
+    Stage("search", "search", _search_key_if_used, _always("data", "defense"), "trigger search", False, AXES),
+    Stage("evaluate", None, record_key, _always("data", "poison", "defense", "search"), "record", False, AXES),
+)  # fmt: skip
+
+
+def find_stage(name: str) -> Stage:
+    """The row of that name; `KeyError` if there is none."""
+    return {stage.name: stage for stage in STAGES}[name]
+
+
+def stages_of(cell: Cell) -> tuple[Stage, ...]:
+    """The stages that a cell has, each after those that it needs."""
+    return tuple(stage for stage in STAGES if stage.key(cell) is not None)
+
+
+def has_stage(cell: Cell, name: str) -> bool:
+    """Whether a cell has that stage."""
+    return find_stage(name).key(cell) is not None
+
+
+def stage_key(cell: Cell, name: str) -> str:
+    """The content key of a stage that the cell has."""
+    key = find_stage(name).key(cell)
+    if key is None:
+        raise ValueError(f"{cell.title} has no stage {name}")
+    return key
+
+
+def needs_of(stage: Stage, cell: Cell) -> tuple[Stage, ...]:
+    """The stages of the cell that a stage reads."""
+    return tuple(need for need in map(find_stage, stage.needs(cell)) if need.key(cell) is not None)
+
+
+def artifact_keys(cell: Cell) -> dict[str, str]:
+    """The content keys of all stages of a cell that are kept as artifacts, by name."""
+    return {stage.name: stage_key(cell, stage.name) for stage in stages_of(cell) if stage.folder is not None}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of stages in the order of the table; those that this version does not know come last, by name."""
+    order = [stage.name for stage in STAGES]
+    listed = set(names)
+    return [*(name for name in order if name in listed), *sorted(listed.difference(order))]

@@ -1,0 +1,1 @@
+"""Which components there are, and which plugin provides each."""

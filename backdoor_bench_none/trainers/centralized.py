@@ -1,0 +1,126 @@
+"""The one training loop, for CPU and CUDA: the data set lies on the device as uint8, every step is a handful of batched
+tensor operations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.network import find_logits_layer, move
+from backdoor_bench_none.contracts.recipe import Recipe
+from backdoor_bench_none.contracts.trainer import Batch, FitTask, History, Trainer, TrainingData
+from backdoor_bench_none.errors import TrainingError
+
+
+class Centralized(Trainer):
+    """All data in one place: SGD over shuffled batches."""
+
+    def fit(self, task: FitTask, context: Context) -> History:
+        """Train `task.model` in place; raises `TrainingError` when the loss is not finite."""
+        with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
+            torch.manual_seed(context.seed)  # dropout draws from the global generator
+            return self._fit(task, context)
+
+    def _fit(self, task: FitTask, context: Context) -> History:
+        generator = context.generator("fit")
+        model, recipe, indices = task.model, task.recipe, task.indices()
+        if len(indices) == 0:
+            raise TrainingError("failed to train: no sample is left to train on")
+        steps_per_epoch = len(recipe.batch_sizes(len(indices)))
+        move(model, context.device)
+        optimizer = _make_optimizer(task)
+        if recipe.compile:
+            model.compile()
+        history = History()
+        for epoch in range(recipe.epochs):
+            _set_train_mode(model, task.freeze_batchnorm)
+            total = torch.zeros((), device=context.device)
+            for step, batch in enumerate(_batches(task.data, indices, recipe, generator)):
+                _set_lr(optimizer, recipe.lr_at(epoch * steps_per_epoch + step, steps_per_epoch))
+                total += _step(task, batch, optimizer, context)
+            history.losses.append(_finite(total.item() / steps_per_epoch, epoch))
+            context.log("loss", history.losses[-1], epoch)
+            context.progress(epoch + 1, recipe.epochs)
+            context.check_deadline()
+        model.eval()
+        return history
+
+
+def _batches(data: TrainingData, indices: Tensor, recipe: Recipe, generator: torch.Generator) -> Iterator[Batch]:
+    """One epoch; all its random numbers go to the device at once, so that no step waits for the host."""
+    device = data.images.labels.device
+    order = indices[torch.randperm(len(indices), generator=generator)].to(device)
+    shifts = data.pixels.draw_shifts(len(order), generator).to(device)
+    sizes = recipe.batch_sizes(len(order))
+    steps = (torch.split(x[: sum(sizes)], sizes) for x in (order, shifts))
+    for chosen, shift in zip(*steps, strict=True):
+        images = data.images.images[chosen]
+        if recipe.augment:
+            images = data.pixels.augment(images, shift)
+        yield Batch(data.pixels.normalize(images), data.images.labels[chosen], chosen)
+
+
+def _step(task: FitTask, batch: Batch, optimizer: torch.optim.Optimizer, context: Context) -> Tensor:
+    optimizer.zero_grad(set_to_none=True)
+    if task.gradients is not None:
+        loss = task.gradients(task.model, batch, context)
+    else:
+        with context.autocast():
+            loss = task.loss(task.model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+    if task.recipe.clip_norm is not None:
+        nn.utils.clip_grad_norm_(task.model.parameters(), task.recipe.clip_norm)
+    optimizer.step()
+    return loss.detach()
+
+
+def _make_optimizer(task: FitTask) -> torch.optim.Optimizer:
+    model, recipe = task.model, task.recipe
+    head = _parameters_of_logits(task) if recipe.head_lr_factor != 1 else set()
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_bias = name.endswith("bias") and recipe.bias_lr_factor != 1
+        factor = recipe.bias_lr_factor if is_bias else 1.0
+        if id(parameter) in head:
+            factor = recipe.head_lr_factor
+        groups.setdefault((factor, 0.0 if is_bias else recipe.weight_decay), []).append(parameter)
+    parameters = [{"params": p, "factor": factor, "weight_decay": decay} for (factor, decay), p in groups.items()]
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=recipe.lr, fused=True)
+    momentum, nesterov = recipe.momentum, recipe.nesterov and recipe.momentum > 0
+    return torch.optim.SGD(parameters, lr=recipe.lr, momentum=momentum, nesterov=nesterov, fused=True)
+
+
+def _parameters_of_logits(task: FitTask) -> set[int]:
+    """The identities of the parameters of the layer that makes the logits."""
+    layer = find_logits_layer(task.model, task.data.example())
+    return {id(parameter) for parameter in layer.parameters()}
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
+
+
+def _set_train_mode(model: nn.Module, freeze_batchnorm: bool) -> None:
+    model.train()
+    if freeze_batchnorm:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+
+def _finite(loss: float, epoch: int) -> float:
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"failed to train: the loss is not finite in epoch {epoch + 1}", "lower recipe.lr or set recipe.clip_norm"
+        )
+    return loss
