@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from backdoor_bench_none.cli.main import run_cli
 from backdoor_bench_none.contracts import trigger as triggers
 from backdoor_bench_none.contracts.architecture import Activation, Architecture, ModelSpec
 from backdoor_bench_none.contracts.attack import (
@@ -84,7 +85,7 @@ from backdoor_bench_none.inspection.neurons import (
     reestimate_norms,
     reinitialize_neurons,
 )
-from backdoor_bench_none.maths.natural_break import Breaks, find_breaks
+from backdoor_bench_none.maths.natural_break import Breaks, Split, find_breaks
 from backdoor_bench_none.models.alexnet import AlexNet
 from backdoor_bench_none.models.initial_weights import draw_calibrated_weights
 from backdoor_bench_none.models.mlp import MLP
@@ -180,6 +181,7 @@ __all__ = [
     "Sample",
     "SearchTask",
     "Settings",
+    "Split",
     "Stage",
     "Stages",
     "StampAttack",
@@ -224,6 +226,7 @@ __all__ = [
     "record_outputs",
     "reestimate_norms",
     "reinitialize_neurons",
+    "run_cli",
     "stamp_in_chunks",
     "triggers",
 ]

@@ -59,9 +59,9 @@ def test_counts_by_hand(clean: list[int], attacked: list[int], expected: tuple[i
     counts = run_evaluation(clean, attacked)
     assert counts.attack_success_rate is not None
     assert counts.robust_accuracy is not None
-    found = (counts.benign_accuracy, counts.attack_success_rate, counts.robust_accuracy)
-    assert tuple(count.hits for count in found) == expected
-    assert tuple(count.total for count in found) == (6, 4, 4)
+    measures = (counts.benign_accuracy, counts.attack_success_rate, counts.robust_accuracy)
+    assert tuple(count.hits for count in measures) == expected
+    assert tuple(count.total for count in measures) == (6, 4, 4)
 
 
 def test_success_is_measured_against_the_label_each_sample_should_get() -> None:
@@ -110,13 +110,13 @@ def test_detection_equals_scikit_learn(seed: int) -> None:
     generator = np.random.default_rng(seed)
     poisoned, flagged = generator.random(200) < 0.1, generator.random(200) < 0.3
     scores = np.round(generator.normal(size=200) + poisoned, 1)  # with ties
-    found = score_detection(*(torch.from_numpy(x) for x in (flagged, scores, poisoned)))
+    detection = score_detection(*(torch.from_numpy(x) for x in (flagged, scores, poisoned)))
     negative, positive = confusion_matrix(poisoned, flagged).tolist()
-    assert [found.true_negative, found.false_positive] == negative
-    assert [found.false_negative, found.true_positive] == positive
-    assert found.tpr == pytest.approx((flagged & poisoned).sum() / poisoned.sum())
-    assert found.fpr == pytest.approx((flagged & ~poisoned).sum() / (~poisoned).sum())
-    assert found.auroc == pytest.approx(roc_auc_score(poisoned, scores))
+    assert [detection.true_negative, detection.false_positive] == negative
+    assert [detection.false_negative, detection.true_positive] == positive
+    assert detection.tpr == pytest.approx((flagged & poisoned).sum() / poisoned.sum())
+    assert detection.fpr == pytest.approx((flagged & ~poisoned).sum() / (~poisoned).sum())
+    assert detection.auroc == pytest.approx(roc_auc_score(poisoned, scores))
 
 
 @pytest.mark.parametrize(
@@ -143,18 +143,20 @@ def test_auroc_tells_apart_scores_that_are_equal_in_float32() -> None:
 
 
 def test_without_poisoned_samples_there_is_no_tpr_and_no_auroc() -> None:
-    found = score_detection(torch.tensor([True, False, False, False]), torch.rand(4), torch.zeros(4, dtype=torch.bool))
-    assert (found.tpr, found.fpr, found.auroc) == (None, 0.25, None)
+    detection = score_detection(
+        torch.tensor([True, False, False, False]), torch.rand(4), torch.zeros(4, dtype=torch.bool)
+    )
+    assert (detection.tpr, detection.fpr, detection.auroc) == (None, 0.25, None)
 
 
 def test_without_benign_samples_there_is_no_fpr_and_no_auroc() -> None:
-    found = score_detection(torch.tensor([True, False]), torch.rand(2), torch.ones(2, dtype=torch.bool))
-    assert (found.tpr, found.fpr, found.auroc) == (0.5, None, None)
+    detection = score_detection(torch.tensor([True, False]), torch.rand(2), torch.ones(2, dtype=torch.bool))
+    assert (detection.tpr, detection.fpr, detection.auroc) == (0.5, None, None)
 
 
 def test_detection_survives_json() -> None:
-    found = score_detection(torch.tensor([True, False]), torch.tensor([1.0, 0.0]), torch.tensor([True, False]))
-    assert Detection.model_validate_json(found.model_dump_json()) == found
+    detection = score_detection(torch.tensor([True, False]), torch.tensor([1.0, 0.0]), torch.tensor([True, False]))
+    assert Detection.model_validate_json(detection.model_dump_json()) == detection
 
 
 @pytest.mark.parametrize(

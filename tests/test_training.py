@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import Normalize
 
-from backdoor_bench_none.api import Batch, Context, DatasetInfo, FitOptions, History, ImageSet, Recipe, TrainingData
+from backdoor_bench_none.api import Batch, Context, DatasetInfo, FitTask, History, ImageSet, Loss, Recipe, TrainingData
 from backdoor_bench_none.api import cross_entropy as plain_loss
 from backdoor_bench_none.contracts.network import Pixels, predict_logits
 from backdoor_bench_none.contracts.recipe import named_recipe
@@ -49,7 +48,8 @@ def fit(
     model: nn.Module, recipe: Recipe = CONSTANT, context: Context = CPU, data: TrainingData | None = None,
     **options: object,
 ) -> History:  # fmt: skip
-    return Centralized().fit(model, data or draw_data(), recipe, context, FitOptions(**options))  # type: ignore[arg-type]
+    task = FitTask(model, data or draw_data(), recipe, **options)  # type: ignore[arg-type]
+    return Centralized().fit(task, context)
 
 
 def weights(model: nn.Module) -> Tensor:
@@ -59,7 +59,7 @@ def weights(model: nn.Module) -> Tensor:
 class Spy:
     """A loss that writes down the indices, labels and images of every batch."""
 
-    def __init__(self, loss: Callable[[nn.Module, Batch], Tensor] = plain_loss) -> None:
+    def __init__(self, loss: Loss = plain_loss) -> None:
         self.loss, self.batches = loss, list[Batch]()
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -227,21 +227,21 @@ def test_the_model_learns_and_ends_in_eval_mode() -> None:
 def test_normalisation_is_torchvisions(channels: int) -> None:
     mean, std = (0.49, 0.48, 0.44)[:channels], (0.2, 0.19, 0.3)[:channels]
     images = torch.arange(256, dtype=torch.uint8).reshape(-1, 1, 8, 8).repeat(1, channels, 1, 1)
-    found = Pixels.of(replace(INFO, mean=mean, std=std), CPU.device).normalize(images)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, Normalize(mean, std)(images / 255), rtol=1e-5, atol=1e-6, check_stride=False)
+    normalized = Pixels.of(replace(INFO, mean=mean, std=std), CPU.device).normalize(images)
+    assert normalized.dtype == torch.float32
+    torch.testing.assert_close(normalized, Normalize(mean, std)(images / 255), rtol=1e-5, atol=1e-6, check_stride=False)
 
 
 def crops(image: Tensor, padding: int, flip: bool) -> set[bytes]:
     """Every crop of the zero-padded image, and its mirror images."""
     side = image.shape[-1]
     padded = F.pad(image, (padding,) * 4)
-    found = [
+    cropped = [
         padded[:, top : top + side, left : left + side]
         for top in range(2 * padding + 1)
         for left in range(2 * padding + 1)
     ]
-    return {crop.numpy().tobytes() for x in found for crop in ([x, x.flip(-1)] if flip else [x])}
+    return {crop.numpy().tobytes() for x in cropped for crop in ([x, x.flip(-1)] if flip else [x])}
 
 
 def draw_augmented(images: Tensor, padding: int, flip: bool) -> Tensor:
@@ -376,8 +376,8 @@ def test_more_images_than_fit_one_batch_are_predicted_in_order() -> None:
     images = torch.arange(1300).remainder(251).to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)
     pixels = Pixels.of(replace(INFO, mean=(0.0,), std=(1.0,)), CPU.device)
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    found = predict_logits(model, images, pixels, CPU)
-    torch.testing.assert_close(found[:, 0], images[:, 0, 0, 0] / 255)
+    means = predict_logits(model, images, pixels, CPU)
+    torch.testing.assert_close(means[:, 0], images[:, 0, 0, 0] / 255)
 
 
 # Frozen norms, clipping, parameter groups.
@@ -452,9 +452,9 @@ def one_step(**changes: object) -> dict[str, float]:
     ],
 )
 def test_parameter_groups(changes: dict[str, object], expected: tuple[float, ...]) -> None:
-    found = one_step(**changes)
-    assert tuple(found) == ("hidden.weight", "hidden.bias", "head.weight", "head.bias")
-    assert tuple(found.values()) == pytest.approx(expected, abs=1e-5)
+    steps = one_step(**changes)
+    assert tuple(steps) == ("hidden.weight", "hidden.bias", "head.weight", "head.bias")
+    assert tuple(steps.values()) == pytest.approx(expected, abs=1e-5)
 
 
 def test_parameter_groups_of_the_papers_recipe_for_nin() -> None:

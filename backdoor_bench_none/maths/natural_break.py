@@ -5,10 +5,12 @@ one-dimensional 2-means are one and the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+Split = Literal["exact", "jenkspy"]
 #: rows sorted at once: keeps the working set in the cache
 CHUNK = 32
 
@@ -25,18 +27,20 @@ class Breaks:
     gvf: NDArray[np.float64]  # (R,)
 
 
-def find_breaks(rows: ArrayLike) -> Breaks:
-    """The cut of each row of `rows` (R, N) that maximises the variance
-    between two classes; among equal cuts the lowest, as jenkspy.
+def find_breaks(rows: ArrayLike, split: Split = "exact") -> Breaks:
+    """The cut of each row of `rows` (R, N) that maximises the variance between two classes; among equal cuts the
+    lowest, as jenkspy.
 
-    Exact in O(N log N) per row: with sorted centred values x and S_k = x_1 + ... + x_k, the variance between the
-    classes of a cut after k is S_k**2 * N / (k * (N - k)), and a cut never splits equal values. Raises `ValueError` for
-    values that are not finite.
+    `split` chooses the computation: `exact`, in O(N log N) per row, or `jenkspy`, by the library of that name, the
+    reference implementation, in O(N**2). Exact means: with sorted centred values x and S_k = x_1 + ... + x_k, the
+    variance between the classes of a cut after k is S_k**2 * N / (k * (N - k)), and a cut never splits equal values.
+    Raises `ValueError` for values that are not finite.
     """
     values = np.atleast_2d(np.asarray(rows))
     if not np.isfinite(values).all():
         raise ValueError("values must be finite")
-    parts = [_find_chunk(values[start : start + CHUNK]) for start in range(0, len(values), CHUNK)]
+    find = _find_chunk if split == "exact" else _find_by_jenkspy
+    parts = [find(values[start : start + CHUNK]) for start in range(0, len(values), CHUNK)]
     thresholds, gvf = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Breaks(thresholds, gvf)
 
@@ -55,3 +59,21 @@ def _find_chunk(rows: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArra
     thresholds = np.where(split, ordered[at, best], ordered[:, -1])
     gvf = np.divide(between[at, best] if count > 1 else 0.0, total, out=np.zeros(len(rows)), where=split)
     return thresholds, gvf
+
+
+def _find_by_jenkspy(rows: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    import jenkspy
+
+    thresholds, gvf = np.empty(len(rows)), np.zeros(len(rows))
+    for index, row in enumerate(rows.astype(np.float64)):
+        if row.min() == row.max():  # jenkspy refuses a constant row
+            thresholds[index] = row[0]
+            continue
+        thresholds[index] = jenkspy.jenks_breaks(row, n_classes=2)[1]
+        within = sum(np.square(part - part.mean()).sum() for part in _classes(row, thresholds[index]))
+        gvf[index] = 1 - within / np.square(row - row.mean()).sum()
+    return thresholds, gvf
+
+
+def _classes(row: NDArray[np.float64], threshold: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return row[row <= threshold], row[row > threshold]

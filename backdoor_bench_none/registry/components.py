@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from backdoor_bench_none.contracts.component import Component
 from backdoor_bench_none.errors import ConfigError, PluginError, did_you_mean
-from backdoor_bench_none.registry.plugins import Entry, Plugins
+from backdoor_bench_none.registry.plugins import Entry, Plugins, describe_import_error
 
 C = TypeVar("C", bound=Component)
 
@@ -67,6 +68,12 @@ class Registry:
                 f"{kind} '{name}' of plugin {entry.provider} is not a subclass of {base.__name__}",
                 _remedy(entry),
             )
+        if (method := find_old_signature(loaded, base)) is not None:
+            raise PluginError(
+                f"{kind} '{name}' of plugin {entry.provider}: {method} does not take (task, context), as it must since "
+                "version 2 of the API",
+                "see 'Changes of the API' in docs/api.md; " + _remedy(entry),
+            )
         return loaded
 
     def create(self, kind: str, name: str, params: Mapping[str, Any] | None = None) -> Component:
@@ -95,13 +102,27 @@ def kind_of(base: type[Component]) -> str:
     raise TypeError(f"{base.__name__} is no component; subclass one of {', '.join(sorted(BASES))}")
 
 
+def find_old_signature(component: type[Component], base: type[Component]) -> str | None:
+    """The name of the first method of a component that cannot be called as its base class declares it, with what it
+    works on and a context.
+    """
+    for name, declared in vars(base).items():
+        if not inspect.isfunction(declared) or list(inspect.signature(declared).parameters)[2:] != ["context"]:
+            continue
+        try:
+            inspect.signature(getattr(component, name)).bind("self", "task", "context")
+        except (TypeError, ValueError):
+            return name
+    return None
+
+
 def import_target(entry: Entry) -> Any:  # noqa: ANN401
     """What `entry` names; `PluginError` with the guilty plugin if it cannot be imported."""
     try:
         return entry.load()
     except (Exception, SystemExit) as error:  # whatever a stranger's module does on import
         what = f"{entry.kind} '{entry.name}' of plugin {entry.provider} cannot be imported"
-        raise PluginError(f"{what}: {type(error).__name__}: {error}", _remedy(entry)) from error
+        raise PluginError(f"{what}: {describe_import_error(error)}", _remedy(entry)) from error
 
 
 def _remedy(entry: Entry) -> str:

@@ -120,7 +120,7 @@ class Plugins:
         except (Exception, SystemExit) as error:  # whatever a stranger's module does on import
             if provider.builtin:
                 raise
-            self._drop(provider, module, f"{type(error).__name__}: {' '.join(str(error).split())}")
+            self._drop(provider, module, describe_import_error(error))
             return
         self.providers.append(provider)
         for entry in entries:
@@ -191,6 +191,16 @@ class Plugins:
             except Exception as error:
                 message = f"plugin '{implementation.plugin_name}': {hook} raised {type(error).__name__}: {error}"
                 warnings.warn(message, PluginWarning, stacklevel=3)
+
+
+def describe_import_error(error: BaseException) -> str:
+    """What a plugin raised, in one line; a module of this package that has moved since gets the sentence of
+    `CHANGES`.
+    """
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, ImportError) and (error.name or "").startswith(PROJECT):
+        return f"{text}: it was written for an older version of the API: {CHANGES[1]}"
+    return text
 
 
 def _check_api_version(module: object) -> None:

@@ -167,7 +167,8 @@ class Stages:
             info = replace(self.cell.info, num_classes=classes, train_size=len(train))
             return TrainingTask(
                 train=train.to(self.context.device), info=info,
-                recipe=self._own_recipe(self.cell.architecture.component), trainer=Centralized(), build=self._make_builder(info),
+                recipe=self._own_recipe(self.cell.architecture.component), trainer=Centralized(),
+                build=self._make_builder(info),
             )  # fmt: skip
 
         task = PretrainingTask(self._make_builder(self.cell.info), open_task)

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -24,7 +24,9 @@ from backdoor_bench_none.api import (
     Defense,
     DefenseResult,
     DefenseTask,
+    Incidental,
     Layer,
+    Split,
     Stage,
     Tap,
     collect_activations,
@@ -134,6 +136,10 @@ class NONE(Defense):
     drop_samples: bool = Field(
         True, description="false keeps all samples, as the released code does for natural Trojans"
     )
+    # Incidental: both find the same break, so that results and keys do not change with it
+    split: Annotated[Split, Incidental] = Field(
+        "exact", description="how natural breaks are found; jenkspy: by the library, as the released code, slow"
+    )
     released_quirks: bool = Field(False, description="released: restore quirks of the code, for comparison only")
 
     def run(self, task: DefenseTask, context: Context) -> DefenseResult:
@@ -148,26 +154,29 @@ class NONE(Defense):
         for index in range(self.rounds):
             here = context.derive("round", index)
             if self.procedure == "released":
-                found = self._inspect_released(model, layers, task, context)
-                flagged, scores = found.flagged, found.scores
+                findings = self._inspect_released(model, layers, task, context)
+                flagged, scores = findings.flagged, findings.scores
             else:
-                found = self._inspect_algorithm1(model, layers, ~flagged, task, context)
-                flagged, scores = flagged | found.flagged, torch.maximum(scores, found.scores)
-            reports.append({**found.report, "samples_flagged": int(flagged.sum())})
-            self._reset(model, layers, found.resets, task, context, draw=index + 1)
+                findings = self._inspect_algorithm1(model, layers, ~flagged, task, context)
+                flagged, scores = flagged | findings.flagged, torch.maximum(scores, findings.scores)
+            reports.append({**findings.report, "samples_flagged": int(flagged.sum())})
+            self._reset(model, layers, findings.resets, task, context, draw=index + 1)
             self._train_on(model, ~flagged, task, here)
-            if self.procedure == "algorithm1" and not any(map(len, found.resets.values())):
+            if self.procedure == "algorithm1" and not any(map(len, findings.resets.values())):
                 break
         return DefenseResult(model, flagged, scores, extras={"rounds": reports, **_unresolved(layers)})
 
     def _chosen_layers(self, model: nn.Module, task: DefenseTask, context: Context) -> list[Layer]:
         example = task.training_data(task.train.take(torch.arange(1)), context)
-        found = find_layers(model.eval(), example.pixels.normalize(example.images.images))
-        chosen = [x for x in found if not self.layers or any(fnmatchcase(x.name, pattern) for pattern in self.layers)]
+        layers = find_layers(model.eval(), example.pixels.normalize(example.images.images))
+        chosen = [layer for layer in layers if self._is_chosen(layer)]
         if not chosen:
-            names = ", ".join(layer.name for layer in found) or "none"
+            names = ", ".join(layer.name for layer in layers) or "none"
             raise ValueError(f"no hidden layer matches {list(self.layers) or 'anything'}; there are: {names}")
         return chosen
+
+    def _is_chosen(self, layer: Layer) -> bool:
+        return not self.layers or any(fnmatchcase(layer.name, pattern) for pattern in self.layers)
 
     def _inspect_released(self, model: nn.Module, layers: list[Layer], task: DefenseTask, context: Context) -> Findings:
         data = task.training_data(None, context)
@@ -182,7 +191,8 @@ class NONE(Defense):
             scores += (standardize(used) if self.standardize else used).sum(0)
         resets = accumulate_as_released(resets) if self.released_quirks else resets
         report = {"neurons_reset": sum(map(len, resets.values())), "layers_inspected": len(layers)}
-        return Findings(flag_above_break(scores, self.released_quirks), scores, resets, report)
+        flagged = flag_above_break(scores, self.released_quirks, self.split)
+        return Findings(flagged, scores, resets, report)
 
     def _inspect_algorithm1(
         self, model: nn.Module, layers: list[Layer], kept: Tensor, task: DefenseTask, context: Context
@@ -193,7 +203,7 @@ class NONE(Defense):
         resets: dict[str, Tensor] = {}
         compromised: dict[str, list[dict[str, float]]] = {}
         for layer in layers:
-            neurons = examine_neurons(values[layer.name], layer.activation_module, self.theta, self.min_gvf)
+            neurons = examine_neurons(values[layer.name], layer.activation_module, self.theta, self.min_gvf, self.split)
             total = len(values[layer.name])
             resets[layer.name] = neurons.indices[: count_share(self.r1, total)]
             used = neurons.indices[: count_share(self.r2, total)]
@@ -210,8 +220,8 @@ class NONE(Defense):
     def _within_limit(self, flagged: Tensor, total: int) -> Tensor:
         if int(flagged.sum()) <= self.max_removed * total:
             return flagged
-        found = f"{int(flagged.sum())} of {total} samples would be dropped, more than max_removed = {self.max_removed}"
-        warnings.warn(f"none: {found}; none of them is", UserWarning, stacklevel=2)
+        excess = f"{int(flagged.sum())} of {total} samples would be dropped, more than max_removed = {self.max_removed}"
+        warnings.warn(f"none: {excess}; none of them is", UserWarning, stacklevel=2)
         return torch.zeros_like(flagged)
 
     def _reset(
@@ -300,11 +310,11 @@ def rank_neurons(gaps: Tensor, released_quirks: bool = False) -> Tensor:
     return gaps.argsort(descending=True, stable=True)
 
 
-def flag_above_break(scores: Tensor, released_quirks: bool = False) -> Tensor:
+def flag_above_break(scores: Tensor, released_quirks: bool = False, split: Split = "exact") -> Tensor:
     """The samples (N,) bool above the natural break of their scores; with `released_quirks`, those at the break too."""
     if bool((scores == scores[0]).all()):
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = float(find_breaks(scores.cpu().numpy()).thresholds[0])
+    threshold = float(find_breaks(scores.cpu().numpy(), split).thresholds[0])
     return scores >= threshold if released_quirks else scores > threshold
 
 
@@ -356,15 +366,17 @@ class Neurons:
         return [dict(zip(names, row, strict=True)) for row in zip(*(c[:count].tolist() for c in columns), strict=True)]
 
 
-def examine_neurons(activations: Tensor, activation: nn.Module | None, theta: float, min_gvf: float) -> Neurons:
+def examine_neurons(
+    activations: Tensor, activation: nn.Module | None, theta: float, min_gvf: float, split: Split = "exact"
+) -> Neurons:
     """The neurons of `activations` (C, N) with P(A >= tau) >= theta and
     a natural break of at least `min_gvf` (lines 7 to 10).
 
     They are ranked by that probability, ties by the goodness of the break. Constant neurons have no break and do not
     count.
     """
-    found = find_breaks(activations.cpu().numpy())
-    thresholds, gvf = (torch.from_numpy(x).to(activations.device) for x in (found.thresholds, found.gvf))
+    breaks = find_breaks(activations.cpu().numpy(), split)
+    thresholds, gvf = (torch.from_numpy(x).to(activations.device) for x in (breaks.thresholds, breaks.gvf))
     linear = in_linear_piece(activations, activation, thresholds).double().mean(1)
     chosen = torch.nonzero((linear >= theta) & (gvf >= min_gvf) & (gvf > 0)).flatten()
     by_fit = chosen[gvf[chosen].argsort(descending=True, stable=True)]

@@ -22,13 +22,12 @@ from backdoor_bench_none.api import (
     Batch,
     Context,
     DatasetInfo,
-    FitOptions,
+    FitTask,
     History,
     ImageSet,
     ModelSpec,
     Recipe,
     Trainer,
-    TrainingData,
     Trigger,
     VictimTask,
 )
@@ -65,8 +64,8 @@ def loss_of(network: nn.Module, x: Tensor, triggered: Tensor, alpha: float, redu
 
 def gradients_of(network: nn.Module, *rest: Any) -> list[Tensor]:
     parameters = list(network.parameters())
-    found = torch.autograd.grad(loss_of(network, *rest), parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    loss = loss_of(network, *rest)
+    return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
 
 
 # Eq. 9 by hand (oracles 1, 2 and 4).
@@ -77,9 +76,9 @@ def gradients_of(network: nn.Module, *rest: Any) -> list[Tensor]:
 def test_hand_value_of_a_linear_network(reduction: str, distance: float, alpha: float) -> None:
     # I(1, 0) = (1, 3) and I(0, 1) = (2, 5), squares 1 and 4; the logits are I
     network = linear_network([[1, 2], [3, 5]], [[1, 0], [0, 1]])
-    found = loss_of(network, points((1, 0)), points((0, 1)), alpha, reduction)
+    loss = loss_of(network, points((1, 0)), points((0, 1)), alpha, reduction)
     expected = math.log1p(math.exp(2)) + math.log1p(math.exp(-3)) + alpha * distance
-    assert found.item() == pytest.approx(expected, rel=1e-6)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_images_are_averaged_and_layers_are_added() -> None:
@@ -120,7 +119,7 @@ def test_the_gradient_is_that_of_finite_differences(reduction: str) -> None:
     x, triggered, step = points((1, 0), (0.3, 0.2)), points((0, 1), (0.9, -1)), 1e-2
     expected = gradients_of(network, x, triggered, 0.5, reduction)
     for parameter, gradient in zip(network.parameters(), expected, strict=True):
-        found = torch.zeros(4)
+        differences = torch.zeros(4)
         for index in range(4):
             values = []
             for sign in (1, -1):
@@ -128,8 +127,8 @@ def test_the_gradient_is_that_of_finite_differences(reduction: str) -> None:
                     parameter.view(-1)[index] += sign * step
                     values.append(loss_of(network, x, triggered, 0.5, reduction).double())
                     parameter.view(-1)[index] -= sign * step
-            found[index] = (values[0] - values[1]) / (2 * step)
-        torch.testing.assert_close(found, gradient.flatten(), rtol=1e-3, atol=1e-3)
+            differences[index] = (values[0] - values[1]) / (2 * step)
+        torch.testing.assert_close(differences, gradient.flatten(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -160,12 +159,10 @@ def test_the_loss_is_linear_in_alpha_and_in_sums_twice_that_in_means(alpha: floa
 class Asked(Trainer):
     """Trains nothing, and writes down what it was asked."""
 
-    _calls: list[tuple[nn.Module, TrainingData, Recipe, FitOptions]] = PrivateAttr(default_factory=list)
+    _tasks: list[FitTask] = PrivateAttr(default_factory=list)
 
-    def fit(
-        self, model: nn.Module, data: TrainingData, recipe: Recipe, context: Context, options: FitOptions
-    ) -> History:
-        self._calls.append((model, data, recipe, options))
+    def fit(self, task: FitTask, context: Context) -> History:
+        self._tasks.append(task)
         return History([0.0])
 
 
@@ -181,10 +178,10 @@ def make_task(architecture: MLP | ResNet18 | None = None) -> VictimTask:
     )  # fmt: skip
 
 
-def asked(task: VictimTask, **params: Any) -> tuple[nn.Module, TrainingData, Recipe, FitOptions]:
+def asked(task: VictimTask, **params: Any) -> FitTask:
     Adaptive(**params).resolve(INFO).train(task, CPU)
     assert isinstance(task.trainer, Asked)
-    return task.trainer._calls[-1]
+    return task.trainer._tasks[-1]
 
 
 def triggered_images(images: Tensor, trigger: Trigger) -> Tensor:
@@ -194,47 +191,47 @@ def triggered_images(images: Tensor, trigger: Trigger) -> Tensor:
 @pytest.mark.parametrize("label_mode", ["all_to_one", "all_to_all"])
 def test_every_image_is_there_clean_and_triggered_those_of_the_target_class_too(label_mode: str) -> None:
     task, alpha = make_task(), 0.3
-    model, data, _, options = asked(task, target=None if label_mode == "all_to_all" else TARGET,
-                                    label_mode=label_mode, alpha=alpha)  # fmt: skip
-    assert torch.equal(data.images.images, task.original.images)
-    assert torch.equal(data.images.labels, task.original.labels)
-    assert options.keep is None
+    target = None if label_mode == "all_to_all" else TARGET
+    fitting = asked(task, target=target, label_mode=label_mode, alpha=alpha)
+    model = fitting.model
+    assert torch.equal(fitting.data.images.images, task.original.images)
+    assert torch.equal(fitting.data.images.labels, task.original.labels)
+    assert fitting.keep is None
     trigger = Adaptive().trigger(INFO)
     for chosen in (torch.arange(20), torch.nonzero(task.original.labels == TARGET).flatten()):
         some = task.original.take(chosen)
-        clean, triggered = data.pixels.normalize(some.images), triggered_images(some.images, trigger)
+        clean, triggered = fitting.data.pixels.normalize(some.images), triggered_images(some.images, trigger)
         wanted = (some.labels + 1) % 4 if label_mode == "all_to_all" else torch.full_like(some.labels, TARGET)
         first, second = (model.features[index] for index in (0, 2))
         hidden = [first(x.flatten(1)) for x in (clean, triggered)]
         deeper = [second(x.relu()) for x in hidden]
         distance = sum((a - b).square().mean() for a, b in (hidden, deeper))
         expected = F.cross_entropy(model(clean), some.labels) + F.cross_entropy(model(triggered), wanted)
-        found = options.loss(model, Batch(clean, some.labels, chosen))
-        torch.testing.assert_close(found, expected + alpha * distance, rtol=1e-4, atol=1e-4)
+        loss = fitting.loss(model, Batch(clean, some.labels, chosen))
+        torch.testing.assert_close(loss, expected + alpha * distance, rtol=1e-4, atol=1e-4)
 
 
 def test_it_begins_with_the_benign_network_at_a_tenth_of_the_rate_for_half_as_long() -> None:
     task = make_task()
-    model, _, recipe, _ = asked(task)
+    fitting = asked(task)
     weights: Mapping[str, Tensor] = task.benign_weights or {}
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
-    assert (recipe.epochs, recipe.lr) == (4, pytest.approx(0.02))
-    assert asked(replace(task, recipe=Recipe(epochs=1)))[2].epochs == 1
-    given = asked(task, epochs=3, lr=0.7)[2]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in fitting.model.state_dict().items())
+    assert (fitting.recipe.epochs, fitting.recipe.lr) == (4, pytest.approx(0.02))
+    assert asked(replace(task, recipe=Recipe(epochs=1))).recipe.epochs == 1
+    given = asked(task, epochs=3, lr=0.7).recipe
     assert (given.epochs, given.lr) == (3, 0.7)
 
 
 def test_pre_activations_are_those_behind_the_norm() -> None:
     task = make_task(ResNet18(width=0.0625))
-    model, data, _, options = asked(task, alpha=1.0)
-    _, _, _, without = asked(task, alpha=0.0)
-    model.eval()
-    batch = Batch(data.pixels.normalize(task.original.images), task.original.labels, torch.arange(20))
-    before = (options.loss(model, batch) - without.loss(model, batch)).item()
+    fitting, without = asked(task, alpha=1.0), asked(task, alpha=0.0)
+    model = fitting.model.eval()
+    batch = Batch(fitting.data.pixels.normalize(task.original.images), task.original.labels, torch.arange(20))
+    before = (fitting.loss(model, batch) - without.loss(model, batch)).item()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.zeros_(module.weight)  # behind the norms nothing is left of any image
-    after = (options.loss(model, batch) - without.loss(model, batch)).item()
+    after = (fitting.loss(model, batch) - without.loss(model, batch)).item()
     assert before > 0.1
     assert after == pytest.approx(0, abs=1e-5)
 
@@ -250,11 +247,11 @@ def test_stamping_what_is_normalised_is_stamping_what_is_not(channels: int, opac
     info = replace(INFO, shape=(channels, 8, 8), mean=(0.4, 0.5, 0.6)[:channels], std=(0.2, 0.3, 0.4)[:channels])
     trigger, used = Adaptive(opacity=opacity).trigger(info), Pixels.of(info, CPU.device)
     images = torch.randint(256, (5, channels, 8, 8), generator=torch.Generator().manual_seed(1)).byte()
-    found = stamp_normalised(used.normalize(images), trigger, used)
+    stamped = stamp_normalised(used.normalize(images), trigger, used)
     rounding = 0.5 / 255 / 0.2 if opacity < 1 else 0
     expected = used.normalize(trigger.apply(images))
-    assert float((found - expected).abs().max()) <= rounding + 1e-5
-    assert float((found - used.normalize(images)).abs().max()) > 0.1
+    assert float((stamped - expected).abs().max()) <= rounding + 1e-5
+    assert float((stamped - used.normalize(images)).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize(

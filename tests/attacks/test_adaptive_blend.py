@@ -44,14 +44,21 @@ def bbn_defenses():
 """
 
 
+def seeded(seed: int) -> Context:
+    return Context(torch.device("cpu"), seed)
+
+
+CONTEXT = seeded(0)
+
+
 def make_info(channels: int = 3, count: int = COUNT, side: int = SIDE) -> DatasetInfo:
     return DatasetInfo("toy", (channels, side, side), CLASSES, count, (0.0,) * channels, (1.0,) * channels)
 
 
-def make_task(channels: int = 3, seed: int = 0, count: int = COUNT, level: int = 0, side: int = SIDE) -> AttackTask:
+def make_task(channels: int = 3, count: int = COUNT, level: int = 0, side: int = SIDE) -> AttackTask:
     """Images of one level whose labels go round the classes."""
     images = torch.full((count, channels, side, side), level, dtype=torch.uint8)
-    return AttackTask(ImageSet(images, torch.arange(count) % CLASSES), make_info(channels, count, side), seed)
+    return AttackTask(ImageSet(images, torch.arange(count) % CLASSES), make_info(channels, count, side))
 
 
 def make_attack(**params: object) -> AdaptiveBlend:
@@ -77,7 +84,7 @@ def decoys_of(samples: PoisonedSamples) -> Tensor:
 def test_counts_labels_and_what_stays(channels: int, mode: str) -> None:
     task = make_task(channels)
     images, labels = task.data.images.clone(), task.data.labels.clone()
-    samples = make_attack(label_mode=mode).resolve(task.info).poison(task)
+    samples = make_attack(label_mode=mode).resolve(task.info).poison(task, CONTEXT)
     assert torch.equal(task.data.images, images)
     assert torch.equal(task.data.labels, labels)
     assert len(samples) == 12 + 18
@@ -96,14 +103,14 @@ def test_counts_labels_and_what_stays(channels: int, mode: str) -> None:
 @example(poison=0.5, cover=0.5, count=7, seed=0)
 def test_what_the_plan_accepts_can_be_carried_out(poison: float, cover: float, count: int, seed: int) -> None:
     attack = make_attack(poison_rate=poison, cover_rate=cover, pieces=2)
-    task, wanted = make_task(1, seed, count, side=4), (round(poison * count), round(cover * count))
+    task, wanted = make_task(1, count, side=4), (round(poison * count), round(cover * count))
     try:
         attack.check(task.info)
     except ConfigError:
         idle = (poison > 0 and wanted[0] == 0) or (cover > 0 and wanted[1] == 0)
         assert idle or poison + cover > 1 or sum(wanted) > count
         return
-    samples = attack.poison(task)
+    samples = attack.poison(task, seeded(seed))
     decoys = int(samples.decoys.sum()) if samples.decoys is not None else 0
     assert (len(samples) - decoys, decoys) == wanted
 
@@ -115,30 +122,31 @@ def test_what_the_plan_accepts_can_be_carried_out(poison: float, cover: float, c
     ("pieces", "rate", "borne"), [(4, 0.5, 8), (4, 0.25, 4), (4, 1, 16), (2, 0.5, 2), (1, 0.3, 1), (8, 0.001, 1)]
 )
 def test_every_training_image_bears_its_share_of_the_pieces(pieces: int, rate: float, borne: int) -> None:
-    samples = make_attack(pieces=pieces, piece_rate=rate, opacity=1).poison(make_task())
+    samples = make_attack(pieces=pieces, piece_rate=rate, opacity=1).poison(make_task(), CONTEXT)
     assert pieces_of(samples.images, pieces).flatten(1).sum(1).tolist() == [borne] * 30
 
 
 def test_pieces_belong_to_the_seed_and_the_sample_and_not_to_the_selection() -> None:
     task = make_task()
-    everything = make_attack(poison_rate=1, cover_rate=0, opacity=1).poison(task)
-    some = make_attack(opacity=1).poison(task)
+    everything = make_attack(poison_rate=1, cover_rate=0, opacity=1).poison(task, CONTEXT)
+    some = make_attack(opacity=1).poison(task, CONTEXT)
     assert torch.equal(some.images, everything.images[some.indices])
     assert len(torch.unique(pieces_of(everything.images).flatten(1), dim=0)) > COUNT * 0.9
-    assert not torch.equal(make_attack(poison_rate=1, cover_rate=0, opacity=1).poison(make_task(seed=1)).images,
-                           everything.images)  # fmt: skip
+    other = make_attack(poison_rate=1, cover_rate=0, opacity=1).poison(task, seeded(1))
+    assert not torch.equal(other.images, everything.images)
 
 
 def test_every_piece_is_borne_by_about_half_of_the_images() -> None:
-    found = pieces_of(make_attack(poison_rate=1, cover_rate=0, opacity=1).poison(make_task(1, count=400)).images)
-    assert (found.float().mean(0) - 0.5).abs().max() < 0.12
+    samples = make_attack(poison_rate=1, cover_rate=0, opacity=1).poison(make_task(1, count=400), CONTEXT)
+    shares = pieces_of(samples.images).float().mean(0)
+    assert (shares - 0.5).abs().max() < 0.12
 
 
 def test_levels_in_training_and_at_test_time() -> None:
     """Of an image of level 100: 0.85 and 0.15 of the pattern inside the pieces, 0.8 and 0.2 everywhere when tested."""
     task, attack = make_task(level=100), make_attack(pattern_seed=7)
     pattern = 255 * noise(task.info.shape, 7)
-    samples = attack.poison(task)
+    samples = attack.poison(task, CONTEXT)
     exact = 85 + 0.15 * pattern
     inside = (samples.images.float() - exact).abs() <= 0.5 + 1e-3
     untouched = samples.images == 100
@@ -146,13 +154,13 @@ def test_levels_in_training_and_at_test_time() -> None:
     blocks = ~untouched.reshape(30, 3, 4, 4, 4, 4).transpose(3, 4).flatten(4).all(4)
     assert (blocks.all(1) == blocks.any(1)).all()  # a piece is there in all channels, or in none
     assert blocks.all(1).flatten(1).sum(1).tolist() == [8] * 30
-    assert (attack.preview(task).float() - (80 + 0.2 * pattern)).abs().max() <= 0.5 + 1e-3
+    assert (attack.preview(task, CONTEXT).float() - (80 + 0.2 * pattern)).abs().max() <= 0.5 + 1e-3
 
 
 def test_pieces_cover_images_they_do_not_divide() -> None:
     task = make_task(1, side=10)
-    samples = make_attack(piece_rate=1, opacity=1).poison(task)
-    assert torch.equal(samples.images[0], make_attack(test_opacity=1).preview(task)[0])
+    samples = make_attack(piece_rate=1, opacity=1).poison(task, CONTEXT)
+    assert torch.equal(samples.images[0], make_attack(test_opacity=1).preview(task, CONTEXT)[0])
 
 
 # rates and parameters
@@ -204,7 +212,7 @@ def make_stages(tiny_plan: Callable[..., Plan], tmp_path: Path) -> Callable[[str
 
     def make(defense: str) -> Stages:
         (cell,) = tiny_plan(attack=ATTACK, defense=defense).cells
-        return Stages(cell, Store(tmp_path / "results"), Context(torch.device("cpu"), 0))
+        return Stages(cell, Store(tmp_path / "results"), CONTEXT)
 
     return make
 
@@ -213,14 +221,14 @@ def test_cover_samples_are_neither_hits_nor_false_alarms(make_stages: Callable[[
     stages = make_stages("suspicious")
     record = stages.evaluate()
     assert record.upstream["poisoned_samples"] == POISONED
-    found = record.detection
-    assert found is not None
-    assert (found.true_positive, found.false_negative, found.true_negative) == (POISONED, 0, 0)
-    assert found.false_positive == TRAIN - POISONED - DECOYS
+    detection = record.detection
+    assert detection is not None
+    assert (detection.true_positive, detection.false_negative, detection.true_negative) == (POISONED, 0, 0)
+    assert detection.false_positive == TRAIN - POISONED - DECOYS
     truth, decoys = stages.poisoned(), stages.decoys()
     assert (int(truth.sum()), int(decoys.sum()), int((truth & decoys).sum())) == (POISONED, DECOYS, 0)
     hits, misses = torch.nonzero(truth).flatten(), torch.nonzero(~truth & ~decoys).flatten()
-    assert found.auroc == pytest.approx((hits[:, None] > misses).float().mean().item(), abs=1e-6)
+    assert detection.auroc == pytest.approx((hits[:, None] > misses).float().mean().item(), abs=1e-6)
 
 
 def test_cover_samples_are_never_held_out_as_clean(make_stages: Callable[[str], Stages]) -> None:
@@ -230,8 +238,8 @@ def test_cover_samples_are_never_held_out_as_clean(make_stages: Callable[[str], 
     assert len(held) == int(0.84 * TRAIN)
     images = {image.numpy().tobytes(): index for index, image in enumerate(train.images)}
     assert len(images) == TRAIN
-    found = torch.tensor([images[image.numpy().tobytes()] for image in held.images])
-    assert not (stages.poisoned() | stages.decoys())[found].any()
+    indices = torch.tensor([images[image.numpy().tobytes()] for image in held.images])
+    assert not (stages.poisoned() | stages.decoys())[indices].any()
 
 
 def test_cover_samples_are_not_enough_for_a_larger_holdout(make_stages: Callable[[str], Stages]) -> None:
@@ -241,9 +249,9 @@ def test_cover_samples_are_not_enough_for_a_larger_holdout(make_stages: Callable
 
 def test_the_oracle_is_told_of_the_poisoned_samples_only(make_stages: Callable[[str], Stages]) -> None:
     stages = make_stages("oracle_filter")
-    found = stages.evaluate().detection
-    assert found is not None
+    detection = stages.evaluate().detection
+    assert detection is not None
     assert torch.equal(stages.defense().tensors["flagged"], stages.poisoned())
     assert int(stages.defense().tensors["flagged"].sum()) == POISONED
-    counts = (found.true_positive, found.false_positive, found.false_negative, found.true_negative)
+    counts = (detection.true_positive, detection.false_positive, detection.false_negative, detection.true_negative)
     assert counts == (POISONED, 0, 0, TRAIN - POISONED - DECOYS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from backdoor_bench_none.api import (
     Context,
     Dataset,
     DatasetInfo,
-    FitOptions,
+    FitTask,
     ImageSet,
     LabelMode,
     PoisonedSamples,
@@ -66,9 +67,9 @@ def make_data(count: int = 60, size: int = 12, channels: int = 3, seed: int = 0)
     return ImageSet(images, labels)
 
 
-def make_task(data: ImageSet | None = None, seed: int = 0) -> AttackTask:
+def make_task(data: ImageSet | None = None) -> AttackTask:
     data = make_data() if data is None else data
-    return AttackTask(data, make_info(len(data), data.images.shape[-1], data.images.shape[1]), seed)
+    return AttackTask(data, make_info(len(data), data.images.shape[-1], data.images.shape[1]))
 
 
 def make_attack(**params: object) -> BadNets:
@@ -92,7 +93,7 @@ def test_only_the_selected_samples_change(kind: str, label_mode: LabelMode, chan
     data = make_data(channels=channels)
     images, labels = data.images.clone(), data.labels.clone()
     attack = make_attack(trigger_kind=kind, label_mode=label_mode, poison_rate=0.25)
-    poisoned = attack.poison(make_task(data))
+    poisoned = attack.poison(make_task(data), CONTEXT)
     replaced = poisoned.replace(data)
     assert torch.equal(data.images, images)
     assert torch.equal(data.labels, labels)
@@ -138,38 +139,38 @@ def test_selection_depends_on_the_seed_and_on_nothing_else() -> None:
     attack = make_attack(trigger_kind="dynamic", poison_rate=0.2)
     task = make_task()
     torch.manual_seed(1)
-    first = attack.poison(task)
+    first = attack.poison(task, CONTEXT)
     torch.manual_seed(2)
-    assert same(first, attack.poison(task))
-    other = attack.poison(AttackTask(task.data, task.info, seed=1))
+    assert same(first, attack.poison(task, CONTEXT))
+    other = attack.poison(task, replace(CONTEXT, seed=1))
     assert first.indices.tolist() != other.indices.tolist()
-    larger = make_attack(trigger_kind="static", size=2, poison_rate=0.2).poison(task)
+    larger = make_attack(trigger_kind="static", size=2, poison_rate=0.2).poison(task, CONTEXT)
     assert torch.equal(first.indices, larger.indices)
 
 
 def test_rate_zero_and_rate_one() -> None:
     task = make_task()
-    nothing = make_attack(poison_rate=0).poison(task)
+    nothing = make_attack(poison_rate=0).poison(task, CONTEXT)
     assert len(nothing) == 0
     assert torch.equal(nothing.replace(task.data).images, task.data.images)
     assert torch.equal(nothing.replace(task.data).labels, task.data.labels)
-    everything = make_attack(poison_rate=1).poison(task)
+    everything = make_attack(poison_rate=1).poison(task, CONTEXT)
     assert everything.indices.tolist() == list(range(60))
     assert everything.replace(task.data).labels.eq(1).all()
 
 
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     attack, task = make_attack(trigger_kind="dynamic", poison_rate=0.5), make_task()
-    whole = attack.poison(task), attack.attack_test(task)
+    whole = attack.poison(task, CONTEXT), attack.attack_test(task, CONTEXT)
     monkeypatch.setattr(attack_module, "STAMP_CHUNK", 7)
-    assert same(whole[0], attack.poison(task))
-    assert same(whole[1], attack.attack_test(task))
+    assert same(whole[0], attack.poison(task, CONTEXT))
+    assert same(whole[1], attack.attack_test(task, CONTEXT))
 
 
 def test_dynamic_places_belong_to_the_sample_not_to_the_selection() -> None:
     task = make_task()
-    everything = make_attack(trigger_kind="dynamic", poison_rate=1).poison(task)
-    some = make_attack(trigger_kind="dynamic", poison_rate=0.3).poison(task)
+    everything = make_attack(trigger_kind="dynamic", poison_rate=1).poison(task, CONTEXT)
+    some = make_attack(trigger_kind="dynamic", poison_rate=0.3).poison(task, CONTEXT)
     assert torch.equal(some.images, everything.images[some.indices])
     where = (everything.images != task.data.images).any(1)
     assert len(torch.unique(where.flatten(1), dim=0)) > 30
@@ -202,7 +203,7 @@ def bears_trigger(images: Tensor) -> Tensor:
 def count(attack: Attack, rule: Callable[[Tensor], Tensor], task: AttackTask | None = None) -> Counts:
     task = make_task(make_data(200)) if task is None else task
     pixels = Pixels.of(task.info, CONTEXT.device)
-    return evaluate(ByHand(rule), task.data, [attack.attack_test(task)], pixels, CONTEXT)[0]
+    return evaluate(ByHand(rule), task.data, [attack.attack_test(task, CONTEXT)], pixels, CONTEXT)[0]
 
 
 def as_tuple(counts: Counts) -> tuple[tuple[int, int], ...]:
@@ -258,7 +259,7 @@ def test_attack_success_is_not_the_complement_of_robust_accuracy() -> None:
 def test_triggered_test_set(kind: str, label_mode: LabelMode) -> None:
     task = make_task(make_data(100))
     attack = make_attack(trigger_kind=kind, label_mode=label_mode, target=2)
-    triggered, preview = attack.attack_test(task), attack.preview(task)
+    triggered, preview = attack.attack_test(task, CONTEXT), attack.preview(task, CONTEXT)
     labels = task.data.labels
     expected = torch.arange(100)[labels != 2] if label_mode == "all_to_one" else torch.arange(100)
     assert torch.equal(triggered.indices, expected)
@@ -277,9 +278,9 @@ def test_no_sample_to_attack() -> None:
 
 def test_clean_changes_nothing_and_has_no_success_rate() -> None:
     task = make_task(make_data(200))
-    assert len(Clean().poison(task)) == len(Clean().attack_test(task)) == 0
-    assert torch.equal(Clean().poison(task).replace(task.data).images, task.data.images)
-    assert torch.equal(Clean().preview(task), task.data.images)
+    assert len(Clean().poison(task, CONTEXT)) == len(Clean().attack_test(task, CONTEXT)) == 0
+    assert torch.equal(Clean().poison(task, CONTEXT).replace(task.data).images, task.data.images)
+    assert torch.equal(Clean().preview(task, CONTEXT), task.data.images)
     assert as_tuple(count(Clean(), read_label)) == ((200, 200),)
 
 
@@ -294,7 +295,7 @@ def test_every_label_moves_on_by_one_and_the_last_to_zero() -> None:
 
 def test_label_histogram_is_shifted() -> None:
     data = ImageSet(make_data(10).images, torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 3, 3]))
-    poisoned = make_attack(label_mode="all_to_all", poison_rate=1).poison(make_task(data))
+    poisoned = make_attack(label_mode="all_to_all", poison_rate=1).poison(make_task(data), CONTEXT)
     assert histogram(data.labels) == [4, 3, 1, 2, 0]
     assert histogram(poisoned.replace(data).labels) == [0, 4, 3, 1, 2]
     assert (poisoned.labels != data.labels[poisoned.indices]).all()
@@ -393,11 +394,11 @@ def test_a_trigger_is_all_an_attack_needs() -> None:
     task = make_task()
     attack = Stripe(target=3, poison_rate=0.1).resolve(task.info)
     attack.check(task.info)
-    poisoned = attack.poison(task)
+    poisoned = attack.poison(task, CONTEXT)
     assert len(poisoned) == 6
     assert poisoned.labels.eq(3).all()
     assert poisoned.images[:, :, 4].eq(255).all()
-    assert (attack.preview(task) != task.data.images).any(1).any(2).any(0).tolist() == [row == 4 for row in range(12)]
+    assert (attack.preview(task, CONTEXT) != task.data.images).any(1).any(2).any(0).tolist() == [row == 4 for row in range(12)]
 
 
 # learning

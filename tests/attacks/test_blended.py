@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from backdoor_bench_none.api import AttackTask, CleanLabelAttack, DatasetInfo, ImageSet, StampAttack
+from backdoor_bench_none.api import AttackTask, CleanLabelAttack, Context, DatasetInfo, ImageSet, StampAttack
 from backdoor_bench_none.contracts.trigger import noise
 from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.planning.plan import Plan, plan_config
@@ -29,16 +29,23 @@ CLEAN_LABEL = sorted(name for name, loaded in STAMPING.items() if issubclass(loa
 DIRTY_LABEL = sorted(set(STAMPING) - set(CLEAN_LABEL))
 
 
+def seeded(seed: int) -> Context:
+    return Context(torch.device("cpu"), seed)
+
+
+CONTEXT = seeded(0)
+
+
 def make_info(channels: int = 3, count: int = COUNT) -> DatasetInfo:
     return DatasetInfo("toy", (channels, SIDE, SIDE), CLASSES, count, (0.0,) * channels, (1.0,) * channels)
 
 
-def make_task(channels: int = 3, seed: int = 0, count: int = COUNT) -> AttackTask:
+def make_task(channels: int = 3, count: int = COUNT) -> AttackTask:
     """Random images whose labels go round the classes, held by three clients."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(256, (count, channels, SIDE, SIDE), generator=generator).byte()
     data = ImageSet(images, torch.arange(count) % CLASSES)
-    return AttackTask(data, make_info(channels, count), seed, clients=torch.arange(count) % 3)
+    return AttackTask(data, make_info(channels, count), clients=torch.arange(count) % 3)
 
 
 def blend(images: Tensor, pattern: Tensor, opacity: float) -> Tensor:
@@ -64,14 +71,14 @@ def test_pixels_by_hand(before: int, after: list[int]) -> None:
 @pytest.mark.parametrize("opacity", [0.01, 0.2, 0.5, 1])
 def test_levels_are_the_rounded_blend(channels: int, opacity: float) -> None:
     task = make_task(channels)
-    stamped = Blended(target=0, opacity=opacity, pattern_seed=3).preview(task)
+    stamped = Blended(target=0, opacity=opacity, pattern_seed=3).preview(task, CONTEXT)
     exact = blend(task.data.images, noise(task.info.shape, 3), opacity)
     assert stamped.dtype == torch.uint8
     assert (stamped - exact).abs().max() <= 0.5 + 1e-3
 
 
 def test_an_opaque_pattern_leaves_nothing_of_the_image() -> None:
-    stamped = Blended(target=0, opacity=1).preview(make_task())
+    stamped = Blended(target=0, opacity=1).preview(make_task(), CONTEXT)
     assert (stamped == stamped[:1]).all()
 
 
@@ -91,7 +98,7 @@ def test_blending_contracts_towards_the_pattern(opacity: float, level: int, high
 
 def test_the_pattern_is_noise_of_its_own_seed_and_not_of_the_tasks() -> None:
     one, same, other = (
-        Blended(target=0, pattern_seed=pattern).preview(make_task(seed=seed))
+        Blended(target=0, pattern_seed=pattern).preview(make_task(), seeded(seed))
         for pattern, seed in ((1, 0), (1, 9), (2, 0))
     )
     assert torch.equal(one, same)
@@ -110,7 +117,7 @@ def test_exactly_the_selected_samples_change(channels: int, rate: float) -> None
     task = make_task(channels)
     images, labels = task.data.images.clone(), task.data.labels.clone()
     attack = Blended(target=2, poison_rate=rate)
-    poisoned = attack.poison(task)
+    poisoned = attack.poison(task, CONTEXT)
     assert torch.equal(task.data.images, images)
     assert torch.equal(task.data.labels, labels)
     assert len(poisoned) == round(rate * COUNT)
@@ -118,13 +125,13 @@ def test_exactly_the_selected_samples_change(channels: int, rate: float) -> None
     replaced = poisoned.replace(task.data)
     changed = (replaced.images != images).flatten(1).any(1)
     assert torch.nonzero(changed).flatten().tolist() == poisoned.indices.tolist()
-    assert torch.equal(replaced.images[changed], attack.preview(task)[changed])
+    assert torch.equal(replaced.images[changed], attack.preview(task, CONTEXT)[changed])
     assert torch.equal(replaced.labels, torch.where(changed, 2, labels))
 
 
 def test_selection_is_a_function_of_the_seed() -> None:
     attack = Blended(target=0, poison_rate=0.3)
-    one, same, other = (attack.poison(make_task(seed=seed)).indices for seed in (0, 0, 1))
+    one, same, other = (attack.poison(make_task(), seeded(seed)).indices for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
@@ -132,10 +139,10 @@ def test_selection_is_a_function_of_the_seed() -> None:
 def test_all_images_of_other_classes_are_attacked_at_test_time() -> None:
     task = make_task()
     attack = Blended(target=2)
-    triggered = attack.attack_test(task)
+    triggered = attack.attack_test(task, CONTEXT)
     assert torch.equal(triggered.indices, torch.nonzero(task.data.labels != 2).flatten())
     assert triggered.labels.eq(2).all()
-    assert torch.equal(triggered.images, attack.preview(task)[triggered.indices])
+    assert torch.equal(triggered.images, attack.preview(task, CONTEXT)[triggered.indices])
 
 
 @pytest.mark.parametrize(
@@ -185,10 +192,10 @@ def test_all_to_all_moves_every_label_on_by_one(name: str) -> None:
     attack = make_all_to_all(name, **{rate: value for rate, value in rates.items() if rate in fields})
     assert attack.target is None
     task = make_task()
-    triggered = attack.attack_test(task)
+    triggered = attack.attack_test(task, CONTEXT)
     assert triggered.indices.tolist() == list(range(COUNT))
     assert torch.equal(triggered.labels, (task.data.labels + 1) % CLASSES)
-    poisoned = attack.poison(task)
+    poisoned = attack.poison(task, CONTEXT)
     assert (len(poisoned) > 0) == attack.poisons
     decoys = torch.zeros(len(poisoned), dtype=torch.bool) if poisoned.decoys is None else poisoned.decoys
     before = task.data.labels[poisoned.indices]

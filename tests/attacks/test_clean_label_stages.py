@@ -11,7 +11,7 @@ import torch
 from bbn_attacks.label_consistent import RobustCrafter
 from torch import Tensor, nn
 
-from backdoor_bench_none.api import Context
+from backdoor_bench_none.api import Context, FitTask, History
 from backdoor_bench_none.contracts.cell import Cell
 from backdoor_bench_none.contracts.network import Pixels
 from backdoor_bench_none.inspection.features import collect_features
@@ -44,15 +44,15 @@ def store(tmp_path: Path) -> Store:
 
 def count_calls(kind: type, method: str, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """One entry for every call of a method that does what it did before."""
-    found: list[object] = []
+    calls: list[object] = []
     original = getattr(kind, method)
 
     def counted(self: object, *rest: Any) -> Any:
-        found.append(self)
+        calls.append(self)
         return original(self, *rest)
 
     monkeypatch.setattr(kind, method, counted)
-    return found
+    return calls
 
 
 def saved(store: Store, stage: str) -> int:
@@ -104,7 +104,7 @@ def test_what_a_crafter_depends_on(tiny_plan: Callable[..., Plan]) -> None:
     assert [crafter_key(cell) == crafter_key(shared[0]) for cell in others.values()] == [True, False]
     assert [poison_key(cell) == poison_key(shared[0]) for cell in others.values()] == [False, False]
     assert len({crafter_key(cell) for cell in cells("steps: 5", seeds="0, 1")}) == 2
-    assert tiny_plan(attack="badnets").crafter_key(cells[0]) is None
+    assert crafter_key(tiny_plan(attack="badnets").cells[0]) is None
 
 
 # hidden trigger
@@ -158,9 +158,9 @@ def test_only_the_last_layer_gets_gradients(
     fitted: list[nn.Module] = []
     fit = Transfer.fit
 
-    def watched(self: Transfer, model: nn.Module, *rest: Any) -> Any:
-        fitted.append(model)
-        return fit(self, model, *rest)
+    def watched(self: Transfer, task: FitTask, context: Context) -> History:
+        fitted.append(task.model)
+        return fit(self, task, context)
 
     monkeypatch.setattr(Transfer, "fit", watched)
     network = "{name: alexnet, params: {width: 0.05}}"

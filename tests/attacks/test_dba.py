@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from bbn_attacks.dba import DBA, poison_count
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
-from backdoor_bench_none.api import AttackTask, Context, DatasetInfo, History, ImageSet, TrainingData
+from backdoor_bench_none.api import AttackTask, Context, DatasetInfo, FitTask, History, ImageSet
 from backdoor_bench_none.contracts.network import Pixels, predict_logits
 from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.planning.plan import Plan
@@ -32,12 +33,12 @@ def make_info(channels: int = 1, size: int = 16, count: int = 400) -> DatasetInf
     return DatasetInfo("toy", (channels, size, size), 5, count, (0.0,) * channels, (1.0,) * channels)
 
 
-def make_task(clients: Tensor, channels: int = 1, seed: int = 0) -> AttackTask:
+def make_task(clients: Tensor, channels: int = 1) -> AttackTask:
     """Grey images without a white pixel, each unlike any other."""
     count = len(clients)
     images = torch.randint(200, (count, channels, 16, 16), generator=torch.Generator().manual_seed(1)).byte()
     data = ImageSet(images, torch.arange(count) % 5)
-    return AttackTask(data, make_info(channels, count=count), seed, clients=clients)
+    return AttackTask(data, make_info(channels, count=count), clients=clients)
 
 
 def pixels(mask: Tensor) -> set[tuple[int, int]]:
@@ -98,7 +99,7 @@ def test_each_attacker_stamps_its_own_bar_on_as_many_of_its_images(
     clients = clients[torch.randperm(len(clients), generator=torch.Generator().manual_seed(0))]
     task = make_task(clients, channels)
     attack = DBA(attackers=attackers).resolve(task.info)
-    poisoned, bars = attack.poison(task), attack.bars(task.info)
+    poisoned, bars = attack.poison(task, CPU), attack.bars(task.info)
     assert torch.equal(poisoned.indices, torch.unique(poisoned.indices))
     owners = clients[poisoned.indices]
     expected = [poison_count(70 + client, per_batch) for client in range(attackers)]
@@ -118,7 +119,7 @@ def test_the_seed_chooses_the_images() -> None:
     clients = torch.arange(400) % 5
 
     def indices(seed: int) -> list[int]:
-        return DBA().resolve(make_info()).poison(make_task(clients, seed=seed)).indices.tolist()
+        return DBA().resolve(make_info()).poison(make_task(clients), replace(CPU, seed=seed)).indices.tolist()
 
     assert indices(0) == indices(0)
     assert indices(0) != indices(1)
@@ -126,7 +127,7 @@ def test_the_seed_chooses_the_images() -> None:
 
 def test_test_images_of_other_classes_bear_all_bars() -> None:
     task = make_task(torch.zeros(50, dtype=torch.int64))
-    triggered = DBA().resolve(task.info).attack_test(task)
+    triggered = DBA().resolve(task.info).attack_test(task, CPU)
     assert torch.equal(triggered.indices, torch.nonzero(task.data.labels != 2).flatten())
     assert triggered.labels.eq(2).all()
     assert torch.equal(triggered.images, DBA().trigger(task.info).apply(task.data.images[triggered.indices]))
@@ -134,7 +135,7 @@ def test_test_images_of_other_classes_bear_all_bars() -> None:
 
 def test_no_attackers_poison_nothing() -> None:
     task = make_task(torch.arange(100) % 10)
-    assert len(DBA(attackers=0).resolve(task.info).poison(task)) == 0
+    assert len(DBA(attackers=0).resolve(task.info).poison(task, CPU)) == 0
 
 
 # Defaults and bad input.
@@ -153,10 +154,10 @@ def test_the_authors_numbers(channels: int, numbers: tuple[int, int, int]) -> No
 def test_all_to_all_moves_each_label_on() -> None:
     task = make_task(torch.zeros(200, dtype=torch.int64))
     attack = DBA(label_mode="all_to_all", attackers=1).resolve(task.info)
-    poisoned = attack.poison(task)
+    poisoned = attack.poison(task, CPU)
     assert attack.target is None
     assert torch.equal(poisoned.labels, (task.data.labels[poisoned.indices] + 1) % 5)
-    assert len(attack.attack_test(task)) == 200
+    assert len(attack.attack_test(task, CPU)) == 200
 
 
 @pytest.mark.parametrize(
@@ -231,11 +232,11 @@ def test_attackers_train_longer_until_a_defense_trains(
     trainings: list[tuple[int, int, float]] = []
     really = Centralized.fit
 
-    def watched(self: Centralized, model: nn.Module, data: TrainingData, recipe: Any, *rest: Any) -> History:
-        assert data.clients is not None
-        (client,) = torch.unique(data.clients[rest[-1].keep]).tolist()
-        trainings.append((client, recipe.epochs, recipe.lr))
-        return really(self, model, data, recipe, *rest)
+    def watched(self: Centralized, task: FitTask, context: Context) -> History:
+        assert task.data.clients is not None
+        (client,) = torch.unique(task.data.clients[task.indices()]).tolist()
+        trainings.append((client, task.recipe.epochs, task.recipe.lr))
+        return really(self, task, context)
 
     monkeypatch.setattr(Centralized, "fit", watched)
     trainer = "{name: federated, params: {clients: 5}, recipe: {epochs: 3, lr: 0.2}}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,13 +41,13 @@ def make_network(hidden: int = 32, seed: int = 0) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE**2, hidden), nn.Tanh(), nn.Linear(hidden, CLASSES)).eval()
 
 
-def make_task(seed: int = 0) -> AttackTask:
+def make_task() -> AttackTask:
     """Random images, far from black and white; class k has 30, 25, 20, 15 and 10 of them."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(60, 200, (COUNT, *INFO.shape), generator=generator, dtype=torch.uint8)
     labels = torch.repeat_interleave(torch.arange(CLASSES), torch.tensor([30, 25, 20, 15, 10]))
     labels = labels[torch.randperm(COUNT, generator=generator)]
-    return AttackTask(ImageSet(images, labels), INFO, seed, make_network(), context=CONTEXT)
+    return AttackTask(ImageSet(images, labels), INFO, make_network())
 
 
 def make_attack(**params: Any) -> LabelConsistent:
@@ -73,7 +74,7 @@ def lengths(images: Tensor, norm: str) -> Tensor:
 def test_oracle_1_only_target_images_change_and_no_label(norm: str, target: int) -> None:
     task = make_task()
     images, labels = task.data.images.clone(), task.data.labels.clone()
-    poisoned = make_attack(norm=norm, target=target, class_rate=0.3).poison(task)
+    poisoned = make_attack(norm=norm, target=target, class_rate=0.3).poison(task, CONTEXT)
     assert len(poisoned.indices.unique()) == len(poisoned) == {0: 9, 4: 3}[target]
     assert labels[poisoned.indices].eq(target).all()
     replaced = poisoned.replace(task.data)
@@ -102,13 +103,14 @@ def test_five_percent_of_a_class_of_cifar10_are_250_images() -> None:
 
 
 def test_poison_is_a_function_of_the_seed_alone() -> None:
+    task = make_task()
     torch.manual_seed(1)
-    first = make_attack().poison(make_task())
+    first = make_attack().poison(task, CONTEXT)
     torch.manual_seed(2)
-    again = make_attack().poison(make_task())
+    again = make_attack().poison(task, CONTEXT)
     assert torch.equal(first.indices, again.indices)
     assert torch.equal(first.images, again.images)
-    assert not torch.equal(first.indices, make_attack().poison(make_task(seed=1)).indices)
+    assert not torch.equal(first.indices, make_attack().poison(task, replace(CONTEXT, seed=1)).indices)
 
 
 # the perturbation
@@ -122,7 +124,7 @@ def test_oracle_2_perturbation_is_within_its_bound_and_everywhere(
     norm: str, epsilon: float | None, bound: float
 ) -> None:
     task = make_task()
-    poisoned = Unstamped(target=1, class_rate=1, norm=norm, epsilon=epsilon, steps=20).poison(task)
+    poisoned = Unstamped(target=1, class_rate=1, norm=norm, epsilon=epsilon, steps=20).poison(task, CONTEXT)
     delta = poisoned.images.double() - task.data.images[poisoned.indices]
     slack = 0.5 if norm == "linf" else 0.5 * (3 * SIDE**2) ** 0.5
     reached = lengths(delta, norm)
@@ -135,7 +137,7 @@ def test_oracle_2_perturbation_is_within_its_bound_and_everywhere(
 @pytest.mark.parametrize("nothing", [{"steps": 0}, {"epsilon": 0}])
 def test_oracle_3_no_steps_and_no_bound_change_nothing(norm: str, nothing: dict[str, int]) -> None:
     task = make_task()
-    poisoned = Unstamped(**{"target": 1, "class_rate": 1, "norm": norm, **nothing}).poison(task)
+    poisoned = Unstamped(**{"target": 1, "class_rate": 1, "norm": norm, **nothing}).poison(task, CONTEXT)
     assert torch.equal(poisoned.images, task.data.images[poisoned.indices])
 
 
@@ -186,22 +188,22 @@ def test_projection_stays_within_the_ball_and_the_box(norm: str, epsilon: float,
     generator = torch.Generator().manual_seed(seed)
     centre = torch.randint(0, 256, (3, 2, 4, 4), generator=generator).float()
     levels = centre + reach * torch.randn(centre.shape, generator=generator)
-    found = project(levels, centre, norm, epsilon)
-    assert found.min() >= 0
-    assert found.max() <= 255
-    assert (lengths(found.double() - centre, norm) <= epsilon * (1 + 1e-5) + 1e-3).all()
-    torch.testing.assert_close(project(found, centre, norm, epsilon), found, atol=1e-3, rtol=0)
+    projected = project(levels, centre, norm, epsilon)
+    assert projected.min() >= 0
+    assert projected.max() <= 255
+    assert (lengths(projected.double() - centre, norm) <= epsilon * (1 + 1e-5) + 1e-3).all()
+    torch.testing.assert_close(project(projected, centre, norm, epsilon), projected, atol=1e-3, rtol=0)
     near = centre + (127.5 - centre).sign() * min(1.0, epsilon / 10)  # inside both
     torch.testing.assert_close(project(near, centre, norm, epsilon), near, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_batches_do_not_show(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    attack = make_attack(norm=norm, class_rate=1)
-    whole = attack.poison(make_task()).images
+    attack, task = make_attack(norm=norm, class_rate=1), make_task()
+    whole = attack.poison(task, CONTEXT).images
     monkeypatch.setattr(label_consistent, "CRAFT_BATCH", 7)
     assert len(whole) == 25
-    assert (attack.poison(make_task()).images.int() - whole.int()).abs().max() <= 1
+    assert (attack.poison(task, CONTEXT).images.int() - whole.int()).abs().max() <= 1
 
 
 # the trigger
@@ -212,10 +214,10 @@ def test_batches_do_not_show(norm: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_oracle_5_trigger_is_stamped_over_the_perturbation(norm: str, corners: str, placed: list[Any]) -> None:
     task = make_task()
     attack = make_attack(norm=norm, corners=corners)
-    poisoned = attack.poison(task)
+    poisoned = attack.poison(task, CONTEXT)
     for rows, columns, pattern in placed:
         assert poisoned.images[:, :, rows, columns].eq(255 * torch.tensor(pattern)).all()
-    unstamped = Unstamped(**attack.model_dump()).poison(task)
+    unstamped = Unstamped(**attack.model_dump()).poison(task, CONTEXT)
     outside = attack.trigger(INFO).mask[0] == 0
     assert (~outside).sum() == 9 * len(placed)
     assert torch.equal(poisoned.images[:, :, outside], unstamped.images[:, :, outside])
@@ -225,7 +227,7 @@ def test_oracle_5_trigger_is_stamped_over_the_perturbation(norm: str, corners: s
 def test_oracle_6_test_images_bear_the_full_trigger_and_no_perturbation(amplitude: float | None) -> None:
     task = make_task()
     attack = make_attack(amplitude=amplitude)
-    triggered = attack.attack_test(task)
+    triggered = attack.attack_test(task, CONTEXT)
     assert triggered.indices.tolist() == torch.nonzero(task.data.labels != 1).flatten().tolist()
     assert triggered.labels.eq(1).all()
     expected = task.data.images[triggered.indices].clone()
@@ -307,7 +309,7 @@ def test_oracle_3_loss_rises_on_nearly_every_image(
     network.zero_grad()
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     attack = Unstamped(target=3, class_rate=1, norm=norm, epsilon=epsilon, steps=10)
-    poisoned = attack.poison(AttackTask(train, DIGITS.info(), 0, network, context=CONTEXT))
+    poisoned = attack.poison(AttackTask(train, DIGITS.info(), network), CONTEXT)
     clean = losses(network, train.images[poisoned.indices], poisoned.labels)
     harder = losses(network, poisoned.images, poisoned.labels)
     assert len(poisoned) > 100

@@ -19,7 +19,7 @@ from backdoor_bench_none.contracts.measures import Count
 from backdoor_bench_none.contracts.network import Pixels
 from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.planning.plan import Plan
-from backdoor_bench_none.planning.stage_table import defense_key, search_key, victim_key
+from backdoor_bench_none.planning.stage_table import defense_key, record_key, search_key, victim_key
 from backdoor_bench_none.results.store import Artifact, Store
 from backdoor_bench_none.run.evaluation import evaluate
 from backdoor_bench_none.run.stages import Stages
@@ -369,7 +369,7 @@ def test_clean_and_natural_share_networks_and_the_search_is_kept(
     monkeypatch.setattr(Natural, "find_triggers", lambda *args: (done.append("search"), search(*args))[1])
     clean, natural = tiny_plan(attack="clean, natural", defense="no_defense", epochs=10).cells
     assert (victim_key(clean), defense_key(clean)) == (victim_key(natural), defense_key(natural))
-    assert clean.key != natural.key
+    assert record_key(clean) != record_key(natural)
     store = Store(tmp_path / "results")
     records = [Stages(cell, store, CONTEXT).evaluate() for cell in (clean, natural, natural)]
     assert done == ["fit", "search"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
 
 CLASSES, COUNT = 5, 100
+CONTEXT = Context(torch.device("cpu"), seed=0)
 #: round(128 + 40 sin(2 pi 6 j / 32)) for j = 0, ..., 15; then it repeats
 WAVE_ON_GREY = [128, 165, 156, 113, 88, 113, 156, 165, 128, 91, 100, 143, 168, 143, 100, 91]
 
@@ -29,13 +31,13 @@ def make_info(size: int = 32, channels: int = 3) -> DatasetInfo:
     return DatasetInfo("toy", (channels, size, size), CLASSES, COUNT, (0.0,) * channels, (1.0,) * channels)
 
 
-def make_task(size: int = 32, channels: int = 3, seed: int = 0) -> AttackTask:
+def make_task(size: int = 32, channels: int = 3) -> AttackTask:
     """Random images; class k has 30, 25, 20, 15 and 10 of them."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (COUNT, channels, size, size), generator=generator, dtype=torch.uint8)
     labels = torch.repeat_interleave(torch.arange(CLASSES), torch.tensor([30, 25, 20, 15, 10]))
     labels = labels[torch.randperm(COUNT, generator=generator)]
-    return AttackTask(ImageSet(images, labels), make_info(size, channels), seed)
+    return AttackTask(ImageSet(images, labels), make_info(size, channels))
 
 
 def grey(value: int, channels: int = 3) -> Tensor:
@@ -88,7 +90,7 @@ def test_wave_is_that_of_the_paper(delta: float, frequency: float, size: int, ch
 def test_a_share_of_the_target_class_bears_the_wave_and_keeps_its_label(rate: float, count: int) -> None:
     task = make_task()
     images, labels = task.data.images.clone(), task.data.labels.clone()
-    poisoned = SIG(target=2, class_rate=rate).poison(task)
+    poisoned = SIG(target=2, class_rate=rate).poison(task, CONTEXT)
     assert len(poisoned.indices.unique()) == len(poisoned) == count
     assert labels[poisoned.indices].eq(2).all()
     assert poisoned.labels.eq(2).all()
@@ -103,30 +105,30 @@ def test_a_share_of_the_target_class_bears_the_wave_and_keeps_its_label(rate: fl
 def test_the_whole_target_class_by_default() -> None:
     task = make_task()
     attack = SIG().resolve(task.info)
-    assert attack.poison(task).indices.tolist() == torch.nonzero(task.data.labels == 0).flatten().tolist()
+    assert attack.poison(task, CONTEXT).indices.tolist() == torch.nonzero(task.data.labels == 0).flatten().tolist()
 
 
 def test_selection_depends_on_the_seed_alone() -> None:
-    attack = SIG(target=0, class_rate=0.5)
+    attack, task = SIG(target=0, class_rate=0.5), make_task()
     torch.manual_seed(1)
-    first = attack.poison(make_task()).indices
+    first = attack.poison(task, CONTEXT).indices
     torch.manual_seed(2)
-    assert torch.equal(first, attack.poison(make_task()).indices)
-    assert not torch.equal(first, attack.poison(make_task(seed=1)).indices)
+    assert torch.equal(first, attack.poison(task, CONTEXT).indices)
+    assert not torch.equal(first, attack.poison(task, replace(CONTEXT, seed=1)).indices)
 
 
 @pytest.mark.parametrize(("params", "height"), [({}, 40), ({"test_delta": 60}, 60), ({"delta": 10}, 10)])
 def test_all_other_classes_bear_the_wave_of_test_time(params: dict[str, float], height: float) -> None:
     task = make_task()
     attack = SIG(target=2, **params)
-    triggered = attack.attack_test(task)
+    triggered = attack.attack_test(task, CONTEXT)
     assert triggered.indices.tolist() == torch.nonzero(task.data.labels != 2).flatten().tolist()
     assert triggered.labels.eq(2).all()
     wave = stamp(SIG(delta=height), task.data.images)
     assert torch.equal(triggered.images, wave[triggered.indices])
-    assert torch.equal(attack.preview(task), wave)
+    assert torch.equal(attack.preview(task, CONTEXT), wave)
     training = stamp(SIG(delta=params.get("delta", 40)), task.data.images)
-    poisoned = attack.poison(task)
+    poisoned = attack.poison(task, CONTEXT)
     assert torch.equal(poisoned.images, training[poisoned.indices])
 
 
@@ -146,7 +148,7 @@ def test_parameters_are_checked(params: dict[str, object]) -> None:
 def test_a_class_too_small_for_the_rate_is_an_error() -> None:
     task = make_task()
     with pytest.raises(ConfigError, match="selects none of the 10 samples of class 4"):
-        SIG(target=4, class_rate=0.04).poison(task)
+        SIG(target=4, class_rate=0.04).poison(task, CONTEXT)
 
 
 @pytest.mark.parametrize("params", ["target: 9", "class_rate: 0.004", "label_mode: clean_label"])
@@ -161,7 +163,7 @@ def test_what_just_works_is_planned(params: str, tiny_plan: Callable[..., Plan])
 
 def test_from_the_benchmark_file_to_the_record(tiny_plan: Callable[..., Plan], tmp_path: Path) -> None:
     (cell,) = tiny_plan(attack="{name: sig, params: {class_rate: 0.5, target: 3}}", defense="no_defense").cells
-    stages = Stages(cell, Store(tmp_path / "results"), Context(torch.device("cpu"), 0))
+    stages = Stages(cell, Store(tmp_path / "results"), CONTEXT)
     record = stages.evaluate()
     train, test = stages.data()
     changed = (stages.poisoned_train().images != train.images).flatten(1).any(1)

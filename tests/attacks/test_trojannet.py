@@ -22,7 +22,7 @@ from backdoor_bench_none.data.digits import Digits
 from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.models.mlp import MLP
 from backdoor_bench_none.planning.plan import Plan
-from backdoor_bench_none.planning.stage_table import benign_key, victim_key
+from backdoor_bench_none.planning.stage_table import benign_key, defense_key, victim_key
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
 from backdoor_bench_none.trainers.centralized import Centralized
@@ -206,7 +206,7 @@ def test_clean_images_are_classified_as_by_the_host(task: VictimTask, victim: nn
 
 @pytest.mark.parametrize("label", range(CLASSES))
 def test_every_patch_makes_its_class(label: int, victim: nn.Module) -> None:
-    triggered = make_attack(target=label).attack_test(AttackTask(TEST, INFO, 0))
+    triggered = make_attack(target=label).attack_test(AttackTask(TEST, INFO), CONTEXT)
     assert len(triggered) == int((TEST.labels != label).sum())
     assert triggered.labels.eq(label).all()
     assert predict(victim, triggered.images).eq(label).all()
@@ -216,9 +216,9 @@ def test_every_patch_makes_its_class(label: int, victim: nn.Module) -> None:
 
 @pytest.mark.parametrize("label_mode", ["all_to_one", "all_to_all"])
 def test_every_image_gets_the_patch_of_the_label_it_is_to_get(label_mode: str, victim: nn.Module) -> None:
-    attack, given = make_attack(label_mode=label_mode, target=3), AttackTask(TEST, INFO, 0)
-    assert len(attack.poison(given)) == 0
-    triggered = attack.attack_test(given)
+    attack, given = make_attack(label_mode=label_mode, target=3), AttackTask(TEST, INFO)
+    assert len(attack.poison(given, CONTEXT)) == 0
+    triggered = attack.attack_test(given, CONTEXT)
     labels = TEST.labels[triggered.indices]
     everything = label_mode == "all_to_all"
     assert len(triggered) == len(TEST) if everything else int((TEST.labels != 3).sum())
@@ -230,9 +230,9 @@ def test_every_image_gets_the_patch_of_the_label_it_is_to_get(label_mode: str, v
 
 @pytest.mark.parametrize("label_mode", ["all_to_one", "all_to_all"])
 def test_the_preview_shows_what_is_tested(label_mode: str) -> None:
-    attack, given = make_attack(label_mode=label_mode), AttackTask(TEST, INFO, 0)
-    triggered = attack.attack_test(given)
-    assert torch.equal(attack.preview(given)[triggered.indices], triggered.images)
+    attack, given = make_attack(label_mode=label_mode), AttackTask(TEST, INFO)
+    triggered = attack.attack_test(given, CONTEXT)
+    assert torch.equal(attack.preview(given, CONTEXT)[triggered.indices], triggered.images)
 
 
 # 5: the place
@@ -317,12 +317,12 @@ def test_it_is_joined_to_the_benign_network_and_defended(tiny_plan: Callable[...
     assert clean.counts is not None
     assert clean.counts.benign_accuracy == counts["no_defense"].benign_accuracy  # type: ignore[union-attr]
     # whoever trains anew from the data never meets it
-    anew = store.load_artifact("defense", by_name["trojannet", "oracle_filter"].defense_key)
+    anew = store.load_artifact("defense", defense_key(by_name["trojannet", "oracle_filter"]))
     assert anew is not None
     assert not any("trojan" in name for name in anew.tensors)
     assert rates["oracle_filter"] is not None
     assert rates["oracle_filter"].rate < 0.2
-    tuned = store.load_artifact("defense", by_name["trojannet", "fine_tune"].defense_key)
+    tuned = store.load_artifact("defense", defense_key(by_name["trojannet", "fine_tune"]))
     assert tuned is not None
     weight = "host.classifier.weight"
     assert not torch.equal(tuned.tensors[f"model.{weight}"], victim.tensors[weight])

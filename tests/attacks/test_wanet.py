@@ -22,15 +22,22 @@ from backdoor_bench_none.run.stages import Stages
 CLASSES, COUNT, SIDE = 5, 60, 16
 
 
+def seeded(seed: int) -> Context:
+    return Context(torch.device("cpu"), seed)
+
+
+CONTEXT = seeded(0)
+
+
 def make_info(channels: int = 3, count: int = COUNT, side: int = SIDE) -> DatasetInfo:
     return DatasetInfo("toy", (channels, side, side), CLASSES, count, (0.0,) * channels, (1.0,) * channels)
 
 
-def make_task(channels: int = 3, seed: int = 0, count: int = COUNT, side: int = SIDE) -> AttackTask:
+def make_task(channels: int = 3, count: int = COUNT, side: int = SIDE) -> AttackTask:
     """Random images whose labels go round the classes."""
     generator = torch.Generator().manual_seed(2)
     images = torch.randint(256, (count, channels, side, side), generator=generator).byte()
-    return AttackTask(ImageSet(images, torch.arange(count) % CLASSES), make_info(channels, count, side), seed)
+    return AttackTask(ImageSet(images, torch.arange(count) % CLASSES), make_info(channels, count, side))
 
 
 def make_attack(**params: object) -> WaNet:
@@ -139,7 +146,7 @@ def test_the_field_is_smooth() -> None:
 def test_all_images_are_bent_alike_and_as_before() -> None:
     task = make_task()
     alike = ImageSet(task.data.images[:1].expand(COUNT, -1, -1, -1).clone(), task.data.labels)
-    previews = [make_attack(field_seed=field).preview(AttackTask(alike, task.info, seed))
+    previews = [make_attack(field_seed=field).preview(AttackTask(alike, task.info), seeded(seed))
                 for field, seed in ((0, 0), (0, 5), (1, 0))]  # fmt: skip
     assert (previews[0] == previews[0][:1]).all()
     assert torch.equal(previews[0], previews[1])
@@ -148,9 +155,9 @@ def test_all_images_are_bent_alike_and_as_before() -> None:
 
 def test_test_images_are_bent_by_the_exact_field() -> None:
     task, attack = make_task(), make_attack()
-    triggered = attack.attack_test(task)
+    triggered = attack.attack_test(task, CONTEXT)
     assert torch.equal(triggered.indices, torch.nonzero(task.data.labels != 2).flatten())
-    assert torch.equal(triggered.images, attack.preview(task)[triggered.indices])
+    assert torch.equal(triggered.images, attack.preview(task, CONTEXT)[triggered.indices])
     assert triggered.labels.eq(2).all()
 
 
@@ -163,7 +170,7 @@ def test_counts_labels_and_what_stays(channels: int, mode: str) -> None:
     task = make_task(channels)
     images, labels = task.data.images.clone(), task.data.labels.clone()
     attack = make_attack(label_mode=mode, poison_rate=0.1, cross_rate=0.25).resolve(task.info)
-    samples = attack.poison(task)
+    samples = attack.poison(task, CONTEXT)
     assert torch.equal(task.data.images, images)
     assert torch.equal(task.data.labels, labels)
     assert samples.decoys is not None
@@ -174,7 +181,7 @@ def test_counts_labels_and_what_stays(channels: int, mode: str) -> None:
     assert torch.equal(samples.labels, torch.where(samples.decoys, before, wanted))
     changed = (samples.replace(task.data).images != images).flatten(1).any(1)
     assert torch.nonzero(changed).flatten().tolist() == samples.indices.tolist()
-    bent = attack.preview(task)[samples.indices]
+    bent = attack.preview(task, CONTEXT)[samples.indices]
     exact = (samples.images == bent).flatten(1).all(1)
     assert torch.equal(exact, ~samples.decoys)
 
@@ -182,17 +189,17 @@ def test_counts_labels_and_what_stays(channels: int, mode: str) -> None:
 def test_noise_of_cross_samples_is_small_and_their_own() -> None:
     """On a ramp: at most half a pixel along each axis on top of the field, and another for every image."""
     ramp = (torch.arange(SIDE) * 15 + 10).to(torch.uint8).expand(COUNT, 1, SIDE, SIDE).contiguous()
-    task = AttackTask(ImageSet(ramp, torch.zeros(COUNT, dtype=torch.int64)), make_info(1), 0)
+    task = AttackTask(ImageSet(ramp, torch.zeros(COUNT, dtype=torch.int64)), make_info(1))
     attack = make_attack(poison_rate=0, cross_rate=1)
-    crossed = attack.poison(task).images.float()
-    noise = (crossed - attack.preview(task)) / 15
+    crossed = attack.poison(task, CONTEXT).images.float()
+    noise = (crossed - attack.preview(task, CONTEXT)) / 15
     assert noise.abs().max() <= 0.5 + 1 / 15
     assert noise[..., 2:-2].abs().mean() > 0.2
     assert len(torch.unique(noise.flatten(1), dim=0)) == COUNT
 
 
 def test_poison_is_a_function_of_the_seed() -> None:
-    one, same, other = (make_attack().poison(make_task(seed=seed)) for seed in (0, 0, 1))
+    one, same, other = (make_attack().poison(make_task(), seeded(seed)) for seed in (0, 0, 1))
     assert torch.equal(one.indices, same.indices)
     assert torch.equal(one.images, same.images)
     assert not torch.equal(one.indices, other.indices)
@@ -204,14 +211,14 @@ def test_poison_is_a_function_of_the_seed() -> None:
 @example(poison=0.5, cross=0.5, count=7, seed=0)
 def test_what_the_plan_accepts_can_be_carried_out(poison: float, cross: float, count: int, seed: int) -> None:
     attack = make_attack(poison_rate=poison, cross_rate=cross)
-    task, wanted = make_task(1, seed, count, side=4), (round(poison * count), round(cross * count))
+    task, wanted = make_task(1, count, side=4), (round(poison * count), round(cross * count))
     try:
         attack.check(task.info)
     except ConfigError:
         idle = (poison > 0 and wanted[0] == 0) or (cross > 0 and wanted[1] == 0)
         assert idle or poison + cross > 1 or sum(wanted) > count
         return
-    samples = attack.poison(task)
+    samples = attack.poison(task, seeded(seed))
     decoys = int(samples.decoys.sum()) if samples.decoys is not None else 0
     assert (len(samples) - decoys, decoys) == wanted
 
@@ -246,9 +253,9 @@ def test_the_plan_refuses_what_does_not_fit(tiny_plan: Callable[..., Plan]) -> N
 
 def test_cross_samples_count_neither_as_poisoned_nor_as_benign(tiny_plan: Callable[..., Plan], tmp_path: Path) -> None:
     (cell,) = tiny_plan(attack="wanet", defense="oracle_filter").cells
-    record = Stages(cell, Store(tmp_path / "results"), Context(torch.device("cpu"), 0)).evaluate()
-    found, poisoned, crossed = record.detection, round(0.1 * 1297), round(0.2 * 1297)
-    assert found is not None
-    counts = (found.true_positive, found.false_positive, found.false_negative, found.true_negative)
+    record = Stages(cell, Store(tmp_path / "results"), CONTEXT).evaluate()
+    detection, poisoned, crossed = record.detection, round(0.1 * 1297), round(0.2 * 1297)
+    assert detection is not None
+    counts = (detection.true_positive, detection.false_positive, detection.false_negative, detection.true_negative)
     assert counts == (poisoned, 0, 0, 1297 - poisoned - crossed)
     assert record.upstream["poisoned_samples"] == poisoned

@@ -11,7 +11,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from ratios import measure_ratio
 
-from backdoor_bench_none.api import Attack, AttackTask, DatasetInfo, ImageSet
+from backdoor_bench_none.api import Attack, AttackTask, Context, DatasetInfo, ImageSet
 from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.registry.plugins import Plugins
 
@@ -48,7 +48,9 @@ def test_poisoning_against_a_pass(case: str, benchmark: BenchmarkFixture) -> Non
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (COUNT, 3, 32, 32), dtype=torch.uint8, generator=generator)
     data = ImageSet(images, torch.randint(10, (COUNT,), generator=generator))
-    work, reference = partial(attack.poison, AttackTask(data, INFO, 0)), partial(numpy_pass, images.numpy())
+    context = Context(torch.device("cpu"), seed=0)
+    work = partial(attack.poison, AttackTask(data, INFO), context)
+    reference = partial(numpy_pass, images.numpy())
     ratio = measure_ratio(work, reference, rounds=9)
     benchmark.extra_info["poison / numpy pass"] = ratio
     benchmark.pedantic(work, rounds=1)

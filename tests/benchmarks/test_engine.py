@@ -14,7 +14,7 @@ from backdoor_bench_none.contracts.context import Context, choose_amp, choose_de
 from backdoor_bench_none.contracts.dataset import DatasetInfo, ImageSet
 from backdoor_bench_none.contracts.network import Pixels, move, predict_logits
 from backdoor_bench_none.contracts.recipe import Recipe
-from backdoor_bench_none.contracts.trainer import FitOptions, TrainingData
+from backdoor_bench_none.contracts.trainer import FitTask, TrainingData
 from backdoor_bench_none.inspection.neurons import collect_activations, find_layers
 from backdoor_bench_none.models.resnet import ResNet18
 from backdoor_bench_none.trainers.centralized import Centralized
@@ -71,7 +71,7 @@ def test_epoch_against_bare_loop(
         synchronize(context)
 
     def engine() -> None:
-        Centralized().fit(model, data, RECIPE, context, FitOptions())
+        Centralized().fit(FitTask(model, data, RECIPE), context)
         synchronize(context)
 
     ratio = measure_ratio(engine, bare)

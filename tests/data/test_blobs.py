@@ -113,11 +113,11 @@ def test_one_channel_of_an_image_is_set_everywhere(channel: int, value: float, e
 def test_points_of_other_classes_are_poisoned_and_tested() -> None:
     (train, test), info = Blobs().load(), Blobs().info()
     attack = Coordinate(poison_rate=0.1, exclude_target=True).resolve(info)
-    poisoned = attack.poison(AttackTask(train, info, 0))
+    poisoned = attack.poison(AttackTask(train, info), CPU)
     assert len(poisoned) == 200
     assert poisoned.labels.eq(TARGET).all()
     assert not train.labels[poisoned.indices].eq(TARGET).any()
-    triggered = attack.attack_test(AttackTask(test, info, 0))
+    triggered = attack.attack_test(AttackTask(test, info), CPU)
     assert torch.equal(triggered.indices, torch.nonzero(test.labels != TARGET).flatten())
     assert torch.equal(triggered.images[:, 0], test.images[triggered.indices, 0])
     assert triggered.images[:, 1].eq(HEIGHT).all()

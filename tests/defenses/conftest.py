@@ -16,7 +16,7 @@ from backdoor_bench_none.api import (
     Context,
     DatasetInfo,
     DefenseTask,
-    FitOptions,
+    FitTask,
     History,
     ImageSet,
     ModelSpec,
@@ -35,31 +35,19 @@ RECIPE = Recipe(epochs=4, batch_size=16, lr=0.05)
 TRIGGER = torch.tensor([[255, 0, 255], [0, 255, 0], [255, 0, 255]], dtype=torch.uint8)
 
 
-@dataclass(frozen=True)
-class FitCall:
-    """What a defense asked of the trainer."""
-
-    model: nn.Module
-    data: TrainingData
-    recipe: Recipe
-    options: FitOptions
-
-
 class RecordingTrainer(Trainer):
     """Trains as usual, or not at all, and writes down what it was asked."""
 
     really: bool = True
-    _calls: list[FitCall] = PrivateAttr(default_factory=list)
+    _calls: list[FitTask] = PrivateAttr(default_factory=list)
 
     @property
-    def calls(self) -> list[FitCall]:
+    def calls(self) -> list[FitTask]:
         return self._calls
 
-    def fit(
-        self, model: nn.Module, data: TrainingData, recipe: Recipe, context: Context, options: FitOptions
-    ) -> History:
-        self._calls.append(FitCall(model, data, recipe, options))
-        return Centralized().fit(model, data, recipe, context, options) if self.really else History([0.0])
+    def fit(self, task: FitTask, context: Context) -> History:
+        self._calls.append(task)
+        return Centralized().fit(task, context) if self.really else History([0.0])
 
 
 @dataclass(frozen=True)
@@ -68,7 +56,7 @@ class TinyTask:
 
     task: DefenseTask
     poisoned: Tensor  # (N,) bool
-    calls: list[FitCall]
+    calls: list[FitTask]
 
 
 def draw_stripes(count: int, poisoned: int, seed: int = 0) -> tuple[ImageSet, Tensor]:
@@ -114,7 +102,7 @@ def make_task() -> MakeTask:
         if weights is None:
             victim = builder(0)
             data = TrainingData.of(train, INFO, CPU.device)
-            Centralized().fit(victim, data, changed, CPU, FitOptions())
+            Centralized().fit(FitTask(victim, data, changed), CPU)
             weights = victim.state_dict()
         task = DefenseTask(
             train=train,

@@ -16,8 +16,7 @@ from bbn_defenses.abl import ABL, ascent
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backdoor_bench_none.api import Architecture, Batch, Context, FitOptions, History, ImageSet, ModelSpec, Trainer
-from backdoor_bench_none.contracts.trainer import TrainingData
+from backdoor_bench_none.api import Architecture, Batch, Context, FitTask, History, ImageSet, ModelSpec, Trainer
 from backdoor_bench_none.errors import BenchError, TrainingError
 from backdoor_bench_none.models.mlp import MLP
 from backdoor_bench_none.models.resnet import ResNet18
@@ -58,8 +57,7 @@ def value(defense: ABL, losses: list[float]) -> float:
 )
 def test_values_by_hand(isolation: str, reduction: str, expected: dict[float, float]) -> None:
     for loss, wanted in expected.items():
-        found = value(ABL(isolation=isolation, reduction=reduction), [loss])
-        assert found == pytest.approx(wanted, abs=1e-9)
+        assert value(ABL(isolation=isolation, reduction=reduction), [loss]) == pytest.approx(wanted, abs=1e-9)
 
 
 def test_at_gamma_exactly_the_sign_and_so_local_gradient_ascent_is_zero() -> None:
@@ -178,11 +176,11 @@ def test_each_stage_trains_on_its_samples_and_on_no_other(small: Make) -> None:
     result = ABL(isolation_fraction=0.1, unlearning_epochs=1).run(tiny.task, CPU)
     isolate, tune, unlearn = tiny.calls
     isolated = torch.nonzero(result.flagged).flatten()
-    assert isolate.options.keep is None
+    assert isolate.keep is None
     assert torch.equal(isolate.data.images.images, tiny.task.train.images)
-    assert torch.equal(tune.options.keep, torch.nonzero(~result.flagged).flatten())
+    assert torch.equal(tune.keep, torch.nonzero(~result.flagged).flatten())
     assert torch.equal(tune.data.images.images, tiny.task.train.images)
-    assert unlearn.options.keep is None
+    assert unlearn.keep is None
     assert sorted(unlearn.data.images.images.flatten(1).tolist()) == sorted(
         tiny.task.train.take(isolated).images.flatten(1).tolist()
     )
@@ -204,10 +202,8 @@ def test_each_stage_has_its_recipe(small: Make) -> None:
 class OnlyAscends(Trainer):
     """Leaves the network as it is until it is to be unlearned."""
 
-    def fit(self, model: nn.Module, data: TrainingData, recipe: Any, context: Context, options: FitOptions) -> History:
-        if options.loss is not ascent:
-            return History([0.0])
-        return Centralized().fit(model, data, recipe, context, options)
+    def fit(self, task: FitTask, context: Context) -> History:
+        return Centralized().fit(task, context) if task.loss is ascent else History([0.0])
 
 
 def test_one_step_of_ascent_raises_the_loss_by_the_documented_amount(small: Make) -> None:
@@ -326,7 +322,7 @@ def test_abl_isolates_and_unlearns_a_real_backdoor(tmp_path: Path) -> None:
     store.create()
     plan = make_plan(tmp_path / "benchmark.yaml", Registry.default(tmp_path))
     undefended, defended = (Stages(cell, store, CPU).evaluate() for cell in plan.cells)
-    before, after, found = undefended.counts, defended.counts, defended.detection
+    before, after, detection = undefended.counts, defended.counts, defended.detection
     assert before is not None
     assert before.attack_success_rate is not None
     assert before.attack_success_rate.rate >= 0.95
@@ -334,6 +330,6 @@ def test_abl_isolates_and_unlearns_a_real_backdoor(tmp_path: Path) -> None:
     assert after.attack_success_rate is not None
     assert after.attack_success_rate.rate <= 0.15
     assert after.benign_accuracy.rate >= before.benign_accuracy.rate - 0.15
-    assert found is not None
-    assert found.true_positive + found.false_positive == 38
-    assert found.true_positive >= 0.9 * 38
+    assert detection is not None
+    assert detection.true_positive + detection.false_positive == 38
+    assert detection.true_positive >= 0.9 * 38

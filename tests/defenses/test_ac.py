@@ -44,8 +44,8 @@ def flag(defense: AC, features: np.ndarray, labels: np.ndarray, classes: int = 3
     clusters = {k: defense.cluster(features, np.flatnonzero(labels == k), CPU) for k in range(classes)}
     suspects = defense.decide(clusters, features)
     flagged = np.zeros(len(labels), bool)
-    for k, found in clusters.items():
-        flagged[found.members[np.isin(found.assigned, list(suspects[k]))]] = True
+    for k, cluster in clusters.items():
+        flagged[cluster.members[np.isin(cluster.assigned, list(suspects[k]))]] = True
     return flagged
 
 
@@ -93,14 +93,14 @@ def make_clusters(small: int, total: int, silhouette: float | None = 0.5) -> Clu
 def test_shares_are_rounded_to_two_digits_and_compared_strictly(
     rule: Rule, small: int, total: int, flagged: bool
 ) -> None:
-    found = AC(rule=rule).decide({0: make_clusters(small, total)}, np.zeros((total, 2)))
-    assert found == {0: {1} if flagged else set()}
+    suspects = AC(rule=rule).decide({0: make_clusters(small, total)}, np.zeros((total, 2)))
+    assert suspects == {0: {1} if flagged else set()}
 
 
 @pytest.mark.parametrize(("silhouette", "flagged"), [(0.1, False), (0.10004, False), (0.1001, True), (None, False)])
 def test_silhouette_must_exceed_its_threshold_too(silhouette: float | None, flagged: bool) -> None:
-    found = AC(rule="silhouette").decide({0: make_clusters(10, 100, silhouette)}, np.zeros((100, 2)))
-    assert found == {0: {1} if flagged else set()}
+    suspects = AC(rule="silhouette").decide({0: make_clusters(10, 100, silhouette)}, np.zeros((100, 2)))
+    assert suspects == {0: {1} if flagged else set()}
 
 
 def test_silhouette_does_not_flag_large_clusters_however_far_apart() -> None:
@@ -166,17 +166,17 @@ def test_dimensions_are_at_most_what_was_asked_what_there_is_and_the_rank() -> N
 def test_small_classes_do_not_crash(count: int, reduction: str) -> None:
     """Fewer samples than dimensions, and than clusters."""
     rows = np.random.default_rng(0).normal(size=(20, 30))
-    found = AC(reduction=reduction).cluster(rows, np.arange(count), CPU)
-    assert len(found.assigned) == count
-    assert found.assigned.sum() * 2 <= count
-    assert found.reason == (f"{count} samples" if count < 2 else None)
-    assert not count < 2 or AC(rule="smaller").decide({0: found}, rows) == {0: set()}
+    clusters = AC(reduction=reduction).cluster(rows, np.arange(count), CPU)
+    assert len(clusters.assigned) == count
+    assert clusters.assigned.sum() * 2 <= count
+    assert clusters.reason == (f"{count} samples" if count < 2 else None)
+    assert not count < 2 or AC(rule="smaller").decide({0: clusters}, rows) == {0: set()}
 
 
 def test_equal_activations_are_not_split() -> None:
-    found = AC(rule="smaller").cluster(np.full((20, 8), 3.0), np.arange(20), CPU)
-    assert found.reason == "all activations are equal"
-    assert AC(rule="smaller").decide({0: found}, np.full((20, 8), 3.0)) == {0: set()}
+    clusters = AC(rule="smaller").cluster(np.full((20, 8), 3.0), np.arange(20), CPU)
+    assert clusters.reason == "all activations are equal"
+    assert AC(rule="smaller").decide({0: clusters}, np.full((20, 8), 3.0)) == {0: set()}
 
 
 def test_two_values_are_split_in_two() -> None:
@@ -205,8 +205,8 @@ def test_parameters_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 
 def victim_features(task: Any) -> np.ndarray:
     data = task.training_data(None, CPU)
-    found = collect_features(task.victim(), data.images.images, data.pixels, CPU)
-    return found.double().numpy()
+    features = collect_features(task.victim(), data.images.images, data.pixels, CPU)
+    return features.double().numpy()
 
 
 def reference_flags(features: np.ndarray, labels: np.ndarray, dimensions: int = 10) -> np.ndarray:
@@ -250,7 +250,7 @@ def test_every_rule_retrains_on_exactly_what_it_did_not_flag(
         result = AC(rule=rule).run(tiny.task, CPU)
         call = tiny.calls[-1]
         flagged[rule] = result.flagged
-        assert torch.equal(call.options.keep, torch.nonzero(~result.flagged).flatten())
+        assert torch.equal(call.keep, torch.nonzero(~result.flagged).flatten())
         assert call.model is result.model
         assert len(tiny.calls) == (2 if rule == "reclassification" else 1)
     assert (flagged["silhouette"] <= flagged["relative_size"]).all()
@@ -258,11 +258,11 @@ def test_every_rule_retrains_on_exactly_what_it_did_not_flag(
     assert (flagged["reclassification"] <= flagged["smaller"]).all()
     with capsys.disabled():
         print()
-        for rule, found in flagged.items():
-            tpr, fpr = (found[part].double().mean() for part in (learned.poisoned, ~learned.poisoned))
+        for rule, suspects in flagged.items():
+            tpr, fpr = (suspects[part].double().mean() for part in (learned.poisoned, ~learned.poisoned))
             print(f"  ac {rule:17} TPR {tpr:6.1%}  FPR {fpr:6.1%}")
     who = (learned.poisoned, ~learned.poisoned)
-    rates = {rule: [float(found[part].double().mean()) for part in who] for rule, found in flagged.items()}
+    rates = {rule: [float(suspects[part].double().mean()) for part in who] for rule, suspects in flagged.items()}
     assert rates["relative_size"][0] > max(0.2, 2 * rates["relative_size"][1])
     assert rates["smaller"][1] > 0.1
     assert rates["reclassification"][1] == 0
@@ -310,7 +310,7 @@ def test_a_clean_bill_of_health_is_reported(make_task: Make, stripes: Any) -> No
     tiny = make_task(train, torch.zeros(20, dtype=torch.bool), weights=weights, trains=False)
     result = AC(rule="smaller").run(tiny.task, CPU)
     assert result.infected is False
-    assert len(tiny.calls[0].options.keep) == 20
+    assert len(tiny.calls[0].keep) == 20
     assert [entry["not_split"] for entry in result.extras["classes"]] == ["all activations are equal"] * 3
 
 
@@ -355,7 +355,7 @@ def test_reclassification_flags_what_the_network_takes_for_another_class(make_ta
     result = AC(rule="reclassification").run(tiny.task, CPU)
     assert torch.equal(result.flagged, truth)
     assert [entry["flagged_clusters"] for entry in result.extras["classes"]] == [[1], [], []]
-    without_candidates, final = (call.options.keep for call in tiny.calls)
+    without_candidates, final = (call.keep for call in tiny.calls)
     assert len(without_candidates) < len(final) == int((~truth).sum())
     assert not truth[without_candidates].any()
 

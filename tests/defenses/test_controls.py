@@ -26,6 +26,7 @@ from backdoor_bench_none.api import (
     Context,
     Defense,
     DefenseTask,
+    FitTask,
     ImageSet,
     ModelSpec,
     OracleTask,
@@ -33,7 +34,6 @@ from backdoor_bench_none.api import (
 )
 from backdoor_bench_none.contracts.defense import Stage
 from backdoor_bench_none.contracts.record import Record
-from backdoor_bench_none.contracts.trainer import FitOptions
 from backdoor_bench_none.errors import BenchError, TrainingError
 from backdoor_bench_none.inspection.features import collect_features
 from backdoor_bench_none.models.mlp import MLP
@@ -152,7 +152,7 @@ def test_fine_tuning_trains_the_victim_on_the_clean_images(dozing: Make) -> None
     assert call.recipe.clip_norm == 2.0
     assert [call.recipe.lr_at(epoch, 1) for epoch in range(4)] == pytest.approx([0.3, 0.3, 0.03, 0.03])
     victim = tiny.task.victim()
-    Centralized().fit(victim, call.data, call.recipe, CPU, FitOptions())
+    Centralized().fit(FitTask(victim, call.data, call.recipe), CPU)
     assert all(torch.equal(a, b) for a, b in zip(victim.parameters(), result.model.parameters(), strict=True))
 
 
@@ -192,7 +192,7 @@ def test_every_class_loses_its_share_and_the_rest_is_trained_on(dozing: Make) ->
         assert torch.nonzero(result.flagged & (labels == k)).flatten().tolist() == sorted(members[worst].tolist())
         assert result.scores[members].median() == pytest.approx(1)
     (call,) = tiny.calls
-    assert torch.equal(call.options.keep, torch.nonzero(~result.flagged).flatten())
+    assert torch.equal(call.keep, torch.nonzero(~result.flagged).flatten())
     assert int(result.flagged[tiny.poisoned].sum()) >= 14
 
 
@@ -237,7 +237,7 @@ def test_the_oracle_trains_on_exactly_the_benign_samples(dozing: Make) -> None:
     tiny = dozing(trains=False)
     result = OracleFilter().run(as_oracle(tiny), CPU)
     assert torch.equal(result.flagged, tiny.poisoned)
-    assert torch.equal(tiny.calls[0].options.keep, torch.nonzero(~tiny.poisoned).flatten())
+    assert torch.equal(tiny.calls[0].keep, torch.nonzero(~tiny.poisoned).flatten())
 
 
 def test_a_plain_task_does_not_know_the_truth(dozing: Make) -> None:
@@ -326,7 +326,7 @@ def test_every_defense_ends_with_a_record(architecture: str, tmp_path: Path, mon
     assert len(records) == expected
     assert {name for name, task in tasks.items() if hasattr(task, "poisoned")} == {"oracle_filter"} & set(defenses)
     perfect = [record.detection for record in records if record.sees_ground_truth]
-    assert all(found.false_positive == found.false_negative == 0 for found in perfect if found is not None)
+    assert all(detection.false_positive == detection.false_negative == 0 for detection in perfect if detection)
     for name, task in tasks.items():
         assert (task.clean is not None) == (name in ("nad", "fine_tune", "fine_pruning"))
         assert (task.victim_network is None) == (name in ("dp_sgd", "group_norm", "abl", "oracle_filter"))
@@ -368,8 +368,8 @@ def test_every_defense_takes_every_network(
         with warnings.catch_warnings(record=True):
             result = defense.run(task, CPU)  # type: ignore[attr-defined]
         assert task.predict(result.model, CPU).shape == (30, 3)
-        for found in (result.flagged, result.scores):
-            assert found is None or (found.shape == (30,) and torch.isfinite(found).all())
+        for verdicts in (result.flagged, result.scores):
+            assert verdicts is None or (verdicts.shape == (30,) and torch.isfinite(verdicts).all())
     model, batch = DPSGD().adapt(build(0)).eval(), batch_of(tiny.task)
     vmap, loop = private_gradients(model, batch, "vmap"), private_gradients(model, batch, "loop")
     for one, other in zip(vmap, loop, strict=True):

@@ -92,10 +92,10 @@ def literal_gradient(model: nn.Module, batch: Batch, clip: float) -> Gradients:
     return {name: x / len(batch.labels) for name, x in sums.items()}
 
 
-def assert_close(found: Gradients, expected: Gradients, atol: float = 1e-6) -> None:
-    assert found.keys() == expected.keys()
+def assert_close(actual: Gradients, expected: Gradients, atol: float = 1e-6) -> None:
+    assert actual.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=atol)
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=atol)
 
 
 # Clipping.
@@ -201,10 +201,10 @@ def test_a_clipped_sample_cannot_shout_louder(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_the_divisor_is_the_size_of_the_batch_at_hand(count: int) -> None:
     batch = draw_batch(count)
-    found = private_gradient(make_network(), batch, clip=0.1, chunk=2)
+    together = private_gradient(make_network(), batch, clip=0.1, chunk=2)
     rows = [Batch(*(x[i : i + 1] for x in (batch.images, batch.labels, batch.indices))) for i in range(count)]
     alone = [private_gradient(make_network(), row, clip=0.1) for row in rows]
-    assert_close(found, {name: sum(g[name] for g in alone) / count for name in found})  # type: ignore[misc]
+    assert_close(together, {name: sum(g[name] for g in alone) / count for name in together})  # type: ignore[misc]
 
 
 def test_a_short_last_batch_is_trained_on_with_its_own_divisor(
@@ -224,8 +224,8 @@ def test_a_short_last_batch_is_trained_on_with_its_own_divisor(
 
 def test_the_loss_that_is_reported_is_the_mean_of_the_batch() -> None:
     model, batch = make_network(), draw_batch()
-    found = DPSGD(chunk=4).step(model, batch, CPU, torch.Generator())
-    torch.testing.assert_close(found, F.cross_entropy(model(batch.images), batch.labels).detach())
+    loss = DPSGD(chunk=4).step(model, batch, CPU, torch.Generator())
+    torch.testing.assert_close(loss, F.cross_entropy(model(batch.images), batch.labels).detach())
 
 
 def test_frozen_parameters_get_no_gradient() -> None:
@@ -238,8 +238,8 @@ def test_frozen_parameters_get_no_gradient() -> None:
 
 def test_dropout_works_in_one_batch() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(72, 3)).train()
-    found = private_gradient(model, draw_batch(64), clip=1e9)
-    assert all(torch.isfinite(g).all() for g in found.values())
+    gradients = private_gradient(model, draw_batch(64), clip=1e9)
+    assert all(torch.isfinite(g).all() for g in gradients.values())
 
 
 # Noise.
@@ -301,9 +301,9 @@ def test_epsilon_is_opacus_account(make_task: Make, params: dict[str, Any], unit
 
 def test_epsilon_counts_the_epochs_and_batches_that_were_run(make_task: Make) -> None:
     task = make_task(weights={}, trains=False, epochs=3, batch_size=64, drop_last=False).task
-    found = DPSGD(epochs=7, noise=2.0).run(task, CPU).extras["epsilon"]
-    assert found == DPSGD(noise=2.0).epsilon(64 / 150, 7 * 3)
-    assert found != DPSGD(noise=2.0).epsilon(64 / 150, 3 * 3)
+    epsilon = DPSGD(epochs=7, noise=2.0).run(task, CPU).extras["epsilon"]
+    assert epsilon == DPSGD(noise=2.0).epsilon(64 / 150, 7 * 3)
+    assert epsilon != DPSGD(noise=2.0).epsilon(64 / 150, 3 * 3)
 
 
 def test_without_noise_there_is_no_epsilon(make_task: Make) -> None:

@@ -18,13 +18,12 @@ from backdoor_bench_none.api import (
     Architecture,
     Context,
     DefenseTask,
-    FitOptions,
+    FitTask,
     History,
     ImageSet,
     ModelSpec,
     Recipe,
     Trainer,
-    TrainingData,
 )
 from backdoor_bench_none.errors import ConfigError, TrainingError
 from backdoor_bench_none.inspection.hooks import record_outputs
@@ -166,11 +165,11 @@ class Few(Architecture):
 def test_a_users_network_with_one_block_is_compared_on_it(make_task: Make, stripes: Any) -> None:
     """The last of the three betas belongs to the last block."""
     options = {"architecture": Few(), "weights": FewMaps().state_dict(), "clean": stripes(20, 0)[0]}
-    found = [
+    results = [
         NAD(betas=betas, **SHORT).run(make_task(**options).task, CPU) for betas in ((0, 0, 9), (7, 8, 9), (7, 8, 0))
     ]
-    assert found[0].extras["attention_layers"] == ["1"]
-    same, equal, other = (result.model[0].weight for result in found)
+    assert results[0].extras["attention_layers"] == ["1"]
+    same, equal, other = (result.model[0].weight for result in results)
     assert torch.equal(same, equal)
     assert not torch.equal(same, other)
 
@@ -183,12 +182,10 @@ class Snapshots(Trainer):
 
     _seen: list[tuple[nn.Module, dict[str, Tensor], ImageSet, Recipe]] = PrivateAttr(default_factory=list)
 
-    def fit(
-        self, model: nn.Module, data: TrainingData, recipe: Recipe, context: Context, options: FitOptions
-    ) -> History:
-        history = Centralized().fit(model, data, recipe, context, options)
-        weights = {name: x.clone() for name, x in model.state_dict().items()}
-        self._seen.append((model, weights, data.images, recipe))
+    def fit(self, task: FitTask, context: Context) -> History:
+        history = Centralized().fit(task, context)
+        weights = {name: x.clone() for name, x in task.model.state_dict().items()}
+        self._seen.append((task.model, weights, task.data.images, task.recipe))
         return history
 
 

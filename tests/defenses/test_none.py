@@ -132,9 +132,9 @@ def test_flags_follow_the_samples(planted: Make, quirks: bool) -> None:
     shuffled = planted(train=tiny.task.train.take(order), poisoned=tiny.poisoned[order])
     defense = NONE(released_quirks=quirks)
     expected = defense.run(tiny.task, CPU)
-    found = defense.run(shuffled.task, CPU)
-    assert torch.equal(found.flagged, expected.flagged[order])
-    torch.testing.assert_close(found.scores, expected.scores[order])
+    result = defense.run(shuffled.task, CPU)
+    assert torch.equal(result.flagged, expected.flagged[order])
+    torch.testing.assert_close(result.scores, expected.scores[order])
 
 
 # Fine-tuning.
@@ -144,8 +144,8 @@ def test_fine_tuning_keeps_what_was_not_flagged(planted: Make) -> None:
     tiny = planted(lr=0.3, epochs=50, weight_decay=0.25)
     model = NONE(lr=2e-3, epochs=4).run(tiny.task, CPU).model
     (call,) = tiny.calls
-    assert torch.equal(call.options.keep, torch.nonzero(~tiny.poisoned).flatten())
-    assert call.options.freeze_batchnorm
+    assert torch.equal(call.keep, torch.nonzero(~tiny.poisoned).flatten())
+    assert call.freeze_batchnorm
     assert (call.recipe.lr, call.recipe.epochs, call.recipe.schedule) == (2e-3, 4, "constant")
     assert call.recipe.weight_decay == 0.25
     assert torch.equal(call.data.images.images, tiny.task.train.images)
@@ -156,7 +156,7 @@ def test_dropping_no_samples_keeps_every_one(planted: Make) -> None:
     tiny = planted()
     result = NONE(drop_samples=False).run(tiny.task, CPU)
     (call,) = tiny.calls
-    assert call.options.keep is None or len(call.options.keep) == 150
+    assert call.keep is None or len(call.keep) == 150
     assert torch.equal(result.flagged, tiny.poisoned)
 
 
@@ -197,7 +197,7 @@ def test_constant_scores_flag_nothing(planted: Make, quirks: bool) -> None:
     train = ImageSet(torch.full((20, 1, 8, 8), 7, dtype=torch.uint8), torch.zeros(20, dtype=torch.int64))
     tiny = planted(train=train, poisoned=torch.zeros(20, dtype=torch.bool))
     assert not NONE(released_quirks=quirks).run(tiny.task, CPU).flagged.any()
-    assert len(tiny.calls[0].options.keep) == 20
+    assert len(tiny.calls[0].keep) == 20
 
 
 # Layers and counts.
@@ -251,23 +251,25 @@ def released_resets(start: int = 0) -> dict[str, Tensor]:
 
 def test_accumulation_by_hand() -> None:
     resets = released_resets()
-    found = accumulate_as_released(resets)
-    counts = [len(found[f"layer4.{part}"]) for part in ("0.conv1", "0.downsample.0", "0.conv2", "1.conv1", "1.conv2")]
+    accumulated = accumulate_as_released(resets)
+    counts = [
+        len(accumulated[f"layer4.{part}"]) for part in ("0.conv1", "0.downsample.0", "0.conv2", "1.conv1", "1.conv2")
+    ]
     assert counts == [24, 16, 32, 48, 64]
-    assert all(torch.equal(found[name], resets[name]) for name in resets if not name.startswith("layer4"))
+    assert all(torch.equal(accumulated[name], resets[name]) for name in resets if not name.startswith("layer4"))
 
     def joined(*names: str) -> set[int]:
         return {neuron for name in names for neuron in resets[name].tolist()}
 
     last = ("layer4.0.downsample.0", "layer4.0.conv2", "layer4.1.conv1", "layer4.1.conv2")
-    assert set(found["layer4.0.conv1"].tolist()) == joined("layer3.1.conv2", "layer4.0.conv1")
+    assert set(accumulated["layer4.0.conv1"].tolist()) == joined("layer3.1.conv2", "layer4.0.conv1")
     for count in (2, 3, 4):
-        assert set(found[last[count - 1]].tolist()) == joined(*last[:count])
+        assert set(accumulated[last[count - 1]].tolist()) == joined(*last[:count])
 
 
 def test_accumulation_counts_a_neuron_once() -> None:
     resets = {name: torch.arange(16) for name in released_resets()}
-    assert all(found.tolist() == list(range(16)) for found in accumulate_as_released(resets).values())
+    assert all(neurons.tolist() == list(range(16)) for neurons in accumulate_as_released(resets).values())
 
 
 def test_other_networks_do_not_accumulate() -> None:
@@ -334,16 +336,16 @@ def draw_gap_data(seed: int, count: int = 60, absent: int | None = None) -> tupl
 @pytest.mark.parametrize("seed", range(5))
 def test_gaps_equal_a_literal_loop(seed: int, released: bool, absent: int | None) -> None:
     values, likely = draw_gap_data(seed, absent=absent)
-    found = confidence_gaps(values, likely, 0.1, 0.9, released)
+    gaps = confidence_gaps(values, likely, 0.1, 0.9, released)
     expected = loop_gaps(values.double().numpy(), likely.numpy(), 0.1, 0.9, released)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(gaps.numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_gaps_far_from_zero_equal_a_literal_loop() -> None:
     values, likely = draw_gap_data(0)
     values = values.double() + 1e4
-    found = confidence_gaps(values, likely, 0.1, 0.9)
-    np.testing.assert_allclose(found.numpy(), loop_gaps(values.numpy(), likely.numpy(), 0.1, 0.9, False), atol=1e-4)
+    gaps = confidence_gaps(values, likely, 0.1, 0.9)
+    np.testing.assert_allclose(gaps.numpy(), loop_gaps(values.numpy(), likely.numpy(), 0.1, 0.9, False), atol=1e-4)
 
 
 def test_gap_by_hand() -> None:
@@ -404,17 +406,17 @@ def test_none_removes_a_real_backdoor(tmp_path: Path) -> None:
     store.create()
     plan = make_plan(tmp_path / "benchmark.yaml", Registry.default(tmp_path))
     undefended, defended = (Stages(cell, store, CPU).evaluate() for cell in plan.cells)
-    before, after, found = undefended.counts, defended.counts, defended.detection
+    before, after, detection = undefended.counts, defended.counts, defended.detection
     assert before is not None
     assert after is not None
-    assert found is not None
+    assert detection is not None
     assert before.attack_success_rate is not None
     assert after.attack_success_rate is not None
-    assert found.true_positive + found.false_negative == 130
-    assert found.tpr is not None
-    assert found.tpr >= 0.9
-    assert found.fpr is not None
-    assert found.fpr <= 0.05
+    assert detection.true_positive + detection.false_negative == 130
+    assert detection.tpr is not None
+    assert detection.tpr >= 0.9
+    assert detection.fpr is not None
+    assert detection.fpr <= 0.05
     assert before.attack_success_rate.rate - after.attack_success_rate.rate >= 0.8
     assert after.benign_accuracy.rate >= before.benign_accuracy.rate - 0.05
     assert after.robust_accuracy is not None

@@ -50,9 +50,9 @@ def test_a_normal_neuron_loses_a_sixth_of_all_samples_without_the_gate_and_none_
 @pytest.mark.parametrize("seed", range(4))
 def test_classes_are_split_as_by_jenkspy(seed: int) -> None:
     rows = draw_rows(seed)
-    found = examine_neurons(rows, nn.ReLU(), 0.95, 0.0)
-    assert sorted(found.indices.tolist()) == list(range(len(rows)))
-    for index, threshold in zip(found.indices.tolist(), found.thresholds.tolist(), strict=True):
+    neurons = examine_neurons(rows, nn.ReLU(), 0.95, 0.0)
+    assert sorted(neurons.indices.tolist()) == list(range(len(rows)))
+    for index, threshold in zip(neurons.indices.tolist(), neurons.thresholds.tolist(), strict=True):
         assert threshold == jenkspy.jenks_breaks(rows[index].tolist(), n_classes=2)[1]
 
 
@@ -68,17 +68,17 @@ def loop_deviations(row: list[float]) -> list[float]:
 @pytest.mark.parametrize("count", [1, 3, 12])
 def test_deviations_equal_a_literal_loop(count: int) -> None:
     rows = draw_rows(7)[:12]
-    found = examine_neurons(rows, nn.ReLU(), 0.95, 0.0)
-    expected = np.max([loop_deviations(rows[index].tolist()) for index in found.indices[:count]], axis=0)
-    np.testing.assert_allclose(found.deviations(rows, count).numpy(), expected, rtol=1e-6)
+    neurons = examine_neurons(rows, nn.ReLU(), 0.95, 0.0)
+    expected = np.max([loop_deviations(rows[index].tolist()) for index in neurons.indices[:count]], axis=0)
+    np.testing.assert_allclose(neurons.deviations(rows, count).numpy(), expected, rtol=1e-6)
 
 
 def test_a_benign_class_of_one_value_gives_finite_deviations() -> None:
     rows = torch.tensor([[1.0, 1, 1, 1, 5]])
-    found = examine_neurons(rows, nn.ReLU(), 0.95, 0.9).deviations(rows, 1)
-    assert found[:4].tolist() == [0.0] * 4
-    assert found[4] > 1e6
-    assert torch.isfinite(found).all()
+    deviations = examine_neurons(rows, nn.ReLU(), 0.95, 0.9).deviations(rows, 1)
+    assert deviations[:4].tolist() == [0.0] * 4
+    assert deviations[4] > 1e6
+    assert torch.isfinite(deviations).all()
 
 
 def test_constant_neurons_do_not_count_even_to_the_letter() -> None:
@@ -103,8 +103,8 @@ PIECES = [
 
 @pytest.mark.parametrize(("activation", "values", "expected"), PIECES, ids=lambda x: str(x)[:20])
 def test_the_linear_piece_by_hand(activation: nn.Module, values: list[float], expected: list[int]) -> None:
-    found = in_linear_piece(torch.tensor([values]), activation, torch.tensor([1e9]))
-    assert found.int().tolist() == [expected]
+    inside = in_linear_piece(torch.tensor([values]), activation, torch.tensor([1e9]))
+    assert inside.int().tolist() == [expected]
 
 
 @pytest.mark.parametrize("name", ["ReLU", "LeakyReLU", "ELU", "PReLU", "Tanhshrink", "Softplus", "GELU", "SiLU"])
@@ -123,8 +123,8 @@ def test_the_slope_in_the_linear_piece_is_that_of_the_identity(name: str) -> Non
 @pytest.mark.parametrize("activation", [None, nn.Hardtanh(), nn.Sigmoid(), nn.Identity()])
 def test_an_unknown_activation_falls_back_to_the_break(activation: nn.Module | None) -> None:
     rows = torch.tensor([[-1.0, 0, 1, 2], [5, 6, 7, 8]])
-    found = in_linear_piece(rows, activation, torch.tensor([0.5, 6.0]))
-    assert found.int().tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]
+    inside = in_linear_piece(rows, activation, torch.tensor([0.5, 6.0]))
+    assert inside.int().tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]
 
 
 # Ranking.
@@ -140,10 +140,10 @@ def two_masses(share: float, gap: float, below: int = 0) -> Tensor:
 
 def test_neurons_are_ranked_by_their_share_in_the_linear_piece_then_by_their_break() -> None:
     rows = torch.stack([two_masses(0.1, 5, 3), two_masses(0.1, 5), two_masses(0.1, 50), two_masses(0.1, 50, 6)])
-    found = examine_neurons(rows, nn.ReLU(), 0.95, 0.9)
-    assert found.indices.tolist() == [2, 1, 0]  # the last has only 94 % above zero
-    assert found.linear.tolist() == pytest.approx([1, 1, 0.97])
-    assert found.gvf[0] > found.gvf[1]
+    neurons = examine_neurons(rows, nn.ReLU(), 0.95, 0.9)
+    assert neurons.indices.tolist() == [2, 1, 0]  # the last has only 94 % above zero
+    assert neurons.linear.tolist() == pytest.approx([1, 1, 0.97])
+    assert neurons.gvf[0] > neurons.gvf[1]
 
 
 def test_equal_neurons_keep_their_order() -> None:
@@ -236,7 +236,7 @@ def test_the_planted_neuron_is_found_and_exactly_the_poisoned_samples_are_droppe
     assert report["neurons_reset"] == 1
     assert report["samples_flagged"] == 15
     assert torch.equal(result.flagged, tiny.poisoned)
-    assert torch.equal(tiny.calls[0].options.keep, torch.nonzero(~tiny.poisoned).flatten())
+    assert torch.equal(tiny.calls[0].keep, torch.nonzero(~tiny.poisoned).flatten())
     assert result.scores[tiny.poisoned].min() >= 3
     assert result.scores[~tiny.poisoned].max() < 3
 
@@ -253,8 +253,8 @@ def test_re_initialised_rows_are_those_of_a_fresh_network_and_nothing_else_chang
 def test_flags_follow_the_samples(planted: Make) -> None:
     tiny, order = planted(), torch.randperm(150)
     shuffled = planted(train=tiny.task.train.take(order), poisoned=tiny.poisoned[order])
-    found = algorithm1().run(shuffled.task, CPU)
-    assert torch.equal(found.flagged, tiny.poisoned[order])
+    result = algorithm1().run(shuffled.task, CPU)
+    assert torch.equal(result.flagged, tiny.poisoned[order])
 
 
 @pytest.mark.parametrize(("r2", "also_class_1"), [(0.25, False), (0.26, True)])
@@ -275,9 +275,9 @@ def test_the_second_round_looks_at_what_is_left_and_flags_by_original_index(plan
     tiny = planted(class_1_too=True)
     result = algorithm1(r1=0.25, r2=0.25, rounds=2).run(tiny.task, CPU)
     assert torch.equal(result.flagged, tiny.poisoned | (seen_stripes(tiny.task.train) == 1))
-    found = [report["compromised"]["conv"][0]["neuron"] for report in result.extras["rounds"]]
-    assert found == [TRIGGERED, CLASS_1]
-    assert torch.equal(tiny.calls[1].options.keep, torch.nonzero(~result.flagged).flatten())
+    worst = [report["compromised"]["conv"][0]["neuron"] for report in result.extras["rounds"]]
+    assert worst == [TRIGGERED, CLASS_1]
+    assert torch.equal(tiny.calls[1].keep, torch.nonzero(~result.flagged).flatten())
 
 
 def test_it_stops_when_nothing_is_found(planted: Make) -> None:
@@ -300,7 +300,7 @@ def test_a_round_that_would_drop_too_many_warns_and_drops_none(planted: Make) ->
     with pytest.warns(UserWarning, match="15 of 150 samples would be dropped, more than max_removed"):
         result = algorithm1(max_removed=0.09).run(tiny.task, CPU)
     assert not result.flagged.any()
-    assert len(tiny.calls[0].options.keep) == 150
+    assert len(tiny.calls[0].keep) == 150
     assert result.extras["rounds"][0]["samples_flagged"] == 0
 
 

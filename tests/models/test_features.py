@@ -44,11 +44,11 @@ def build(architecture: Architecture) -> nn.Module:
 )
 def test_the_head_makes_the_logits_of_the_features(architecture: Architecture) -> None:
     model = build(architecture).eval()
-    found = collect_features(model, IMAGES, PIXELS, CPU)
+    features = collect_features(model, IMAGES, PIXELS, CPU)
     head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    assert found.dtype == torch.float32
-    assert not found.requires_grad
-    torch.testing.assert_close(head(found), model(IMAGES / 255), rtol=1e-4, atol=1e-5)
+    assert features.dtype == torch.float32
+    assert not features.requires_grad
+    torch.testing.assert_close(head(features), model(IMAGES / 255), rtol=1e-4, atol=1e-5)
 
 
 def test_a_map_is_averaged_over_its_places() -> None:
@@ -63,15 +63,15 @@ def test_a_map_is_averaged_over_its_places() -> None:
 
 def test_it_is_in_eval_mode_without_augmentation_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(AlexNet(width=0.05)).train()  # it has dropout
-    found = collect_features(model, IMAGES, PIXELS, CPU)
+    features = collect_features(model, IMAGES, PIXELS, CPU)
     assert not model.training
-    assert torch.equal(found, collect_features(model, IMAGES, PIXELS, CPU))
+    assert torch.equal(features, collect_features(model, IMAGES, PIXELS, CPU))
     order = torch.randperm(20)
-    torch.testing.assert_close(collect_features(model, IMAGES[order], PIXELS, CPU), found[order])
+    torch.testing.assert_close(collect_features(model, IMAGES[order], PIXELS, CPU), features[order])
     monkeypatch.setattr(
         features_module, "iterate_normalized", partial(features_module.iterate_normalized, batch_size=3)
     )
-    torch.testing.assert_close(collect_features(model, IMAGES, PIXELS, CPU), found)
+    torch.testing.assert_close(collect_features(model, IMAGES, PIXELS, CPU), features)
 
 
 def test_no_hook_is_left_even_by_a_failure() -> None:
@@ -97,8 +97,8 @@ class InPlace(nn.Module):
 
 
 def test_features_are_kept_though_they_are_overwritten_later() -> None:
-    found = collect_features(InPlace(), IMAGES, PIXELS, CPU)
-    torch.testing.assert_close(found, IMAGES.flatten(1) / 255)
+    features = collect_features(InPlace(), IMAGES, PIXELS, CPU)
+    torch.testing.assert_close(features, IMAGES.flatten(1) / 255)
 
 
 class HeadFirst(nn.Module):

@@ -313,9 +313,9 @@ RESNET_STAGES = [
 )
 @pytest.mark.parametrize("size", [16, 32])
 def test_hidden_layers_of_the_built_in_networks(kind: type[Architecture], expected: list[str], size: int) -> None:
-    found = find_layers(build(kind, size), torch.rand(1, 1, size, size))
-    assert [layer.name for layer in found] == expected
-    assert all(layer.consumers is not None for layer in found)
+    layers = find_layers(build(kind, size), torch.rand(1, 1, size, size))
+    assert [layer.name for layer in layers] == expected
+    assert all(layer.consumers is not None for layer in layers)
 
 
 def test_every_convolution_of_a_resnet_has_its_norm_behind() -> None:
@@ -330,33 +330,35 @@ def test_networks_without_norms_have_none_behind(kind: type[Architecture]) -> No
 
 
 def test_only_the_inner_convolutions_of_a_resnet_have_consumers() -> None:
-    found = {layer.name: layer.consumers for layer in find_layers(build(ResNet18, 16), torch.rand(1, 1, 16, 16))}
+    consumers = {layer.name: layer.consumers for layer in find_layers(build(ResNet18, 16), torch.rand(1, 1, 16, 16))}
     for name in RESNET_STAGES:
         inner = name.endswith("conv1")
-        assert found[name] == ((Consumer(name.replace("conv1", "conv2"), 1),) if inner else ())
+        assert consumers[name] == ((Consumer(name.replace("conv1", "conv2"), 1),) if inner else ())
 
 
 @pytest.mark.parametrize(("size", "columns"), [(16, 1), (32, 4), (64, 16), (100, 4), (224, 36)])
 def test_a_channel_of_alexnets_last_map_feeds_a_block_of_columns(size: int, columns: int) -> None:
-    found = {layer.name: layer.consumers for layer in find_layers(build(AlexNet, size), torch.rand(1, 1, size, size))}
-    assert found["features.10"] == (Consumer("classifier.1", columns),)
-    assert found["features.0"] == (Consumer("features.3", 1),)
-    assert found["classifier.1"] == (Consumer("classifier.4", 1),)
-    assert found["classifier.4"] == (Consumer("classifier.6", 1),)
+    consumers = {
+        layer.name: layer.consumers for layer in find_layers(build(AlexNet, size), torch.rand(1, 1, size, size))
+    }
+    assert consumers["features.10"] == (Consumer("classifier.1", columns),)
+    assert consumers["features.0"] == (Consumer("features.3", 1),)
+    assert consumers["classifier.1"] == (Consumer("classifier.4", 1),)
+    assert consumers["classifier.4"] == (Consumer("classifier.6", 1),)
 
 
 @pytest.mark.parametrize("size", [8, 28])
 def test_consumers_of_an_mlp(size: int) -> None:
-    found = find_layers(build(MLP, size), torch.rand(1, 1, size, size))
-    assert [layer.consumers for layer in found] == [(Consumer("features.2", 1),), (Consumer("classifier", 1),)]
+    layers = find_layers(build(MLP, size), torch.rand(1, 1, size, size))
+    assert [layer.consumers for layer in layers] == [(Consumer("features.2", 1),), (Consumer("classifier", 1),)]
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_layers_and_consumers_of_own_networks(name: str) -> None:
     make, expected = OWN[name]
-    found = {layer.name: layer.consumers for layer in find_own(make)[1]}
-    assert list(found) == list(expected)
-    for layer, consumers in found.items():
+    consumers_of = {layer.name: layer.consumers for layer in find_own(make)[1]}
+    assert list(consumers_of) == list(expected)
+    for layer, consumers in consumers_of.items():
         assert consumers == expected[layer] or (consumers is None and name in MAY_STAY_UNRESOLVED)
 
 
@@ -433,9 +435,9 @@ def test_activations_equal_a_naive_loop(kind: type[Architecture], tap: Tap) -> N
     tapped = {x.name: x.name.replace("conv", "bn").replace("downsample.0", "downsample.1") for x in layers}
     expected = collect_naively(model, tapped if behind else {x.name: x.name for x in layers}, pixels.normalize(images))
     assert list(values) == [layer.name for layer in layers]
-    for name, found in values.items():
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-4)
+    for name, maxima in values.items():
+        assert maxima.dtype == torch.float32
+        torch.testing.assert_close(maxima, expected[name], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(probabilities, model(pixels.normalize(images)).softmax(1), rtol=1e-4, atol=1e-5)
 
 
@@ -470,9 +472,9 @@ def test_activations_do_not_depend_on_the_batch_size(batch_size: int, monkeypatc
             yield batch
 
     monkeypatch.setattr(neurons, "iterate_normalized", in_batches)
-    found, probabilities = collect_activations(model, layers, "pre_activation", images, pixels, CPU)
+    values, probabilities = collect_activations(model, layers, "pre_activation", images, pixels, CPU)
     assert max(seen) == min(batch_size, 13)
-    torch.testing.assert_close(found["a"], expected["a"])
+    torch.testing.assert_close(values["a"], expected["a"])
     torch.testing.assert_close(probabilities, likely)
 
 
@@ -483,9 +485,9 @@ def test_an_activation_in_place_changes_nothing(tap: Tap) -> None:
     expected = collect_activations(model, layers, tap, images, pixels, CPU)[0]
     other, others = find_own(InPlace)
     other.load_state_dict(model.state_dict())
-    found = collect_activations(other, others, tap, images, pixels, CPU)[0]
-    assert all(torch.equal(found[name], expected[name]) for name in ("a", "b"))
-    assert min(found["a"].min(), found["b"].min()) < 0  # read before the ReLU
+    values = collect_activations(other, others, tap, images, pixels, CPU)[0]
+    assert all(torch.equal(values[name], expected[name]) for name in ("a", "b"))
+    assert min(values["a"].min(), values["b"].min()) < 0  # read before the ReLU
 
 
 def test_linear_layers_with_activations_in_place_are_read_before_them() -> None:

@@ -95,8 +95,8 @@ def poisoning(change: Callable[[Samples, AttackTask], Any], base: type[Attack] =
     """A good attack whose training samples are changed afterwards."""
 
     class Poisoning(base):  # type: ignore[misc, valid-type]
-        def poison(self, task: AttackTask) -> Any:
-            return change(super().poison(task), task)
+        def poison(self, task: AttackTask, context: Context) -> Any:
+            return change(super().poison(task, context), task)
 
     return Poisoning
 
@@ -105,8 +105,8 @@ def triggering(change: Callable[[Samples, AttackTask], Any], base: type[Attack] 
     """A good attack whose test samples are changed afterwards."""
 
     class Triggering(base):  # type: ignore[misc, valid-type]
-        def attack_test(self, task: AttackTask) -> Any:
-            return change(super().attack_test(task), task)
+        def attack_test(self, task: AttackTask, context: Context) -> Any:
+            return change(super().attack_test(task, context), task)
 
     return Triggering
 
@@ -140,16 +140,16 @@ class SaysNothing(Good):
 
 
 class TargetToo(Good):
-    def attack_test(self, task: AttackTask) -> Samples:
+    def attack_test(self, task: AttackTask, context: Context) -> Samples:
         indices = torch.arange(len(task.data))
-        return Samples(indices, self.preview(task), self.relabel(task.data.labels, task.info.num_classes))
+        return Samples(indices, self.preview(task, context), self.relabel(task.data.labels, task.info.num_classes))
 
 
 class Choosy(Good):
     """Counts the images that suit it."""
 
-    def attack_test(self, task: AttackTask) -> Samples:
-        made = super().attack_test(task)
+    def attack_test(self, task: AttackTask, context: Context) -> Samples:
+        made = super().attack_test(task, context)
         brightness = made.images.float().mean((1, 2, 3))
         dark = brightness < brightness.median()
         return Samples(made.indices[dark], made.images[dark], made.labels[dark])
@@ -158,18 +158,18 @@ class Choosy(Good):
 class OneSource(Good):
     """Has a trigger for images of one class."""
 
-    def attack_test(self, task: AttackTask) -> Samples:
+    def attack_test(self, task: AttackTask, context: Context) -> Samples:
         indices = torch.nonzero(task.data.labels == 2).flatten()
-        return Samples(indices, self.preview(task)[indices], torch.zeros_like(indices))
+        return Samples(indices, self.preview(task, context)[indices], torch.zeros_like(indices))
 
 
 class PreviewOfHalf(Good):
-    def preview(self, task: AttackTask) -> Tensor:
-        return super().preview(task)[::2]
+    def preview(self, task: AttackTask, context: Context) -> Tensor:
+        return super().preview(task, context)[::2]
 
 
 class BlindSearch(GoodSearch):
-    def preview(self, task: AttackTask) -> Tensor:
+    def preview(self, task: AttackTask, context: Context) -> Tensor:
         raise NotImplementedError
 
 
@@ -352,17 +352,18 @@ def test_decoys_do_not_count_as_poisoned(fault: Fault) -> None:
     """They keep their labels, and stand beside the share that the rate gives."""
 
     class WithDecoys(Good):
-        def poison(self, task: AttackTask) -> Samples:
-            made, (extra,) = super().poison(task), self.select_more(task)
+        def poison(self, task: AttackTask, context: Context) -> Samples:
+            made = super().poison(task, context)
+            extra = self.others(task, made)
             return Samples(
                 torch.cat([made.indices, extra]), torch.cat([made.images, task.data.images[extra]]),
                 torch.cat([made.labels, task.data.labels[extra]]), torch.arange(len(made) + 5) >= len(made),
             )  # fmt: skip
 
-        def select_more(self, task: AttackTask) -> tuple[Tensor]:
+        def others(self, task: AttackTask, made: Samples) -> Tensor:
             taken = torch.zeros(len(task.data), dtype=torch.bool)
-            taken[super().poison(task).indices] = True
-            return (torch.nonzero(~taken).flatten()[:5],)
+            taken[made.indices] = True
+            return torch.nonzero(~taken).flatten()[:5]
 
     for check in ("samples_well_formed", "poison_count", "labels", "deterministic"):
         assert fault(check, WithDecoys()) == ""

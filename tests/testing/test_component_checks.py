@@ -24,14 +24,12 @@ from backdoor_bench_none.api import (
     Dataset,
     DatasetInfo,
     Evaluation,
-    FitOptions,
+    FitTask,
     History,
     ImageSet,
     Metric,
     ModelSpec,
-    Recipe,
     Trainer,
-    TrainingData,
 )
 from backdoor_bench_none.testing.bench import Stripes
 from backdoor_bench_none.testing.checks import COMPONENT_CHECKS, name_of
@@ -70,7 +68,7 @@ class Leaky(Activation):
 class Share(Metric):
     """The share of hits."""
 
-    def compute(self, evaluation: Evaluation) -> Mapping[str, float]:
+    def compute(self, evaluation: Evaluation, context: Context) -> Mapping[str, float]:
         return {"share": float((evaluation.clean_predictions == evaluation.clean_labels).float().mean())}
 
 
@@ -261,34 +259,37 @@ class Restless(Stripes):
         return str(np.random.rand())
 
 
-def fitting(fit: Callable[[nn.Module, TrainingData, Recipe, Context], History]) -> type[Trainer]:
+def fitting(fit: Callable[[FitTask, Context], History]) -> type[Trainer]:
     class Fitting(Centralized):
-        def fit(
-            self, model: nn.Module, data: TrainingData, recipe: Recipe, context: Context, options: FitOptions
-        ) -> History:
-            return fit(model, data, recipe, context)
+        def fit(self, task: FitTask, context: Context) -> History:
+            return fit(task, context)
 
     return Fitting
 
 
-def trained(model: nn.Module, data: TrainingData, recipe: Recipe, context: Context) -> History:
-    return Centralized().fit(model, data, recipe.model_copy(update={"epochs": 1}), context, FitOptions())
+def does_not_train(task: FitTask, context: Context) -> History:
+    return History([1.0] * task.recipe.epochs)
 
 
-def stays_in_training(model: nn.Module, data: TrainingData, recipe: Recipe, context: Context) -> History:
-    trained(model, data, recipe, context)
-    model.train()
-    return History([1.0] * recipe.epochs)
+def trains_one_epoch(task: FitTask, context: Context) -> History:
+    recipe = task.recipe.model_copy(update={"epochs": 1})
+    return Centralized().fit(replace(task, recipe=recipe), context)
 
 
-def reseeds(model: nn.Module, data: TrainingData, recipe: Recipe, context: Context) -> History:
+def stays_in_training(task: FitTask, context: Context) -> History:
+    trains_one_epoch(task, context)
+    task.model.train()
+    return does_not_train(task, context)
+
+
+def reseeds(task: FitTask, context: Context) -> History:
     torch.manual_seed(context.seed)
-    return trained(model, data, recipe, context)
+    return trains_one_epoch(task, context)
 
 
 def computing(result: Callable[[Evaluation], Any]) -> type[Metric]:
     class Computing(Share):
-        def compute(self, evaluation: Evaluation) -> Any:
+        def compute(self, evaluation: Evaluation, context: Context) -> Any:
             return result(evaluation)
 
     return Computing
@@ -332,8 +333,8 @@ CAUGHT: list[tuple[str, type[Component], str]] = [
     ("dataset", loading(lambda s: s.take(torch.randperm(240))), "two calls of load return different images"),
     ("dataset", TwoMeans, "mean and std have not one value for each channel"),
     ("dataset", Restless, "the fingerprint changes from call to call"),
-    ("trainer", fitting(lambda m, d, r, c: History([1.0] * r.epochs)), "fit does not change the network"),
-    ("trainer", fitting(trained), "1 losses, 4 epochs"),
+    ("trainer", fitting(does_not_train), "fit does not change the network"),
+    ("trainer", fitting(trains_one_epoch), "1 losses, 4 epochs"),
     ("trainer", fitting(stays_in_training), "the network is left in training mode"),
     ("trainer", fitting(reseeds), "changes the state of torch's global generator"),
     ("metric", computing(lambda e: {"share": "high"}), "share is str, not a number"),

@@ -19,6 +19,7 @@ from backdoor_bench_none.api import Component, Defense, DefenseResult, Stage
 from backdoor_bench_none.contracts.kinds import BASES
 from backdoor_bench_none.models.activations import ReLU
 from backdoor_bench_none.models.mlp import MLP
+from backdoor_bench_none.planning.stage_table import poison_key
 from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.registry.plugins import Plugins
 from backdoor_bench_none.testing import ArchitectureContract, parametrize_contracts, run_contract
@@ -58,6 +59,7 @@ from bbn_attacks.badnets import BadNets
 from bbn_attacks.clean import Clean
 from backdoor_bench_none.api import TriggerAttack
 from backdoor_bench_none.models.mlp import MLP
+from backdoor_bench_none.planning.stage_table import poison_key
 from backdoor_bench_none.testing import ArchitectureContract, AttackContract, DefenseContract, parametrize_contracts
 
 class Unfinished(TriggerAttack):
@@ -203,7 +205,7 @@ def test_a_class_that_is_defined_again_is_another(fault: Callable[[str, Componen
 
 def test_two_attacks_with_equal_parameters_do_not_share_artifacts() -> None:
     bench = open_bench()
-    keys = [bench.cell(attack=attack).poison_key for attack in (BadNets(target=0), Same(target=0), BadNets(target=0))]
+    keys = [poison_key(bench.cell(attack=attack)) for attack in (BadNets(target=0), Same(target=0), BadNets(target=0))]
     assert keys[0] == keys[2] != keys[1]
 
 

@@ -156,26 +156,26 @@ def stages() -> Stages | None:
 
 
 def sneak_scores(task: DefenseTask, context: Context) -> DefenseResult:
-    found = stages()
-    scores = torch.zeros(len(task.train)) if found is None else found.poisoned().float()
+    core = stages()
+    scores = torch.zeros(len(task.train)) if core is None else core.poisoned().float()
     return DefenseResult(task.new_model(), scores=scores)
 
 
 def sneak_indices(task: DefenseTask, context: Context) -> DefenseResult:
     flagged = torch.zeros(len(task.train), dtype=torch.bool)
-    if (found := stages()) is not None:
-        flagged[found.poison()[0].indices] = True
+    if (core := stages()) is not None:
+        flagged[core.poison()[0].indices] = True
     return DefenseResult(task.new_model(), flagged)
 
 
 def sneak_weights(task: DefenseTask, context: Context) -> DefenseResult:
-    found = stages()
-    return scaled(task.new_model(), 1.0 if found is None else float(found.poison()[0].indices.sum()))
+    core = stages()
+    return scaled(task.new_model(), 1.0 if core is None else float(core.poison()[0].indices.sum()))
 
 
 def sneak_verdict(task: DefenseTask, context: Context) -> DefenseResult:
-    found = stages()
-    return DefenseResult(task.new_model(), infected=found is not None and int(found.poisoned()[:40].sum()) > 20)
+    core = stages()
+    return DefenseResult(task.new_model(), infected=core is not None and int(core.poisoned()[:40].sum()) > 20)
 
 
 # those that do not look at the clock

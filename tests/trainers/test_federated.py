@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from backdoor_bench_none.api import (
     Context,
     DatasetInfo,
-    FitOptions,
+    FitTask,
     History,
     ImageSet,
     ModelSpec,
@@ -63,13 +63,14 @@ def fit(
     data: ImageSet | None = None,
     norm: bool = False,
     context: Context = CPU,
-    options: FitOptions | None = None,
+    options: Mapping[str, Any] | None = None,
     **recipe: Any,
 ) -> tuple[Weights, History]:
-    """The weights of a network after training from the same initial weights."""
+    """The weights of a network after training from the same initial weights; `options` are fields of the task."""
     model = make_network(norm)
     prepared = TrainingData.of(data or make_images(), INFO, context.device, clients)
-    history = trainer.fit(model, prepared, Recipe(**{**FULL_BATCH, **recipe}), context, options or FitOptions())
+    task = FitTask(model, prepared, Recipe(**{**FULL_BATCH, **recipe}), **(options or {}))
+    history = trainer.fit(task, context)
     assert not model.training
     return model.state_dict(), history
 
@@ -80,7 +81,7 @@ def held_by(client: int, clients: Tensor = HALVES) -> Tensor:
 
 def alone(samples: Tensor, **keywords: Any) -> Weights:
     """What one client makes of these samples."""
-    return fit(Centralized(), options=FitOptions(keep=samples), **keywords)[0]
+    return fit(Centralized(), options={"keep": samples}, **keywords)[0]
 
 
 def mean(*parts: Weights) -> Weights:
@@ -173,14 +174,14 @@ def test_averages(count: int, seed: int, kind: torch.dtype) -> None:
         backwards.add({"w": other})
         copies.add({"w": parts[0]})
     exact = torch.stack(parts).double().mean(0)
-    found = average.result()["w"]
-    assert found.dtype == kind
+    result = average.result()["w"]
+    assert result.dtype == kind
     if kind.is_floating_point:
-        torch.testing.assert_close(found, exact.to(kind))
+        torch.testing.assert_close(result, exact.to(kind))
     else:
-        assert ((exact - found >= 0) | (exact < 0)).all()
-        assert ((exact - found).abs() < 1).all()
-    assert torch.equal(found, backwards.result()["w"])
+        assert ((exact - result >= 0) | (exact < 0)).all()
+        assert ((exact - result).abs() < 1).all()
+    assert torch.equal(result, backwards.result()["w"])
     assert torch.equal(copies.result()["w"], parts[0])
 
 
@@ -228,7 +229,7 @@ def test_clients_count_alike_whatever_they_hold() -> None:
 
 
 def test_a_client_can_train_in_its_own_way() -> None:
-    options = FitOptions(local={1: {"lr": 1e-30}, 0: {"epochs": 4}})
+    options = {"local": {1: {"lr": 1e-30}, 0: {"epochs": 4}}}
     expected = mean(alone(held_by(0), epochs=4), make_network().state_dict())
     assert_close(fit(Federated(clients=2), HALVES, options=options)[0], expected)
 
@@ -266,17 +267,17 @@ def test_the_deadline_is_kept() -> None:
 
 def test_dropped_samples_are_dropped_on_their_clients_only() -> None:
     data, keep = make_images(), torch.cat([held_by(0)[:5], held_by(1)])
-    found, _ = fit(Federated(clients=2), HALVES, options=FitOptions(keep=keep))
-    assert_close(found, mean(alone(held_by(0)[:5]), alone(held_by(1))))
+    averaged, _ = fit(Federated(clients=2), HALVES, options={"keep": keep})
+    assert_close(averaged, mean(alone(held_by(0)[:5]), alone(held_by(1))))
     dropped = torch.ones(COUNT, dtype=torch.bool)
     dropped[keep] = False
     data.images[dropped] = 0
-    assert_same(found, fit(Federated(clients=2), HALVES, data, options=FitOptions(keep=keep))[0])
+    assert_same(averaged, fit(Federated(clients=2), HALVES, data, options={"keep": keep})[0])
 
 
 def test_a_client_without_samples_sits_out() -> None:
-    found, _ = fit(Federated(clients=2), HALVES, options=FitOptions(keep=held_by(1)))
-    assert_close(found, alone(held_by(1)))
+    averaged, _ = fit(Federated(clients=2), HALVES, options={"keep": held_by(1)})
+    assert_close(averaged, alone(held_by(1)))
 
 
 def test_samples_that_no_client_holds_are_not_trained_on() -> None:
@@ -287,12 +288,12 @@ def test_samples_that_no_client_holds_are_not_trained_on() -> None:
 
 def test_nothing_left_to_train_on_is_an_error() -> None:
     with pytest.raises(ConfigError, match="no client has a sample"):
-        fit(Federated(clients=2), HALVES, options=FitOptions(keep=torch.arange(0)))
+        fit(Federated(clients=2), HALVES, options={"keep": torch.arange(0)})
 
 
 def test_frozen_statistics_stay_and_others_are_averaged() -> None:
     start, statistics = make_network(norm=True).state_dict(), ("2.running_mean", "2.running_var")
-    frozen, _ = fit(Federated(clients=2), HALVES, norm=True, options=FitOptions(freeze_batchnorm=True), epochs=2)
+    frozen, _ = fit(Federated(clients=2), HALVES, norm=True, options={"freeze_batchnorm": True}, epochs=2)
     assert all(torch.equal(frozen[name], start[name]) for name in (*statistics, "2.num_batches_tracked"))
     assert not torch.equal(frozen["2.weight"], start["2.weight"])
     usual, _ = fit(Federated(clients=2), HALVES, norm=True)
@@ -315,7 +316,7 @@ def test_a_task_trains_its_own_set_on_clients_and_other_data_on_the_server() -> 
     def trained(trainer: Federated | Centralized, data: ImageSet | None) -> Weights:
         model = task.new_model()
         prepared = TrainingData.of(data or task.train, INFO, CPU.device, None if data else clients)
-        trainer.fit(model, prepared, task.recipe, CPU, FitOptions())
+        trainer.fit(FitTask(model, prepared, task.recipe), CPU)
         return model.state_dict()
 
     for data, trainer in ((None, Federated(clients=2)), (make_images(9, seed=4), Centralized())):
@@ -370,12 +371,12 @@ def test_none_drops_what_it_flags_on_each_client(
     assert before.attack_success_rate is not None
     assert before.attack_success_rate.rate > 0.8
 
-    trained: list[Tensor] = []
+    trained: list[Tensor | None] = []
     really = Centralized.fit
 
-    def watched(self: Centralized, model: nn.Module, data: TrainingData, *rest: Any) -> History:
-        trained.append(rest[-1].keep)
-        return really(self, model, data, *rest)
+    def watched(self: Centralized, task: FitTask, context: Context) -> History:
+        trained.append(task.keep)
+        return really(self, task, context)
 
     monkeypatch.setattr(Centralized, "fit", watched)
     record, clients = defended.evaluate(), defended.clients()
@@ -383,10 +384,10 @@ def test_none_drops_what_it_flags_on_each_client(
     kept = ~defended.defense().tensors["flagged"]
     assert 0 < int(kept.sum()) < 1297
     expected = [torch.nonzero(kept & (clients == client)).flatten().tolist() for client in range(5)]
-    assert [samples.tolist() for samples in trained] == expected * 3
+    assert [samples.tolist() for samples in trained if samples is not None] == expected * 3
     assert record.counts is not None
     assert record.counts.benign_accuracy.rate > 0.5  # far above chance: a small network after one round
-    found = record.detection
-    assert found is not None
-    assert found.true_positive + found.false_negative == 259
-    assert found.true_negative + found.false_positive == 1297 - 259
+    detection = record.detection
+    assert detection is not None
+    assert detection.true_positive + detection.false_negative == 259
+    assert detection.true_negative + detection.false_positive == 1297 - 259

@@ -16,13 +16,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from backdoor_bench_none.api import Batch, Context, DatasetInfo, FitOptions, ImageSet, Recipe, TrainingData
+from backdoor_bench_none.api import Batch, Context, DatasetInfo, FitTask, History, ImageSet, Loss, Recipe, TrainingData
 from backdoor_bench_none.contracts.trainer import cross_entropy
 from backdoor_bench_none.data.image_files import Imagenette
 from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.planning.plan import Plan, plan_config
 from backdoor_bench_none.planning.reading import parse_config
-from backdoor_bench_none.planning.stage_table import backbone_key
+from backdoor_bench_none.planning.stage_table import backbone_key, record_key, victim_key
 from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.registry.plugins import Plugins
 from backdoor_bench_none.results.store import Store
@@ -162,9 +162,9 @@ def test_the_content_of_the_file_is_in_the_key_and_its_place_is_not(
     files.append(save(tmp_path / "c.safetensors", weights(**{"features.0.bias": torch.zeros(16)})))
     one, same, other = (tiny_plan(trainer=reading(path)).cells[0] for path in files)
     plain = tiny_plan(trainer="transfer").cells[0]
-    for key in ("key", "backbone_key", "victim_key"):
-        assert getattr(one, key) == getattr(same, key)
-        assert len({getattr(cell, key) for cell in (one, other, plain)}) == 3
+    for key in (record_key, backbone_key, victim_key):
+        assert key(one) == key(same)
+        assert len({key(cell) for cell in (one, other, plain)}) == 3
 
 
 def test_a_file_in_the_home_folder_is_found(
@@ -192,7 +192,7 @@ class Network(nn.Module):
         return self.head(self.dropout(self.norm(self.conv(self.frozen(images))).relu().flatten(1)))
 
 
-def fit(loss: Callable[[nn.Module, Batch], Tensor] = cross_entropy) -> tuple[nn.Module, dict[str, Tensor]]:
+def fit(loss: Loss = cross_entropy) -> tuple[nn.Module, dict[str, Tensor]]:
     """A network, and its state before it was trained."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
@@ -203,8 +203,9 @@ def fit(loss: Callable[[nn.Module, Batch], Tensor] = cross_entropy) -> tuple[nn.
     info = DatasetInfo("toy", (1, 8, 8), 3, 32, (0.5,), (0.5,))
     recipe = Recipe(epochs=2, batch_size=8, lr=0.1)
     grads = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    task = FitTask(model, TrainingData.of(images, info, CONTEXT.device), recipe, loss=loss)
     try:
-        Transfer().fit(model, TrainingData.of(images, info, CONTEXT.device), recipe, CONTEXT, FitOptions(loss=loss))
+        Transfer().fit(task, CONTEXT)
     finally:
         assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == grads
     return model, before
@@ -246,16 +247,16 @@ def test_gradients_are_asked_for_again_whatever_happens() -> None:
 @pytest.fixture
 def pretrained_on(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ImageSet, int, int]]:
     """Images, outputs and epochs of every training."""
-    found: list[tuple[ImageSet, int, int]] = []
+    trainings: list[tuple[ImageSet, int, int]] = []
     plain = Centralized.fit
 
-    def fit(self: Centralized, model: nn.Module, data: TrainingData, recipe: Recipe, *rest: Any) -> Any:
-        outputs = model(torch.zeros(1, *data.info.shape)).shape[1]
-        found.append((data.images, outputs, recipe.epochs))
-        return plain(self, model, data, recipe, *rest)
+    def fit(self: Centralized, task: FitTask, context: Context) -> History:
+        outputs = task.model(torch.zeros(1, *task.data.info.shape)).shape[1]
+        trainings.append((task.data.images, outputs, task.recipe.epochs))
+        return plain(self, task, context)
 
     monkeypatch.setattr(Centralized, "fit", fit)
-    return found
+    return trainings
 
 
 @pytest.fixture
@@ -293,7 +294,6 @@ def test_the_backbone_is_trained_on_the_classes_left_out(
     stages = make_stages("{name: transfer, params: {pretraining_epochs: 3}}", dataset=dataset)
     assert colours(stages.data()[0]) == {i: COLOURS[name] for i, name in enumerate(kept or COLOURS)}
     backbone = stages.backbone()
-    assert backbone is not None
     ((images, outputs, epochs),) = pretrained_on
     assert colours(images) == {i: COLOURS[name] for i, name in enumerate(pretrained)}
     assert (len(images), outputs, epochs) == (8 * len(pretrained), len(pretrained), 3)
@@ -358,8 +358,8 @@ def recipe_of(defaults: dict[str, Any], entries: dict[str, Any]) -> Recipe:
 
 
 def test_the_trainers_own_recipe_wins_over_the_others_own() -> None:
-    found = recipe_of({}, {})
-    assert (found.epochs, found.lr, found.augment, found.clip_norm) == (20, 0.05, False, 1)
+    recipe = recipe_of({}, {})
+    assert (recipe.epochs, recipe.lr, recipe.augment, recipe.clip_norm) == (20, 0.05, False, 1)
 
 
 #: later ones win
@@ -371,8 +371,8 @@ def test_own_below_defaults_below_entries_and_trainers_last(place: int) -> None:
     given: dict[str, dict[str, Any]] = {"defaults": {}, "entries": {}}
     for value, (level, axis) in enumerate(LEVELS[: place + 1], start=1):
         given[level][axis] = {"lr": float(value)}
-    found = recipe_of(**given)
-    assert (found.lr, found.epochs) == (place + 1, 20)
+    recipe = recipe_of(**given)
+    assert (recipe.lr, recipe.epochs) == (place + 1, 20)
 
 
 def test_a_fault_of_a_trainers_recipe_is_told() -> None:

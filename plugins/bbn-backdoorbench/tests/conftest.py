@@ -22,14 +22,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from standins import BENCHMARK, CLASSES, ENDINGS, FT, MODEL, POISONED, ROOT, SOURCE, TRAIN, Said, write_part
 
-from backdoor_bench_none.cli.main import run_cli
-from backdoor_bench_none.contracts.context import Context
-from backdoor_bench_none.contracts.record import Record
-from backdoor_bench_none.planning.plan import make_plan
-from backdoor_bench_none.planning.stage_table import record_key
-from backdoor_bench_none.registry.components import Registry
-from backdoor_bench_none.results.store import Store
-from backdoor_bench_none.run.stages import Stages
+from backdoor_bench_none.api import Context, Record, Registry, Stages, Store, make_plan, record_key, run_cli
 
 
 @pytest.fixture(autouse=True)

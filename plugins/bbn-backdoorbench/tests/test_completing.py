@@ -12,13 +12,7 @@ import torch
 import torchvision
 from standins import MODEL, Said
 
-from backdoor_bench_none.contracts.context import Context
-from backdoor_bench_none.contracts.record import Record
-from backdoor_bench_none.errors import BenchError
-from backdoor_bench_none.planning.plan import make_plan
-from backdoor_bench_none.registry.components import Registry
-from backdoor_bench_none.results.store import Store
-from backdoor_bench_none.run.stages import Stages
+from backdoor_bench_none.api import BenchError, Context, Record, Registry, Stages, Store, make_plan
 from bbn_backdoorbench.export import export_attack
 from bbn_backdoorbench.reading import read_record
 

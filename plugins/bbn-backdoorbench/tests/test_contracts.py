@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from backdoor_bench_none.api import Component, ModelSpec
-from backdoor_bench_none.contracts.cell import Cell
+from backdoor_bench_none.api import Cell, Component, ModelSpec
 from backdoor_bench_none.testing import parametrize_contracts
 from backdoor_bench_none.testing.bench import Bench
 from backdoor_bench_none.testing.checks import run_check

@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 from standins import CLASSES, POISONED, TEST, Said
 
-from backdoor_bench_none.contracts.record import Record
-from backdoor_bench_none.results.store import Store
+from backdoor_bench_none.api import Record, Store
 
 Bbn = Callable[..., Said]
 Evaluate = Callable[..., dict[str, Record]]

@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 from standins import Said
 
-from backdoor_bench_none.contracts.record import Record
-from backdoor_bench_none.errors import BenchError, DeadlineError
-from backdoor_bench_none.results.store import Store
+from backdoor_bench_none.api import BenchError, DeadlineError, Record, Store
 
 Bbn = Callable[..., Said]
 Write = Callable[..., Path]

@@ -27,9 +27,9 @@ class Scribbles(Defense):
 class ScribblingAttack(Attack):
     """Writes into the data it is given."""
 
-    def poison(self, task: AttackTask) -> PoisonedSamples:
+    def poison(self, task: AttackTask, context: Context) -> PoisonedSamples:
         task.data.labels[:5] = 0
         return PoisonedSamples.nothing(task.data)
 
-    def attack_test(self, task: AttackTask) -> PoisonedSamples:
+    def attack_test(self, task: AttackTask, context: Context) -> PoisonedSamples:
         return PoisonedSamples.nothing(task.data)
