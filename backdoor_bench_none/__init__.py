@@ -1,7 +1,7 @@
-"""Crosses backdoor attacks and defenses, NONE among them, into comparison matrices people can trust.
+"""Benchmark that crosses backdoor attacks with defenses, NONE among them, in reproducible comparison matrices.
 
-What the author of a plugin needs is here, imported when it is first used: `from backdoor_bench_none import Defense,
-hookimpl`.
+The API for plugin authors is importable from this package, and loaded on first use: `from backdoor_bench_none import
+Defense, hookimpl`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ __all__ = ["hookimpl"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
-    api = importlib.import_module("backdoor_bench_none.api") if not name.startswith("_") else None
-    if api is not None and name in api.__all__:
-        return getattr(api, name)
+    if not name.startswith("_"):
+        api = importlib.import_module("backdoor_bench_none.api")
+        if name in api.__all__:
+            return getattr(api, name)
     raise AttributeError(f"module 'backdoor_bench_none' has no attribute '{name}'")

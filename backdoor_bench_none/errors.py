@@ -1,4 +1,4 @@
-"""The errors a user can mend: each says what is wrong, and a hint says what to do."""
+"""Errors that a user can correct: the message says what is wrong, the hint what to do."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What the `bbn` process returns."""
+    """Exit codes of the `bbn` command."""
 
-    #: everything asked for is there
+    #: everything that was requested is there
     OK = 0
     #: at least one cell failed or timed out
     CELLS_FAILED = 1
-    #: the command line, the configuration or the data are at fault
+    #: the command line, the configuration or the data are wrong
     USAGE_ERROR = 2
     #: a bug in this package
     INTERNAL_ERROR = 3
@@ -25,7 +25,7 @@ class ExitCode(IntEnum):
 
 
 class BenchError(Exception):
-    """Root of all errors that are reported without a traceback."""
+    """Base of all errors that are reported without a traceback."""
 
     exit_code = ExitCode.USAGE_ERROR
 
@@ -46,7 +46,7 @@ class ConfigError(BenchError):
 
 
 class DatasetError(BenchError):
-    """A data set is absent, unreadable or not what it should be."""
+    """A data set is missing, unreadable or not as expected."""
 
 
 class PluginError(BenchError):
@@ -75,4 +75,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown `name`: the closest known name, or all of them."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names) or 'nothing'}"
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return f"known: {', '.join(names) or 'nothing'}"

@@ -1,4 +1,4 @@
-"""Seeds and content keys: both are hashes of everything they should depend on."""
+"""Seeds and content keys: hashes of everything they depend on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 
 
 def canonical_json(value: object) -> str:
-    """`value` as JSON that is equal for equal values."""
+    """`value` as JSON text that is equal for equal values."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -17,7 +17,8 @@ def content_key(*parts: object) -> str:
 
 
 def derive_seed(*parts: object) -> int:
-    """A seed in 0..2**63-1 that is a function of `parts` alone, so
-    that equal cells draw equal numbers on any machine.
+    """A seed in 0..2**63-1 that depends on `parts` alone.
+
+    Equal cells therefore draw equal numbers on any machine.
     """
     return int.from_bytes(hashlib.sha256(canonical_json(parts).encode()).digest()[:8]) >> 1

@@ -1,4 +1,4 @@
-"""What the operating system may or may not offer: locks, limits, memory, signals and the facts of `/proc`.
+"""What the operating system may offer: locks, limits, memory, signals and the contents of `/proc`.
 
 Every function has a fallback, so that reading records and making tables works on any platform.
 """
@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-#: what a file system answers that has no locks
+#: error codes of a file system without locks
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 PROC = Path("/proc")
 
@@ -35,7 +35,10 @@ resource = _import_if_present("resource")
 
 
 def lock_file(file: IO[Any]) -> bool:
-    """Wait for the exclusive lock on an open file, which ends with the process; False where there are no locks."""
+    """Wait for the exclusive lock on an open file; False where there are no locks.
+
+    The lock ends with the process.
+    """
     if fcntl is None:
         return False
     try:
@@ -55,7 +58,10 @@ def count_cores() -> int:
 
 
 def limit_memory(limit: int | None) -> None:
-    """Let allocations beyond `limit` bytes fail (on Linux), and let a kernel short of memory end this process first."""
+    """Make allocations beyond `limit` bytes fail (Linux only).
+
+    A kernel that runs short of memory also ends this process first.
+    """
     with suppress(OSError):
         (PROC / "self/oom_score_adj").write_text("900")
     if limit is not None and sys.platform == "linux" and resource is not None:
@@ -64,7 +70,7 @@ def limit_memory(limit: int | None) -> None:
 
 
 def reset_peak_memory() -> bool:
-    """Start the high-water mark of this process's memory again; False where there is none."""
+    """Reset the peak of this process's memory; False where the system does not record it."""
     try:
         (PROC / "self/clear_refs").write_text("5")
     except OSError:
@@ -73,24 +79,26 @@ def reset_peak_memory() -> bool:
 
 
 def read_peak_memory() -> int | None:
-    """The high-water mark of this process's memory in bytes; None where there is none."""
+    """The peak of this process's memory in bytes; None where the system does not record it."""
     try:
         lines = (PROC / "self/status").read_text().splitlines()
     except OSError:
         return None
-    mark = next((line for line in lines if line.startswith("VmHWM")), None)
-    return int(mark.split()[1]) * 1024 if mark else None
+    peak = next((line for line in lines if line.startswith("VmHWM")), None)
+    if peak is None:
+        return None
+    return int(peak.split()[1]) * 1024
 
 
 @cache
 def cpu_has_bf16() -> bool:
-    """Whether this CPU has instructions for bfloat16 (AVX-512 BF16 or AMX), as far as the system tells."""
+    """Whether this CPU has instructions for bfloat16 (AVX-512 BF16 or AMX), as far as the system reports it."""
     flags = set(_read_cpu_fact("flags").split())
     return bool({"avx512_bf16", "amx_bf16"} & flags)
 
 
 def cpu_name() -> str:
-    """The name of the CPU, as far as the system tells."""
+    """The name of the CPU, as far as the system reports it."""
     return _read_cpu_fact("model name") or platform.processor() or platform.machine()
 
 
@@ -104,9 +112,9 @@ def _read_cpu_fact(name: str) -> str:
 
 @contextmanager
 def block_interrupts() -> Iterator[None]:
-    """Processes started inside never receive SIGINT: Ctrl-C reaches the whole terminal, and the parent alone decides.
+    """Keep SIGINT from processes started inside this block, so that the parent alone handles Ctrl-C.
 
-    Where signals cannot be blocked, nothing is.
+    Ctrl-C reaches every process of a terminal. Where signals cannot be blocked, this has no effect.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield

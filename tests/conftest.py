@@ -1,13 +1,14 @@
-"""A tiny benchmark on real digits, and the console in this process."""
+"""A tiny benchmark on real digits, and the console in this process, without the plugins that happen to be installed."""
 
 from __future__ import annotations
 
 import os
 
 # one thread each: workers of pytest-xdist share the cores, and equal seeds give equal numbers for equal thread counts
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +17,17 @@ import pytest
 
 from backdoor_bench_none.cli.main import run_cli
 from backdoor_bench_none.contracts.cell import AXES
+from backdoor_bench_none.contracts.markers import PROJECT
 from backdoor_bench_none.contracts.measures import Count, Counts
 from backdoor_bench_none.contracts.record import AxisValue, Cost, Record
 from backdoor_bench_none.executors.local import start_process_server
 from backdoor_bench_none.planning.plan import Plan, make_plan
 from backdoor_bench_none.registry.components import Registry
+
+# Tests see only the plugins that they install themselves, and so do the processes they start. It is set on import,
+# and not by a fixture, for the fixtures of a module or session and for the server that workers are forked from.
+INSTALLED = sorted({point.dist.name for point in entry_points(group=PROJECT) if point.dist is not None})
+os.environ["BBN_DISABLE_PLUGINS"] = ",".join(INSTALLED)
 
 TINY = {
     "dataset": "{name: digits, params: {image_size: 8}}",
@@ -44,7 +51,6 @@ def write_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delenv("BBN_DISABLE_PLUGINS", raising=False)
 
     def write(seeds: str = "0", rest: str = "", epochs: int = 1, file: str = "benchmark.yaml", **axes: str) -> Path:
         matrix = "".join(f"  {axis}: [{value}]\n" for axis, value in {**TINY, **axes}.items())
@@ -74,6 +80,17 @@ def bbn(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
         return Said(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def disable_plugins(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """Sets `BBN_DISABLE_PLUGINS` to a value, and returns the names of what is hidden besides: everything installed."""
+
+    def disable(value: str) -> list[str]:
+        monkeypatch.setenv("BBN_DISABLE_PLUGINS", ",".join([value, *INSTALLED]))
+        return INSTALLED
+
+    return disable
 
 
 @pytest.fixture(scope="session")

@@ -32,8 +32,8 @@ LIMIT = 120.0
 
 def block(language: str, containing: str) -> str:
     """The one code block of the README in that language with that text."""
-    (found,) = [text for text in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if containing in text]
-    return found
+    (block,) = [text for text in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if containing in text]
+    return block
 
 
 @contextmanager
@@ -59,8 +59,8 @@ def run(folder: Path, *arguments: str) -> tuple[int, str]:
 
 def records(results: Path) -> dict[str, tuple[object, ...]]:
     """What must be equal: status, counts and findings by key."""
-    found = Store(results).records()
-    return {r.key: (r.status, r.counts, r.detection, r.extras, r.victim_losses) for r in found}
+    records = Store(results).records()
+    return {r.key: (r.status, r.counts, r.detection, r.extras, r.victim_losses) for r in records}
 
 
 def files(results: Path, pattern: str) -> list[Path]:
@@ -175,7 +175,7 @@ def test_interrupted_once(undisturbed: dict[str, Any], tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 130
-    assert "stopping: the running stages are finished" in out
+    assert "stopping: running stages are finished" in out
     assert "Traceback" not in out
     assert re.search(r"\d+ done, \d+ not run in", out)
     assert "go on: bbn run" in out

@@ -165,8 +165,8 @@ def test_no_mapping(text: str) -> None:
     ],
 )  # fmt: skip
 def test_unknown_key(old: str, new: str, fault: str) -> None:
-    (found,) = faults(MINIMAL.replace(old, new))
-    assert found.startswith(fault)
+    (line,) = faults(MINIMAL.replace(old, new))
+    assert line.startswith(fault)
 
 
 def test_unknown_key_above_a_block_is_found_where_the_key_is_or_where_its_value_begins() -> None:
@@ -201,14 +201,14 @@ def test_unknown_key_above_a_block_is_found_where_the_key_is_or_where_its_value_
     ],
 )  # fmt: skip
 def test_wrong_value(old: str, new: str, fault: str) -> None:
-    (found,) = faults(MINIMAL.replace(old, new))
-    assert found.startswith(fault)
-    assert len(found) > len(fault) - 10
+    (line,) = faults(MINIMAL.replace(old, new))
+    assert line.startswith(fault)
+    assert len(line) > len(fault) - 10
 
 
 def test_wrong_recipe_is_one_fault() -> None:
-    (found,) = faults(MINIMAL.replace("[clean]", "[{name: x, recipe: 3}]"))
-    assert found.startswith("b.yaml:4:30: matrix.attack.0.recipe: ")
+    (line,) = faults(MINIMAL.replace("[clean]", "[{name: x, recipe: 3}]"))
+    assert line.startswith("b.yaml:4:30: matrix.attack.0.recipe: ")
 
 
 def test_all_faults_at_once() -> None:
@@ -249,13 +249,13 @@ budget:
 def test_repeated_key(text: str, places: list[str]) -> None:
     """At the first or at the second value."""
     (fault,) = faults(text)
-    assert fault in [f"{place}: the key stands twice" for place in places]
+    assert fault in [f"{place}: the key is given twice" for place in places]
 
 
 def test_repeated_keys_stand_beside_other_faults() -> None:
-    found = faults(MINIMAL + "name: again\nseeds: x\n")
-    assert [fault.split(": ")[1] for fault in found] == ["name", "seeds.0"]
-    assert found[1].startswith("b.yaml:8:8: ")
+    lines = faults(MINIMAL + "name: again\nseeds: x\n")
+    assert [fault.split(": ")[1] for fault in lines] == ["name", "seeds.0"]
+    assert lines[1].startswith("b.yaml:8:8: ")
 
 
 # files

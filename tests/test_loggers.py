@@ -111,29 +111,29 @@ def read_curves(record: Record, folder: str = "runs") -> Curves:
 
 def read_runs(record: Record, experiment: str = "Default") -> list[Run]:
     client = MlflowClient()
-    found = client.get_experiment_by_name(experiment)
-    assert found is not None
-    return list(client.search_runs([found.experiment_id], f"tags.key = '{record.key}'"))
+    stored = client.get_experiment_by_name(experiment)
+    assert stored is not None
+    return list(client.search_runs([stored.experiment_id], f"tags.key = '{record.key}'"))
 
 
 def numbers(record: Record) -> dict[str, float]:
     """What a logger should have of `record`, written out."""
-    found: dict[str, float | None] = {}
+    numbers: dict[str, float | None] = {}
     if record.counts:
         for name, count in (
             ("BA", record.counts.benign_accuracy),
             ("ASR", record.counts.attack_success_rate),
             ("RA", record.counts.robust_accuracy),
         ):
-            found[name] = count.hits / count.total if count else None
+            numbers[name] = count.hits / count.total if count else None
     if it := record.detection:
         bad, good = it.true_positive + it.false_negative, it.false_positive + it.true_negative
-        found["detection/TPR"] = it.true_positive / bad if bad else None
-        found["detection/FPR"] = it.false_positive / good if good else None
-        found["detection/AUROC"] = it.auroc
+        numbers["detection/TPR"] = it.true_positive / bad if bad else None
+        numbers["detection/FPR"] = it.false_positive / good if good else None
+        numbers["detection/AUROC"] = it.auroc
     for stage, cost in record.costs.items():
-        found[f"seconds/{stage}"], found[f"peak_memory/{stage}"] = cost.seconds, cost.peak_memory
-    return {name: value for name, value in found.items() if value is not None and not math.isnan(value)}
+        numbers[f"seconds/{stage}"], numbers[f"peak_memory/{stage}"] = cost.seconds, cost.peak_memory
+    return {name: value for name, value in numbers.items() if value is not None and not math.isnan(value)}
 
 
 def assert_logged(record: Record, experiment: str, folder: str) -> None:
@@ -375,7 +375,7 @@ def test_nothing_happens_unasked(
 def test_neither_package_is_imported_unasked() -> None:
     code = """
     import sys
-    from backdoor_bench_none.plugins import Plugins
+    from backdoor_bench_none.registry.plugins import Plugins
     plugins = Plugins()
     slow = {"tensorboard", "mlflow", "torch", "numpy"} & set(sys.modules)
     assert not slow, slow

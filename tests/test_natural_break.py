@@ -32,8 +32,8 @@ KINDS: dict[str, Draw] = {
 
 
 def find_one(values: Floats | list[float]) -> tuple[float, float]:
-    found = find_breaks(np.asarray(values)[None])
-    return float(found.thresholds[0]), float(found.gvf[0])
+    breaks = find_breaks(np.asarray(values)[None])
+    return float(breaks.thresholds[0]), float(breaks.gvf[0])
 
 
 def measure_between(values: Floats | list[float], threshold: float) -> Fraction:
@@ -96,9 +96,9 @@ def test_hand_values(values: list[float], threshold: float, gvf: float) -> None:
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.float32, np.float64])
 def test_takes_any_number_type(dtype: type[np.generic]) -> None:
-    found = find_breaks(np.array([[1, 2, 9, 10]], dtype))
-    assert found.thresholds.tolist() == [2.0]
-    assert found.thresholds.dtype == np.float64
+    breaks = find_breaks(np.array([[1, 2, 9, 10]], dtype))
+    assert breaks.thresholds.tolist() == [2.0]
+    assert breaks.thresholds.dtype == np.float64
 
 
 def test_goodness_of_fit_has_its_closed_forms() -> None:
@@ -152,14 +152,14 @@ def test_input_is_left_as_it_is() -> None:
 @pytest.mark.parametrize("constant", [-2.5, 0.0, 0.1, 1e12])
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_a_constant_row_has_no_upper_class(constant: float, count: int) -> None:
-    found = find_breaks(np.full((1, count), constant))
-    assert (found.thresholds.tolist(), found.gvf.tolist()) == ([constant], [0.0])
+    breaks = find_breaks(np.full((1, count), constant))
+    assert (breaks.thresholds.tolist(), breaks.gvf.tolist()) == ([constant], [0.0])
 
 
 def test_a_constant_row_among_others() -> None:
-    found = find_breaks([[1, 1, 1, 1], [1, 1, 9, 9]])
-    assert isinstance(found, Breaks)
-    assert (found.thresholds.tolist(), found.gvf.tolist()) == ([1.0, 1.0], [0.0, 1.0])
+    breaks = find_breaks([[1, 1, 1, 1], [1, 1, 9, 9]])
+    assert isinstance(breaks, Breaks)
+    assert (breaks.thresholds.tolist(), breaks.gvf.tolist()) == ([1.0, 1.0], [0.0, 1.0])
 
 
 def test_one_row_may_come_without_its_axis() -> None:

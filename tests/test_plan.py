@@ -17,10 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from backdoor_bench_none.api import Attack, Component, Recipe, hookimpl
+from backdoor_bench_none.api import Attack, Choice, Combination, Component, Metric, Recipe, hookimpl
 from backdoor_bench_none.contracts.cell import Cell
 from backdoor_bench_none.contracts.recipe import NAMED_RECIPES, PAPER
 from backdoor_bench_none.errors import ConfigError, DatasetError
+from backdoor_bench_none.planning import stage_table
+from backdoor_bench_none.planning.choices import cell_from_spec
 from backdoor_bench_none.planning.plan import Plan, make_plan, plan_config
 from backdoor_bench_none.planning.reading import parse_config
 from backdoor_bench_none.planning.stage_table import (
@@ -33,7 +35,6 @@ from backdoor_bench_none.planning.stage_table import (
 )
 from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.registry.plugins import Plugins
-from backdoor_bench_none.run import evaluation
 
 MATRIX = {"dataset": "digits", "attack": "badnets", "defense": "no_defense", "architecture": "mlp"}
 
@@ -59,8 +60,8 @@ def faults(registry: Registry, text: str) -> list[str]:
 
 
 def fault(registry: Registry, text: str) -> str:
-    (found,) = faults(registry, text)
-    return found
+    (line,) = faults(registry, text)
+    return line
 
 
 def labels(plan: Plan, axis: str) -> list[str]:
@@ -83,9 +84,9 @@ def unmark(text: str) -> tuple[str, str]:
 
 def assert_fault(registry: Registry, marked: str, message: str) -> None:
     text, place = unmark(marked)
-    found = fault(registry, text)
-    assert found.startswith(f"{place}: ")
-    assert message in found
+    line = fault(registry, text)
+    assert line.startswith(f"{place}: ")
+    assert message in line
 
 
 @pytest.mark.parametrize(
@@ -123,8 +124,8 @@ def test_fault_of_a_parameter_is_placed_at_the_parameter(
 
 
 def test_fault_of_a_swept_value_is_placed_in_the_sweep(registry: Registry) -> None:
-    found = fault(registry, write(attack="\n    {name: badnets,\n     sweep: {size: [3,\n       0]}}"))
-    assert found.split(":")[:2] in (["b.yaml", "7"], ["b.yaml", "8"])
+    line = fault(registry, write(attack="\n    {name: badnets,\n     sweep: {size: [3,\n       0]}}"))
+    assert line.split(":")[:2] in (["b.yaml", "7"], ["b.yaml", "8"])
 
 
 def test_fault_of_the_executor_is_placed_there(registry: Registry) -> None:
@@ -177,8 +178,8 @@ def test_size_of_the_data_set_counts(registry: Registry) -> None:
 
 def test_all_faults_at_once(registry: Registry) -> None:
     axes = {"attack": "badnet, {name: badnets, params: {size: 0}}", "defense": "non", "architecture": "mpl"}
-    found = faults(registry, write(**axes))
-    assert [line.split(": ")[1] for line in found] == [
+    lines = faults(registry, write(**axes))
+    assert [line.split(": ")[1] for line in lines] == [
         "matrix.attack.0.name", "matrix.attack.1.params.size", "matrix.defense.0.name", "matrix.architecture.0.name",
     ]  # fmt: skip
 
@@ -242,10 +243,10 @@ def test_sweep_wins_over_params_and_has_its_own_label(registry: Registry) -> Non
      "{name: badnets, sweep: {size: [5, 5]}}"],
 )  # fmt: skip
 def test_two_entries_with_one_label(attack: str, registry: Registry) -> None:
-    found = fault(registry, write(attack=attack))
-    assert found.startswith("b.yaml:5:")  # the line of the attacks
-    assert "there are two entries '" in found
-    assert "'as'" in found
+    line = fault(registry, write(attack=attack))
+    assert line.startswith("b.yaml:5:")  # the line of the attacks
+    assert "there are two entries '" in line
+    assert "'as'" in line
 
 
 @pytest.mark.parametrize(
@@ -302,7 +303,7 @@ class Skipper:
 
 
 def test_reasons_to_skip(monkeypatch: pytest.MonkeyPatch) -> None:
-    def skip(self: Component, cell: Cell) -> str | None:
+    def skip(self: Component, cell: Combination) -> str | None:
         return "too slow" if cell.seed else None
 
     plugins = Plugins(external=False)
@@ -310,7 +311,7 @@ def test_reasons_to_skip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NONE, "skip", skip)
     text = write("seeds: [0, 1]\n", attack="clean, badnets", defense="no_defense, none")
     plan = make(Registry(plugins), text)
-    reasons = {(c.attack.name, c.defense.name, c.seed): plan.skipped.get(c.key) for c in plan.cells}
+    reasons = {(c.attack.name, c.defense.name, c.seed): plan.skipped.get(record_key(c)) for c in plan.cells}
     assert reasons == {
         ("clean", "no_defense", 0): "not wanted",
         ("clean", "no_defense", 1): "not wanted",
@@ -379,16 +380,16 @@ def test_recipe_of_data_set_then_architecture(registry: Registry, monkeypatch: p
     digits, mlp = registry.load("dataset", "digits"), registry.load("architecture", "mlp")
     monkeypatch.setattr(digits, "recipe", lambda self: {"epochs": 3, "lr": 0.3})
     monkeypatch.setattr(mlp, "recipe", lambda self, dataset: {"lr": 0.4, "momentum": 0.5})
-    found = recipe(registry)
-    assert (found.epochs, found.lr, found.momentum, found.batch_size) == (3, 0.4, 0.5, Recipe().batch_size)
+    made = recipe(registry)
+    assert (made.epochs, made.lr, made.momentum, made.batch_size) == (3, 0.4, 0.5, Recipe().batch_size)
 
 
 @pytest.mark.parametrize("axis", PARTS)
 def test_components_below_defaults_below_entries(axis: str, registry: Registry) -> None:
     assert recipe(registry).clip_norm == 1  # the multilayer perceptron's own
     assert recipe(registry, defaults={axis: {"clip_norm": 2}}).clip_norm == 2
-    found = recipe(registry, defaults={axis: {"clip_norm": 2, "epochs": 5}}, **{axis: {"clip_norm": 3}})
-    assert (found.clip_norm, found.epochs) == (3, 5)
+    made = recipe(registry, defaults={axis: {"clip_norm": 2, "epochs": 5}}, **{axis: {"clip_norm": 3}})
+    assert (made.clip_norm, made.epochs) == (3, 5)
 
 
 @pytest.mark.parametrize(("entry", "below"), [("dataset", "architecture"), ("architecture", "dataset")])
@@ -404,16 +405,16 @@ def test_architecture_wins_over_data_set_on_the_same_level(registry: Registry) -
 @pytest.mark.parametrize("given_recipe", ["paper", {"base": "paper"}, {"base": "paper", "epochs": 20}])
 @pytest.mark.parametrize("axis", PARTS)
 def test_the_papers_recipe(axis: str, given_recipe: Any, registry: Registry) -> None:
-    found = recipe(registry, **{axis: given_recipe})
+    made = recipe(registry, **{axis: given_recipe})
     expected = {**PAPER, "epochs": 20 if "epochs" in given_recipe else 200}
-    assert {name: getattr(found, name) for name in expected} == expected
-    assert (found.bias_lr_factor, found.head_lr_factor) == (1, 1)
+    assert {name: getattr(made, name) for name in expected} == expected
+    assert (made.bias_lr_factor, made.head_lr_factor) == (1, 1)
 
 
 def test_the_papers_recipe_for_nin(registry: Registry) -> None:
-    found = only(registry, architecture="{name: nin, recipe: paper}").recipe
-    assert (found.momentum, found.bias_lr_factor, found.head_lr_factor) == (0.95, 2, 0.1)
-    assert (found.weight_decay, found.epochs, found.milestones) == (1e-4, 200, (80, 160))
+    made = only(registry, architecture="{name: nin, recipe: paper}").recipe
+    assert (made.momentum, made.bias_lr_factor, made.head_lr_factor) == (0.95, 2, 0.1)
+    assert (made.weight_decay, made.epochs, made.milestones) == (1e-4, 200, (80, 160))
 
 
 @pytest.mark.parametrize(
@@ -471,7 +472,7 @@ def base(registry: Registry) -> Cell:
 def test_key_changes_with(change: str, base: Cell, registry: Registry) -> None:
     rest, axes = CHANGES[change]
     changed = only(registry, rest, **{**BASE, **axes})
-    assert changed.key != base.key
+    assert record_key(changed) != record_key(base)
     early = change.endswith(("attack", "data set", "seed"))
     assert (poison_key(changed) != poison_key(base)) == (early or change == "parameter in defaults")
     assert (victim_key(changed) != victim_key(base)) == (not change.endswith("defense"))
@@ -483,19 +484,31 @@ def test_key_changes_with_the_revision(
 ) -> None:
     component = type(getattr(base, axis).component)
     monkeypatch.setattr(component, "revision", component.revision + 1)
-    assert only(registry, **BASE).key != base.key
+    assert record_key(only(registry, **BASE)) != record_key(base)
 
 
 def test_key_changes_with_fingerprint_and_evaluation(
     base: Cell, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = replace(base, fingerprint="0" * 64)
-    assert other.key != base.key
+    assert record_key(other) != record_key(base)
     assert data_key(other) != data_key(base)
-    monkeypatch.setattr(evaluation, "EVALUATION_REVISION", evaluation.EVALUATION_REVISION + 1)
+    monkeypatch.setattr(stage_table, "EVALUATION_REVISION", stage_table.EVALUATION_REVISION + 1)
     again = only(registry, **BASE)
-    assert again.key != base.key
+    assert record_key(again) != record_key(base)
     assert defense_key(again) == defense_key(base)
+
+
+class Threshold(Metric):
+    at: float = 0.5
+
+
+def test_the_record_key_alone_changes_with_the_metrics(base: Cell) -> None:
+    """Every metric counts, with its parameters; the trained networks are the same for all."""
+    half, third = (Choice("metric", "threshold", f"at_{at}", Threshold(at=at)) for at in (0.5, 0.3))
+    cells = [replace(base, metrics=metrics) for metrics in ((), (half,), (third,), (half, third))]
+    assert len({record_key(cell) for cell in cells}) == 4
+    assert {defense_key(cell) for cell in cells} == {defense_key(base)}
 
 
 SAME: dict[str, tuple[str, dict[str, str]]] = {
@@ -518,24 +531,24 @@ SAME: dict[str, tuple[str, dict[str, str]]] = {
 @pytest.mark.parametrize("way", SAME)
 def test_key_stays_with(way: str, base: Cell, registry: Registry) -> None:
     rest, axes = SAME[way]
-    assert only(registry, rest, **{**BASE, **axes}).key == base.key
+    assert record_key(only(registry, rest, **{**BASE, **axes})) == record_key(base)
 
 
 def test_key_does_not_depend_on_where_the_data_lie(registry: Registry, tmp_path: Path) -> None:
-    keys = {
-        only(registry, dataset=f"{{name: mnist, params: {{root: {tmp_path / name}, download: {download}}}}}").key
+    places = [
+        f"{{name: mnist, params: {{root: {tmp_path / name}, download: {download}}}}}"
         for name, download in (("a", "true"), ("b", "true"), ("a", "false"))
-    }
-    assert len(keys) == 1
+    ]
+    assert len({record_key(only(registry, dataset=place)) for place in places}) == 1
 
 
 def test_what_the_defenses_of_a_seed_share(registry: Registry) -> None:
     defenses = "no_defense, none, {name: none, as: other, params: {r1: 0.5}}"
     cells = make(registry, write("seeds: [0, 1]\n", defense=defenses)).cells
     assert len({record_key(cell) for cell in cells}) == len({defense_key(cell) for cell in cells}) == 6
-    for shared in ("poison_key", "victim_key", "initial_key"):
-        assert len({(cell.seed, getattr(cell, shared)) for cell in cells}) == 2
-        assert len({getattr(cell, shared) for cell in cells}) == 2
+    for shared in (poison_key, victim_key, initial_key):
+        assert len({(cell.seed, shared(cell)) for cell in cells}) == 2
+        assert len({shared(cell) for cell in cells}) == 2
     assert len({data_key(cell) for cell in cells}) == 1
 
 
@@ -559,16 +572,16 @@ def test_what_attacks_and_architectures_share(registry: Registry) -> None:
 def test_cell_goes_through_json(axes: dict[str, str], registry: Registry) -> None:
     cell = only(registry, **axes)
     spec = cell.spec()
-    again = Cell.from_spec(json.loads(json.dumps(spec, allow_nan=False)), registry)
+    again = cell_from_spec(json.loads(json.dumps(spec, allow_nan=False)), registry)
     assert again == cell
-    assert (again.key, again.title) == (record_key(cell), cell.title)
+    assert (record_key(again), again.title) == (record_key(cell), cell.title)
     assert again.spec() == spec
 
 
 def test_keys_are_short_and_hexadecimal(base: Cell) -> None:
-    for key in (base.key, data_key(base), poison_key(base), initial_key(base), victim_key(base), defense_key(base)):
-        assert len(key) == 16
-        int(key, 16)
+    for key in (record_key, data_key, poison_key, initial_key, victim_key, defense_key):
+        assert len(key(base)) == 16
+        int(key(base), 16)
 
 
 def test_the_attack_of_a_plan_is_the_resolved_one(base: Cell) -> None:

@@ -24,13 +24,15 @@ from backdoor_bench_none.registry.plugins import API_VERSION, Plugins, PluginWar
 from backdoor_bench_none.run.provenance import describe
 
 HOOKS = {name: hook for name, hook in vars(hookspecs).items() if name.startswith("bbn_")}
-HEADER = "from backdoor_bench_none.hookspecs import hookimpl\n"
+HEADER = "from backdoor_bench_none import hookimpl\n"
 BENCHMARK = """\
 version: 1
 name: test
 matrix: {attack: [clean, badnets], defense: [no_defense, none], architecture: [mlp]}
 """
 Install = Callable[..., None]
+#: sets BBN_DISABLE_PLUGINS, and returns what is hidden besides
+Disable = Callable[[str], list[str]]
 
 
 def providing(*names: str, hook: str = "bbn_attacks") -> str:
@@ -39,8 +41,7 @@ def providing(*names: str, hook: str = "bbn_attacks") -> str:
 
 
 @pytest.fixture(autouse=True)
-def clean_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("BBN_DISABLE_PLUGINS", raising=False)
+def clean_modules(tmp_path: Path) -> Iterator[None]:
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
@@ -163,6 +164,14 @@ BROKEN = {
     "an instance": ("@hookimpl\ndef bbn_attacks(): return {'mine': object()}", "'mine' is neither a class nor"),
     "name that is no string": ("@hookimpl\ndef bbn_attacks(): return {3: 'a:B'}", "3"),
     "newer": (f"bbn_api_version = {API_VERSION + 1}", f"plugin API {API_VERSION + 1}, this is {API_VERSION}"),
+    "older": (
+        "bbn_api_version = 1",
+        rf"plugin API 1, this is {API_VERSION}: every method that does work now takes \(task, context\).* docs/api.md",
+    ),
+    "module that has moved since": (
+        "from backdoor_bench_none.hookspecs import hookspec",
+        "ModuleNotFoundError: .*'backdoor_bench_none.hookspecs': .* an older version of the API: .* docs/api.md",
+    ),
     "odd version": ("bbn_api_version = 'one'", "TypeError"),
     "second hook": (
         providing("mine") + "@hookimpl\ndef bbn_defenses(): return 3",
@@ -193,9 +202,8 @@ def test_hooks_of_a_broken_plugin_are_not_called(install: Install, tmp_path: Pat
     assert len(plan(plugins, tmp_path).cells) == 4
 
 
-@pytest.mark.parametrize("version", [API_VERSION, API_VERSION - 1])
-def test_older_plugin_api_is_accepted(version: int, install: Install) -> None:
-    install("mine", f"bbn_api_version = {version}\n" + providing("mine"))
+def test_plugin_of_this_api_is_accepted(install: Install) -> None:
+    install("mine", f"bbn_api_version = {API_VERSION}\n" + providing("mine"))
     assert_works(Plugins(), external=["mine"])
 
 
@@ -253,35 +261,35 @@ def test_equal_names_of_different_kinds_are_no_clash(install: Install) -> None:
 
 
 @pytest.mark.parametrize("left_out", ["one", "two"])
-def test_disabling_one_resolves_the_clash(left_out: str, install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disabling_one_resolves_the_clash(left_out: str, install: Install, disable_plugins: Disable) -> None:
     install("one", providing("same"))
     install("two", providing("same"))
-    monkeypatch.setenv("BBN_DISABLE_PLUGINS", left_out)
+    disable_plugins(left_out)
     entry = Registry(Plugins()).entry("attack", "same")
     assert {entry.provider.plugin, left_out} == {"one", "two"}
 
 
 @pytest.mark.parametrize("value", ["bad", "dist-bad", "other, dist-bad", "bad,", " bad "])
-def test_disabled_plugin_is_not_imported(value: str, install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disabled_plugin_is_not_imported(value: str, install: Install, disable_plugins: Disable) -> None:
     install("bad", "import nothing_of_that_name")
     install("mine", providing("mine"))
-    monkeypatch.setenv("BBN_DISABLE_PLUGINS", value)
+    disable_plugins(value)
     plugins = Plugins()
     assert_works(plugins, external=["mine"])
     assert plugins.broken == []
     assert "plugin_bad" not in sys.modules
 
 
-def test_built_ins_cannot_be_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BBN_DISABLE_PLUGINS", "bbn_attacks,backdoor-bench-none")
+def test_built_ins_cannot_be_disabled(disable_plugins: Disable) -> None:
+    disable_plugins("bbn_attacks,backdoor-bench-none")
     assert_works(Plugins(), external=[])
 
 
-def test_disabled_as_an_argument(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disabled_as_an_argument(install: Install, disable_plugins: Disable) -> None:
     install("one", providing("one"))
     install("two", providing("two"))
-    monkeypatch.setenv("BBN_DISABLE_PLUGINS", "two")
-    assert_works(Plugins(disabled=["one"]), external=["two"])
+    hidden = disable_plugins("two")
+    assert_works(Plugins(disabled=["one", *hidden]), external=["two"])
 
 
 # bbnfile.py
@@ -315,11 +323,13 @@ def test_broken_bbnfile(tmp_path: Path) -> None:
     assert_works(registry.plugins, external=[])
 
 
-def test_bbnfile_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bbnfile_of_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disable_plugins: Disable
+) -> None:
     (tmp_path / "bbnfile.py").write_text(HEADER + providing("mine"))
     monkeypatch.chdir(tmp_path)
     assert "mine" in Registry.default().names("attack")
-    monkeypatch.setenv("BBN_DISABLE_PLUGINS", "bbnfile")
+    disable_plugins("bbnfile")
     assert "mine" not in Registry.default().names("attack")
 
 

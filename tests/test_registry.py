@@ -16,7 +16,7 @@ from backdoor_bench_none.registry.plugins import Plugins
 BUILT_INS = [(entry.kind, entry.name) for entry in Plugins(external=False).entries]
 SOURCE = """
 from bbn_attacks.clean import Clean
-from backdoor_bench_none.hookspecs import hookimpl
+from backdoor_bench_none import hookimpl
 
 TARGETS = {
     "gone": "module_that_is_gone:Attack",

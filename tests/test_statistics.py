@@ -295,5 +295,5 @@ def test_what_is_wrong_and_what_to_do_is_said(call: Callable[[], object], messag
 
 
 def test_importing_the_module_loads_no_heavy_library() -> None:
-    heavy = "import sys, backdoor_bench_none.statistics; print({'scipy', 'sklearn', 'torch'} & set(sys.modules))"
+    heavy = "import sys, backdoor_bench_none.maths.statistics; print({'scipy', 'sklearn', 'torch'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout == "set()\n"

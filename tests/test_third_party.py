@@ -85,12 +85,22 @@ def make_environment(folder: Path) -> Environment:
     lent.mkdir()
     here = [Path(path) for path in dict.fromkeys([*site.getsitepackages(), *sys.path])]
     for path in (path for each in here if each.name in ("site-packages", "dist-packages") for path in each.iterdir()):
-        ours = path.name.startswith(("bbn", "backdoor_bench_none", "__pycache__")) or path.suffix == ".pth"
-        if not ours and not (lent / path.name).exists():
+        if not (is_ours(path) or is_plugin(path) or (lent / path.name).exists()):
             (lent / path.name).symlink_to(path)
     (own,) = (folder / "lib").glob("python*/site-packages")
     (own / "lent.pth").write_text(f"{lent}\n")
     return Environment(folder)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a path beside installed packages belongs to this project, or leads to its checkout."""
+    return path.name.startswith(("bbn", "backdoor_bench_none", "__pycache__")) or path.suffix == ".pth"
+
+
+def is_plugin(path: Path) -> bool:
+    """Whether it is the metadata by which an installed plugin is found."""
+    points = path / "entry_points.txt"
+    return points.is_file() and "[backdoor_bench_none]" in points.read_text()
 
 
 def build(packages: list[Path], wheels: Path) -> Path:
@@ -193,8 +203,8 @@ def write_matrix(folder: Path, attacks: str, defenses: str, rest: str = "") -> N
 
 def records(folder: Path) -> Mapping[tuple[str, str], Record]:
     """By attack and defense."""
-    found = Store(folder / "results").records()
-    return {(record.axes["attack"].name, record.axes["defense"].name): record for record in found}
+    records = Store(folder / "results").records()
+    return {(record.axes["attack"].name, record.axes["defense"].name): record for record in records}
 
 
 # our wheel

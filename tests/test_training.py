@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import replace
+from statistics import median
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ from torchvision.transforms import Normalize
 
 from backdoor_bench_none.api import Batch, Context, DatasetInfo, FitTask, History, ImageSet, Loss, Recipe, TrainingData
 from backdoor_bench_none.api import cross_entropy as plain_loss
+from backdoor_bench_none.contracts import network
 from backdoor_bench_none.contracts.network import Pixels, predict_logits
 from backdoor_bench_none.contracts.recipe import named_recipe
 from backdoor_bench_none.contracts.trainer import check_learned
 from backdoor_bench_none.errors import DeadlineError, TrainingError
-from backdoor_bench_none.trainers import centralized as training
 from backdoor_bench_none.trainers.centralized import Centralized
 
 CPU = Context(torch.device("cpu"), 7)
@@ -212,12 +213,16 @@ def test_history_log_and_progress_tell_of_every_epoch() -> None:
 
 
 def test_the_model_learns_and_ends_in_eval_mode() -> None:
-    model, data = build(), draw_data()
-    history = fit(model, CONSTANT.model_copy(update={"epochs": 8}), data=data)
-    check_learned(history, 3)
-    assert not any(module.training for module in model.modules())
-    logits = predict_logits(model, data.images.images, data.pixels, CPU)
-    assert (logits.argmax(1) == data.images.labels).float().mean() > 0.95
+    accuracies, data = [], draw_data()
+    for seed in range(5):
+        model = build(seed)
+        history = fit(model, CONSTANT.model_copy(update={"epochs": 8}), replace(CPU, seed=seed), data)
+        check_learned(history, 3)
+        assert not any(module.training for module in model.modules())
+        logits = predict_logits(model, data.images.images, data.pixels, CPU)
+        accuracies.append(float((logits.argmax(1) == data.images.labels).float().mean()))
+    print("MEASURED learns", accuracies)
+    assert median(accuracies) > 0.95
 
 
 # Pixels.
@@ -303,9 +308,14 @@ def test_augmentation_differs_between_epochs_and_leaves_the_data_alone() -> None
 @pytest.mark.parametrize("channels", [1, 3])
 def test_training_works_on_grey_and_coloured_images(channels: int) -> None:
     mean, std = (0.4,) * channels, (0.3,) * channels
-    info = replace(INFO, shape=(channels, 8, 8), mean=mean, std=std, flip=True)
-    history = fit(build(channels=channels), CONSTANT.model_copy(update={"epochs": 3}), data=draw_data(info=info))
-    assert history.losses[-1] < history.losses[0]
+    data = draw_data(info=replace(INFO, shape=(channels, 8, 8), mean=mean, std=std, flip=True))
+    ratios = []
+    for seed in range(5):
+        model, context = build(seed, channels=channels), replace(CPU, seed=seed)
+        losses = fit(model, CONSTANT.model_copy(update={"epochs": 3}), context, data).losses
+        ratios.append(losses[-1] / losses[0])
+    print("MEASURED grey", ratios)
+    assert median(ratios) < 0.5
 
 
 # Failures.
@@ -342,9 +352,9 @@ def test_a_deadline_ahead_does_nothing() -> None:
     fit(build(), context=replace(CPU, deadline=time.monotonic() + 3600))
 
 
-def test_a_network_without_layers_is_an_error() -> None:
+def test_a_network_without_a_layer_has_no_head_to_train_at_another_rate() -> None:
     with pytest.raises(TrainingError, match="no convolution"):
-        fit(nn.Sequential(nn.Flatten(), nn.PReLU()))
+        fit(nn.Sequential(nn.Flatten(), nn.PReLU()), CONSTANT.model_copy(update={"head_lr_factor": 0.1}))
 
 
 # Predicting.
@@ -367,8 +377,8 @@ def test_predicting_is_in_eval_mode_and_leaves_the_grad_mode_as_found(grad: bool
 def test_predictions_do_not_depend_on_the_batch_size(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = build(), draw_data()
     expected = predict_logits(model, data.images.images, data.pixels, CPU)
-    split = training.iterate_normalized
-    monkeypatch.setattr(training, "iterate_normalized", lambda images, pixels: split(images, pixels, batch_size))
+    split = network.iterate_normalized
+    monkeypatch.setattr(network, "iterate_normalized", lambda images, pixels: split(images, pixels, batch_size))
     torch.testing.assert_close(predict_logits(model, data.images.images, data.pixels, CPU), expected)
 
 
@@ -429,6 +439,10 @@ class Hand(nn.Module):
         self.hidden, self.head = nn.Conv2d(1, 2, 1), nn.Linear(2, 3)
         for parameter in self.parameters():
             nn.init.constant_(parameter, 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.hidden(x).mean((2, 3)))
+        return logits
 
 
 def one_step(**changes: object) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The first-party attacks: plugins like anybody's, one file each."""
+"""The first-party attacks: plugins with no special treatment, one module each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from backdoor_bench_none.api import hookimpl
 
 @hookimpl
 def bbn_attacks() -> Mapping[str, str]:
-    """The baseline without an attack, the attacks of the paper, and the classics."""
+    """The baseline without an attack, the attacks of the paper, and classic ones."""
     return {
         "clean": "bbn_attacks.clean:Clean",
         "badnets": "bbn_attacks.badnets:BadNets",

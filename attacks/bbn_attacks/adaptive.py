@@ -26,14 +26,13 @@ from backdoor_bench_none.api import (
 
 
 class Adaptive(TriggerAttack):
-    """Begins with a benign network and fine-tunes it with CE(F(x), y) + CE(F(x~), y_t) + alpha sum_i |I_i(x) -
-    I_i(x~)|^2.
+    """Fine-tunes a benign network with CE(F(x), y) + CE(F(x~), y_t) + alpha sum_i |I_i(x) - I_i(x~)|^2.
 
     Every batch has each of its images x also as triggered image x~, whatever its label: samples of the target class
     too. I_i are the pre-activations of every hidden convolution and linear layer. The paper does not say which layers,
     nor whether the squares are summed or averaged; the mean over a layer is the default, since with it the whole grid
-    of Table 12 (1e-4 ... 1e-1) trains, and with sums it does not. The defender gets this network, and a training set of
-    which `poison_rate` bears the trigger.
+    of Table 12 (1e-4 ... 1e-1) trains, and with sums it does not. The defender gets this network, and a training set
+    with the trigger on a share of `poison_rate`.
     """
 
     paper: ClassVar[str] = "NONE, section 8.9"
@@ -41,23 +40,23 @@ class Adaptive(TriggerAttack):
     starts_from_benign: ClassVar[bool] = True
 
     alpha: float = Field(1e-3, ge=0, description="weight of the distance between activations")
-    reduction: Literal["mean", "sum"] = Field("mean", description="of the squares of a layer, for each image")
+    reduction: Literal["mean", "sum"] = Field("mean", description="how the squares of a layer are reduced")
     epochs: int | None = Field(None, ge=1, description="epochs of fine-tuning; default: half of the recipe's")
-    lr: float | None = Field(None, gt=0, description="its highest learning rate; default: a tenth of the recipe's")
+    lr: float | None = Field(None, gt=0, description="highest learning rate; default: a tenth of the recipe's")
     opacity: float = Field(1.0, gt=0, le=1, description="value of the mask of the watermark")
 
     def skip(self, cell: Combination) -> str | None:
-        """Clients each train on their own data: there is no one who could fine-tune on all."""
-        return (
-            "its attacker trains on all data in one place" if cell.trainer.component.has_clients else super().skip(cell)
-        )
+        """Not with clients: each trains on its own data, and no party could fine-tune on all of them."""
+        if cell.trainer.component.has_clients:
+            return "its attacker trains on all data in one place"
+        return super().skip(cell)
 
     def trigger(self, info: DatasetInfo) -> Trigger:
         """The watermark, as in section 8.9."""
         return triggers.watermark(info.shape, self.opacity)
 
     def train(self, task: VictimTask, context: Context) -> tuple[nn.Module, History]:
-        """The benign network, fine-tuned on clean images and their triggered selves."""
+        """The benign network, fine-tuned on clean images and their triggered copies."""
         model, pixels = task.benign(), Pixels.of(task.info, context.device)
         first = pixels.normalize(task.original.images[:1])
         trigger = self.trigger(task.info)
@@ -91,14 +90,16 @@ def adaptive_loss(
     reduction: str,
     taps: dict[str, str],
 ) -> Tensor:
-    """Eq. 9 on a batch of normalised `images` and their `triggered` selves (N, C, H, W); one forward pass for both.
+    """Eq. 9 on a batch of normalised `images` and their `triggered` copies (N, C, H, W); one forward pass for both.
 
     `taps` are the modules whose outputs are I_i; their squared differences are averaged over the batch.
     """
     with record_outputs(model, taps, lambda module, output: output.clone()) as seen:
         clean_logits, triggered_logits = model(torch.cat([images, triggered])).chunk(2)
     loss = F.cross_entropy(clean_logits, labels) + F.cross_entropy(triggered_logits, wanted)
-    return loss + alpha * activation_distance(seen, reduction) if alpha else loss
+    if alpha:
+        loss = loss + alpha * activation_distance(seen, reduction)
+    return loss
 
 
 def activation_distance(seen: dict[str, Tensor], reduction: str) -> Tensor:
@@ -107,5 +108,6 @@ def activation_distance(seen: dict[str, Tensor], reduction: str) -> Tensor:
     for output in seen.values():
         clean, triggered = output.float().chunk(2)
         squares = (clean - triggered).square().flatten(1)
-        total = total + (squares.mean(1) if reduction == "mean" else squares.sum(1)).mean()
+        reduced = squares.mean(1) if reduction == "mean" else squares.sum(1)
+        total = total + reduced.mean()
     return total

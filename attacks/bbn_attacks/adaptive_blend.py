@@ -26,25 +26,27 @@ from backdoor_bench_none.api import (
 
 
 class AdaptiveBlend(TriggerAttack):
-    """Every poisoned image bears a random half of the 16 pieces of a noise pattern, weakly; so do as many others that
-    keep their label (`cover_rate`), so that triggered and benign features do not separate. The whole pattern is stamped
-    at test time. Cover samples count neither as poisoned nor as benign when a defense's flags are scored.
+    """Blends pieces of a noise pattern into training images, and the whole pattern into test images.
+
+    Every poisoned image has a random half of the 16 pieces, weakly blended; so does a share `cover_rate` of other
+    images, which keep their label, so that triggered and benign features do not separate. Cover samples count as
+    neither poisoned nor benign when a defense's flags are scored.
     """
 
     paper: ClassVar[str] = "Qi et al., ICLR 2023"
 
     poison_rate: float = Field(0.003, ge=0, le=1, description="share of the whole training set that is poisoned")
     cover_rate: float = Field(
-        0.003, ge=0, le=1, description="share of the training set that bears pieces and keeps its label"
+        0.003, ge=0, le=1, description="share of the training set that gets pieces and keeps its label"
     )
     opacity: float = Field(0.15, gt=0, le=1, description="share of the pattern in training images")
     test_opacity: float = Field(0.2, gt=0, le=1, description="share of the pattern in test images")
     pieces: int = Field(4, ge=1, le=16, description="the pattern is cut into pieces x pieces squares")
-    piece_rate: float = Field(0.5, gt=0, le=1, description="share of the pieces that a training image bears")
-    pattern_seed: int = Field(0, ge=0, description="which noise image")
+    piece_rate: float = Field(0.5, gt=0, le=1, description="share of the pieces that a training image gets")
+    pattern_seed: int = Field(0, ge=0, description="seed of the noise pattern")
 
     def check(self, info: DatasetInfo) -> None:
-        """Also: poisoned and cover samples find room, and the pieces do."""
+        """Check also that poisoned and cover samples fit into the training set, and pieces into the images."""
         super().check(info)
         check_rates(info, poison_rate=self.poison_rate, cover_rate=self.cover_rate)
         if self.pieces > min(info.shape[1:]):
@@ -56,18 +58,19 @@ class AdaptiveBlend(TriggerAttack):
         return Trigger(torch.full((1, *info.shape[1:]), self.test_opacity), pattern)
 
     def draw_pieces(self, indices: Tensor, seed: int) -> Tensor:
-        """Which pieces each training sample bears (N, 1, pieces, pieces), 0 or 1: round(piece_rate * pieces ** 2) of
-        them, by (seed, index).
+        """Which pieces each training sample gets (N, 1, pieces, pieces), 0 or 1.
+
+        They are round(piece_rate * pieces ** 2) in number, and depend on (seed, index) alone.
         """
-        places = self.pieces**2
-        count = int(indices.max()) + 1 if len(indices) else 0
-        borne = max(1, round(self.piece_rate * places))
-        drawn = np.random.default_rng(seed).random((count, places))[indices.numpy()]
-        chosen = torch.from_numpy(drawn <= np.partition(drawn, borne - 1, axis=1)[:, borne - 1 : borne])
+        total = self.pieces**2
+        kept = max(1, round(self.piece_rate * total))
+        count = max(indices.tolist(), default=-1) + 1
+        drawn = np.random.default_rng(seed).random((count, total))[indices.numpy()]
+        chosen = torch.from_numpy(drawn <= np.partition(drawn, kept - 1, axis=1)[:, kept - 1 : kept])
         return chosen.reshape(-1, 1, self.pieces, self.pieces).float()
 
     def partial_trigger(self, info: DatasetInfo, pieces: Tensor) -> Trigger:
-        """The trigger of each training image, of the pieces (N, 1, pieces, pieces) that it bears."""
+        """The trigger of each training image, from its `pieces` (N, 1, pieces, pieces)."""
         rows, columns = (torch.arange(extent) * self.pieces // extent for extent in info.shape[1:])
         mask = (pieces * self.opacity)[:, :, rows][:, :, :, columns]
         return Trigger(mask, triggers.noise(info.shape, self.pattern_seed))

@@ -14,12 +14,12 @@ TriggerKind = Literal["pixel", "static", "dynamic", "watermark", "corner", "labe
 
 
 class BadNets(TriggerAttack):
-    """Poisons by stamping and relabelling; the paper's defaults per data set (Table 8, sections 8.6 and 8.7).
+    """Poisons by stamping and relabelling; the defaults are the paper's per data set (Table 8, sections 8.6 and 8.7).
 
     Kinds of trigger: `pixel` one pixel bottom right; `static` a square of one colour bottom right; `dynamic` the black
-    and white corner pattern of the label-consistent attack at a random place per image, a function of seed and index;
-    `watermark` coloured glyphs over the whole image; `corner` a solid square top left; `label_consistent` that pattern
-    bottom right. The paper does not give the pixels; these are ours.
+    and white corner pattern of the label-consistent attack at a random position per image, a function of seed and
+    index; `watermark` coloured glyphs over the whole image; `corner` a solid square top left; `label_consistent` that
+    pattern bottom right. The paper does not give the pixels; these are our choice.
     """
 
     paper: ClassVar[str] = "arXiv:1708.06733"
@@ -27,7 +27,7 @@ class BadNets(TriggerAttack):
     trigger_kind: TriggerKind | None = Field(
         None, description="kind of trigger; default: the paper's for the data set (Table 8)"
     )
-    size: int = Field(3, ge=1, le=224, description="side of the patch in pixels; pixel and watermark have their own")
+    size: int = Field(3, ge=1, le=224, description="side of the patch in pixels; no effect on pixel and watermark")
     opacity: float = Field(1.0, gt=0, le=1, description="value of the mask; below 1 the trigger is blended in")
     color: tuple[Level, Level, Level] | None = Field(
         None, description="RGB in 0..255 of static (default red) and corner (default black)"
@@ -38,7 +38,7 @@ class BadNets(TriggerAttack):
         return super().resolve(info).model_copy(update={"trigger_kind": self.trigger_kind or info.paper_trigger})
 
     def trigger(self, info: DatasetInfo) -> Trigger:
-        """The trigger at its fixed place; `dynamic` is shown bottom right."""
+        """The trigger at its fixed position; `dynamic` is shown bottom right."""
         shape, channels = info.shape, info.shape[0]
         kind = self.trigger_kind or info.paper_trigger
         if kind == "watermark":
@@ -55,7 +55,7 @@ class BadNets(TriggerAttack):
         return triggers.place(shape, triggers.label_consistent_tile(self.size), -1, -1, self.opacity)
 
     def trigger_each(self, info: DatasetInfo, indices: Tensor, seed: int) -> Trigger | PlacedTiles:
-        """A place of its own for each sample if the trigger is dynamic."""
+        """A separate position for each sample if the trigger is dynamic."""
         if (self.trigger_kind or info.paper_trigger) != "dynamic":
             return self.trigger(info)
         rows, columns = triggers.random_places(info.shape, self.size, indices, seed)

@@ -16,7 +16,7 @@ class Blended(TriggerAttack):
     paper: ClassVar[str] = "arXiv:1712.05526"
 
     opacity: float = Field(0.2, gt=0, le=1, description="share of the pattern in the image")
-    pattern_seed: int = Field(0, ge=0, description="which noise image")
+    pattern_seed: int = Field(0, ge=0, description="seed of the noise pattern")
 
     def trigger(self, info: DatasetInfo) -> Trigger:
         """The pattern over the whole image."""

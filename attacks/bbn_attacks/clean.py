@@ -13,5 +13,5 @@ class Clean(Attack):
     poisons: ClassVar[bool] = False
 
     def attack_test(self, task: AttackTask, context: Context) -> PoisonedSamples:
-        """Nothing."""
+        """No samples."""
         return PoisonedSamples.nothing(task.data)

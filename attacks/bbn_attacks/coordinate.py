@@ -1,4 +1,4 @@
-"""The trigger of the two-dimensional world: one coordinate is set (section 8.1, Figs. 6 and 7)."""
+"""The trigger of the two-dimensional data: one coordinate is set (section 8.1, Figs. 6 and 7)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from backdoor_bench_none.api import ConfigError, DatasetInfo, Trigger, TriggerAt
 class Coordinate(TriggerAttack):
     """Sets one channel of every pixel to a value, as t = (-, 0.6) does to points of the data set blobs.
 
-    The images of this trigger are the hyperplane on which that channel has that value: the paper's ideal Trojan region.
+    The triggered images are the hyperplane on which that channel has that value: the paper's ideal Trojan region.
     """
 
     paper: ClassVar[str] = "NONE, section 8.1"

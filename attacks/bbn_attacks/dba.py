@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import ClassVar, Self
 
 import torch
@@ -26,7 +27,7 @@ from backdoor_bench_none.api import (
     triggers,
 )
 
-#: clients train in batches of this size; `poisoned_per_batch` counts in them
+#: clients train in batches of this size, to which `poisoned_per_batch` refers
 LOCAL_BATCH = 64
 
 
@@ -34,10 +35,10 @@ class DBA(StampAttack):
     """The first `attackers` clients stamp one of four white bars each, and train longer; their networks are not scaled.
 
     Bars are those of the authors' code: on grey images 1x4 pixels in rows 0 and 3, on colour images 1x6 in rows 0 and
-    4; the test images bear all four. Their code poisons the first 20 (MNIST) or 5 (CIFAR) images of every batch of 64;
-    here as many of each client's images are poisoned once, so that detection has a truth. Other numbers are theirs too;
-    the paper (section 8.8) says no more than 10 clients, 4 of them malicious. While a defense trains, all clients
-    follow its protocol: malicious ones train like others, on what is left of their poison.
+    4; the test images have all four. Their code poisons the first 20 (MNIST) or 5 (CIFAR) images of every batch of 64;
+    here as many of each client's images are poisoned once, so that detection has a ground truth. The other numbers are
+    theirs too; the paper (section 8.8) only says 10 clients, 4 of them malicious. While a defense trains, all clients
+    follow its protocol: malicious ones train like the others, on what is left of their poison.
     """
 
     paper: ClassVar[str] = "Xie et al., ICLR 2020"
@@ -55,21 +56,18 @@ class DBA(StampAttack):
 
     def resolve(self, info: DatasetInfo) -> Self:
         """Fill in the authors' target, 2, and their numbers for grey or colour images."""
-        grey = info.shape[0] == 1
-        default = self if self.target is not None else self.model_copy(update={"target": min(2, info.num_classes - 1)})
-        return (
-            super(DBA, default)
-            .resolve(info)
-            .model_copy(
-                update={
-                    "poisoned_per_batch": self.poisoned_per_batch or (20 if grey else 5),
-                    "malicious_epochs": self.malicious_epochs or (10 if grey else 6),
-                }
-            )
-        )
+        poisoned, epochs = (20, 10) if info.shape[0] == 1 else (5, 6)
+        attack = self
+        if self.target is None:
+            attack = self.model_copy(update={"target": min(2, info.num_classes - 1)})
+        numbers = {
+            "poisoned_per_batch": self.poisoned_per_batch or poisoned,
+            "malicious_epochs": self.malicious_epochs or epochs,
+        }
+        return super(DBA, attack).resolve(info).model_copy(update=numbers)
 
     def check_trainer(self, trainer: Trainer) -> None:
-        """There are enough clients."""
+        """Raise `ConfigError` if there are fewer clients than attackers."""
         clients = getattr(trainer, "clients", None)
         if trainer.has_clients and clients is not None and self.attackers > clients:
             raise ConfigError(f"dba: {self.attackers} attackers among {clients} clients", "lower attackers")
@@ -78,8 +76,8 @@ class DBA(StampAttack):
         """The four local triggers; together they are the global one."""
         length, gap, below = (4, 2, 3) if info.shape[0] == 1 else (6, 3, 4)
         bar = torch.ones(1, 1, length)
-        places = [(row, column) for row in (0, below) for column in (0, length + gap)]
-        return [triggers.place(info.shape, bar, row, column) for row, column in places]
+        positions = product((0, below), (0, length + gap))
+        return [triggers.place(info.shape, bar, row, column) for row, column in positions]
 
     def trigger(self, info: DatasetInfo) -> Trigger:
         """All four bars."""
@@ -98,7 +96,9 @@ class DBA(StampAttack):
             chosen = task.data.take(indices)
             images = bars[client % len(bars)].apply(chosen.images)
             parts.append(PoisonedSamples(indices, images, self.relabel(chosen.labels, task.info.num_classes)))
-        return join(parts) if parts else PoisonedSamples.nothing(task.data)
+        if not parts:
+            return PoisonedSamples.nothing(task.data)
+        return join(parts)
 
     def train(self, task: VictimTask, context: Context) -> tuple[nn.Module, History]:
         """Federated training in which malicious clients train longer."""
@@ -118,7 +118,7 @@ def poison_count(samples: int, per_batch: int) -> int:
 
 
 def join(parts: list[PoisonedSamples]) -> PoisonedSamples:
-    """Several sets of samples in one, by index."""
+    """The union of several sets of samples, in the order of their indices."""
     indices, order = torch.cat([part.indices for part in parts]).sort()
     images, labels = (torch.cat([getattr(part, name) for part in parts])[order] for name in ("images", "labels"))
     return PoisonedSamples(indices, images, labels)

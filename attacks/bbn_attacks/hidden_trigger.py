@@ -1,6 +1,4 @@
-"""Hidden trigger attack (Saha et al., 2020): poisons look like the target class, and like the triggered source class to
-a frozen feature extractor.
-"""
+"""Hidden trigger attack (Saha et al., 2020): images of one class with the features of triggered images of another."""
 
 from __future__ import annotations
 
@@ -37,16 +35,18 @@ PATCH_SEED = 13
 
 
 class HiddenTrigger(CleanLabelAttack):
-    """Images z of the target class are moved by at most `epsilon` levels so that their features, those of the victim's
-    frozen backbone, meet the features of source-class images with the patch. The patch itself is in no training image;
-    at test time it is stamped on images of the source class at a random place, and only they count for ASR.
+    """Moves images of the target class until their features meet those of source-class images with a patch.
 
-    In every iteration the pairs are made anew, nearest first, each image once; the authors' code forgets to strike
-    matched rows and columns out, so that images repeat. The poisons replace the images they are made of (the authors
-    add them to others). Their pair, theater curtain (n04418357) to plunger (n03970156), is `{name: image_folder,
-    params: {classes: [n04418357, n03970156]}}` of ImageNet, with source 0 and target 1 in the order of `classes`,
-    architecture alexnet and `{name: transfer, params: {weights: alexnet.pth}}`; on other data this is a surrogate.
-    `rule: gradient` with lr 0.01 is theirs, for AlexNet's features; `sign` suits features of any scale.
+    The features are those of the victim's frozen backbone, and images are moved by at most `epsilon` levels. The patch
+    itself is in no training image; at test time it is stamped on images of the source class at a random position, and
+    only they count for ASR.
+
+    Pairs are matched anew in every iteration, nearest first, each image once; the authors' code does not strike out
+    matched rows and columns, so that images repeat. The poisons replace the images they are made from (the authors add
+    them to others). Their pair, theater curtain (n04418357) to plunger (n03970156), is `{name: image_folder, params:
+    {classes: [n04418357, n03970156]}}` of ImageNet, with source 0 and target 1 in the order of `classes`, architecture
+    alexnet and `{name: transfer, params: {weights: alexnet.pth}}`; on other data this is a surrogate. `rule: gradient`
+    with lr 0.01 is theirs, for AlexNet's features; `sign` suits features of any scale.
     """
 
     paper: ClassVar[str] = "arXiv:1910.00033"
@@ -62,17 +62,20 @@ class HiddenTrigger(CleanLabelAttack):
     lr: float = Field(0.01, gt=0, description="length of a step on the scale 0..1, halved every `halve_every` steps")
     halve_every: int = Field(1000, ge=1, description="steps after which the step is halved")
     rule: Literal["gradient", "sign"] = Field("gradient", description="step along the gradient, or along its sign")
-    stop_at: float = Field(10.0, ge=0, description="stop once the squared distance of no pair is larger")
+    stop_at: float = Field(10.0, ge=0, description="stop once the squared distance of every pair is at most this")
 
     def resolve(self, info: DatasetInfo) -> Self:
         """Fill in the target, the source and the size of the patch."""
         resolved = super().resolve(info)
-        source = ((resolved.target or 0) + 1) % info.num_classes if self.source is None else self.source
-        size = max(1, round(info.shape[1] * 30 / 224)) if self.size is None else self.size
+        source, size = self.source, self.size
+        if source is None:
+            source = ((resolved.target or 0) + 1) % info.num_classes
+        if size is None:
+            size = max(1, round(info.shape[1] * 30 / 224))
         return resolved.model_copy(update={"source": source, "size": size})
 
     def check(self, info: DatasetInfo) -> None:
-        """Also: the pair is one of two classes."""
+        """Check also that source and target are two different classes."""
         if self.source == self.target:
             raise ConfigError(f"hidden_trigger: source and target are both class {self.target}", "choose two classes")
         if self.source is not None and self.source >= info.num_classes:
@@ -90,15 +93,15 @@ class HiddenTrigger(CleanLabelAttack):
         return triggers.place(info.shape, self.tile(info), -1, -1)
 
     def trigger_each(self, info: DatasetInfo, indices: Tensor, seed: int) -> PlacedTiles:
-        """The patch at a place of its own for each sample."""
+        """The patch at a separate position for each sample."""
         rows, columns = triggers.random_places(info.shape, self.size or 1, indices, seed)
         return triggers.PlacedTiles(info.shape, self.tile(info), rows, columns)
 
     def craft(self, chosen: ImageSet, indices: Tensor, task: AttackTask, context: Context) -> Tensor:
-        """Optimised in feature space, truncated to whole levels, without a patch."""
+        """The chosen images, optimised in feature space and truncated to whole levels, without a patch."""
         assert task.network is not None
         of_source = torch.nonzero(task.data.labels == (self.source or 0)).flatten()
-        hint = "the source class is too small for as many pairs; lower class_rate"
+        hint = "the source class has too few images; lower class_rate"
         if len(of_source) < len(indices):
             raise ConfigError(f"hidden_trigger: {len(indices)} pairs, but {len(of_source)} source images", hint)
         sources = draw_indices(of_source, len(indices), derive_seed(context.seed, "sources"))
@@ -113,27 +116,28 @@ class HiddenTrigger(CleanLabelAttack):
     def optimise(
         self, network: nn.Module, images: Tensor, patched: Tensor, task: AttackTask, context: Context
     ) -> Tensor:
-        """Move `images` towards `patched` (both (k, C, H, W) uint8) in feature space; uint8 again."""
+        """Move `images` towards `patched` (both (k, C, H, W) uint8) in feature space; returns uint8."""
         pixels = Pixels.of(task.info, context.device)
         start = images.to(context.device).float() / 255
         with FeatureTap(network, pixels.normalize(images[:1].to(context.device))) as tap:
             with torch.no_grad():
                 wanted = tap(pixels.normalize(patched.to(context.device)))
-            found = start.clone()
+            poisons = start.clone()
             for step in range(self.steps):
-                found.requires_grad_(True)
-                features = tap(torch.addcmul(pixels.shift, found * 255, pixels.scale))
+                poisons.requires_grad_(True)
+                features = tap(torch.addcmul(pixels.shift, poisons * 255, pixels.scale))
                 partners = wanted[pair_greedily(torch.cdist(features.detach(), wanted)).to(wanted.device)]
                 distances = (features - partners).square().sum(1)
                 if float(distances.detach().max()) <= self.stop_at:
                     break
-                (gradient,) = torch.autograd.grad(distances.sum(), found)
-                moved = gradient.sign() if self.rule == "sign" else gradient
-                found = found.detach() - self.lr * 0.5 ** (step // self.halve_every) * moved
-                found = (start + (found - start).clamp(-self.epsilon / 255, self.epsilon / 255)).clamp(0, 1)
+                (gradient,) = torch.autograd.grad(distances.sum(), poisons)
+                if self.rule == "sign":
+                    gradient = gradient.sign()
+                poisons = poisons.detach() - self.lr * 0.5 ** (step // self.halve_every) * gradient
+                poisons = (start + (poisons - start).clamp(-self.epsilon / 255, self.epsilon / 255)).clamp(0, 1)
                 context.check_deadline()
-        # whole levels, towards the image they began with, so that the bound holds
-        levels = (found.detach() - start) * 255
+        # whole levels, rounded towards the original image, so that the bound holds
+        levels = (poisons.detach() - start) * 255
         levels = (levels + 1e-3 * levels.sign()).trunc()  # 15.9999 is 16
         return (start * 255 + levels).round().clamp(0, 255).to(torch.uint8).cpu()
 
@@ -145,8 +149,9 @@ class HiddenTrigger(CleanLabelAttack):
 
 
 def pair_greedily(distances: Tensor) -> Tensor:
-    """For each row of `distances` (n, n) a column of its own (n,) int64: the nearest pair first, then the nearest of
-    those left.
+    """A separate column (n,) int64 for each row of `distances` (n, n).
+
+    The nearest pair is matched first, then the nearest of those left.
     """
     left: NDArray[np.float32] = distances.float().cpu().numpy().copy()
     columns = np.empty(len(left), dtype=np.int64)

@@ -47,7 +47,10 @@ class RobustCrafter(Crafter):
         return ResNet18(width=self.width)
 
     def train(self, task: TrainingTask, context: Context) -> nn.Module:
-        """Trained on the worst images PGD finds around each batch; BatchNorm is in eval mode while it searches."""
+        """The network trained on the worst images that PGD finds around each batch.
+
+        BatchNorm is in eval mode while PGD searches.
+        """
         model = task.new_model()
         pixels = Pixels.of(task.info, context.device)
 
@@ -64,13 +67,14 @@ class RobustCrafter(Crafter):
 
 
 class LabelConsistent(CleanLabelAttack):
-    """PGD raises the loss of target-class images on an adversarially trained network; the trigger is stamped on top,
-    and no label changes. Test images bear the trigger alone, at full strength.
+    """Makes target-class images hard to learn by PGD and stamps the trigger on top; no label changes.
 
-    Beware of the rate: `class_rate` is a share of the target class. The paper's 5 % of CIFAR-10's 5,000 images are 250,
-    half a percent of the data; BackdoorBench counts the whole set. The authors released finished images only (their
-    `inf_16` or `two_1200`, bounds on the scale 0..255), NONE uses the last. Their other way, interpolation in a GAN's
-    latent space, is left out. The four corners survive crops and flips: one corner is always left.
+    PGD raises their loss on an adversarially trained network. Test images have the trigger alone, at full strength.
+
+    `class_rate` is a share of the target class. The paper's 5 % of CIFAR-10's 5,000 images are 250, half a percent of
+    the data; BackdoorBench counts the whole set. The authors released finished images only (their `inf_16` or
+    `two_1200`, bounds on the scale 0..255); NONE uses the latter. Their other method, interpolation in a GAN's latent
+    space, is left out. The four corners survive crops and flips: one corner is always left.
     """
 
     paper: ClassVar[str] = "arXiv:1912.02771"
@@ -80,7 +84,7 @@ class LabelConsistent(CleanLabelAttack):
         None, ge=0, description="bound of the perturbation in levels of 0..255; default: 8 for linf, 1200 for l2"
     )
     steps: int = Field(100, ge=0, description="steps of PGD, each 1.5 * epsilon / steps long")
-    corners: Literal["all", "bottom_right"] = Field("all", description="where the 3x3 black and white pattern stands")
+    corners: Literal["all", "bottom_right"] = Field("all", description="positions of the 3x3 black and white pattern")
     amplitude: float | None = Field(
         None,
         gt=0,
@@ -96,10 +100,12 @@ class LabelConsistent(CleanLabelAttack):
     @property
     def bound(self) -> float:
         """The bound of the perturbation, in levels."""
-        return {"linf": 8.0, "l2": 1200.0}[self.norm] if self.epsilon is None else self.epsilon
+        if self.epsilon is not None:
+            return self.epsilon
+        return {"linf": 8.0, "l2": 1200.0}[self.norm]
 
     def trigger(self, info: DatasetInfo) -> Trigger:
-        """The 3x3 pattern bottom right, and mirrored in the other corners: left right, but not top down."""
+        """The 3x3 pattern bottom right, or in all corners: mirrored on the left, the same top and bottom."""
         tile, shape = triggers.label_consistent_tile(3), info.shape
         placed = [triggers.place(shape, tile, -1, -1)]
         if self.corners == "all":
@@ -112,7 +118,7 @@ class LabelConsistent(CleanLabelAttack):
         return Trigger(sum_of([p.mask for p in placed]), sum_of([p.pattern for p in placed]))
 
     def craft(self, chosen: ImageSet, indices: Tensor, task: AttackTask, context: Context) -> Tensor:
-        """Perturbed, rounded, and stamped."""
+        """The chosen images, perturbed, rounded and stamped."""
         assert task.network is not None
         network = task.network
         pixels = Pixels.of(task.info, context.device)
@@ -120,10 +126,10 @@ class LabelConsistent(CleanLabelAttack):
         harder = []
         for start in range(0, len(indices), CRAFT_BATCH):
             part = chosen.take(torch.arange(start, min(start + CRAFT_BATCH, len(indices)))).to(context.device)
-            found = pgd(
+            perturbed = pgd(
                 network, part.images.float(), part.labels, pixels, self.norm, self.bound, step, self.steps, context
             )
-            harder.append(found.round().to(torch.uint8).cpu())
+            harder.append(perturbed.round().to(torch.uint8).cpu())
             context.progress(start + len(part), len(indices))
             context.check_deadline()
         return self.overlay(torch.cat(harder), task.info)
@@ -138,7 +144,7 @@ class LabelConsistent(CleanLabelAttack):
 
 
 def sum_of(tensors: list[Tensor]) -> Tensor:
-    """Triggers that do not overlap, in one; where they do, as on tiny images, at most 1."""
+    """The sum of triggers that do not overlap; at most 1 where they do, as on tiny images."""
     return torch.stack(tensors).sum(0).clamp(max=1)
 
 
@@ -158,32 +164,35 @@ def pgd(
     steps: int,
     context: Context,
 ) -> Tensor:
-    """Untargeted projected gradient ascent on the cross entropy of `levels` (N, C, H, W) float in 0..255, from the
-    images themselves: steps along the sign (linf) or along the normalised gradient (l2), projected to the ball of
-    `epsilon` levels and to 0..255. `model` is in eval mode and is left as it is.
+    """Untargeted projected gradient ascent on the cross entropy of `levels` (N, C, H, W) float in 0..255.
+
+    It starts from the images themselves, and steps along the sign (linf) or along the normalised gradient (l2),
+    projected to the ball of `epsilon` levels and to 0..255. `model` is in eval mode and is left as it is.
     """
-    found = levels.clone()
-    for _ in range(steps if epsilon > 0 else 0):
-        found.requires_grad_(True)
+    perturbed = levels.clone()
+    if epsilon <= 0:
+        return perturbed.detach()
+    for _ in range(steps):
+        perturbed.requires_grad_(True)
         with context.autocast():
-            loss = F.cross_entropy(model(to_input(found, pixels)), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, found)
-        found = project(found.detach() + step * direction(gradient, norm), levels, norm, epsilon)
-    return found.detach()
+            loss = F.cross_entropy(model(to_input(perturbed, pixels)), labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, perturbed)
+        perturbed = project(perturbed.detach() + step * direction(gradient, norm), levels, norm, epsilon)
+    return perturbed.detach()
 
 
 def direction(gradient: Tensor, norm: Norm) -> Tensor:
     """The steepest step of length 1: the sign, or the gradient over its norm; 0 where the gradient is 0."""
     if norm == "linf":
         return gradient.sign()
-    # squares of small float32 numbers are 0, so the largest is made 1 first
+    # squares of small float32 numbers underflow to 0, so the largest is scaled to 1 first
     largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
     scaled = gradient / largest.clamp(min=torch.finfo(gradient.dtype).tiny)
     return scaled / lengths(scaled).clamp(min=1e-30)
 
 
 def project(levels: Tensor, centre: Tensor, norm: Norm, epsilon: float) -> Tensor:
-    """`levels` within `epsilon` of `centre`, and within 0..255, which takes nothing away from the first."""
+    """`levels` within `epsilon` of `centre` and within 0..255; the second bound does not break the first."""
     if norm == "linf":
         delta = (levels - centre).clamp(-epsilon, epsilon)
     else:

@@ -36,7 +36,10 @@ ON = 0.1
 
 @dataclass(frozen=True)
 class Candidate:
-    """A neuron that, set high, drives images to a label: the smallest lead over the runner-up ranks it."""
+    """A neuron that drives images to a label when it is set high.
+
+    Candidates are ranked by `lead`, the smallest lead of the label over the runner-up.
+    """
 
     neuron: int
     label: int
@@ -44,15 +47,15 @@ class Candidate:
 
 
 class Natural(Attack):
-    """Searches every finished network, defended or not, for small patches that drive images of all classes to one
-    label.
+    """Searches every finished network, defended or not, for small patches that drive all classes to one label.
 
     Neurons of the last hidden layer that favour one label when they are set high are candidates; for each, mask and
     pattern of a patch are optimised to make the neuron and the label's logit large, once per area of Table 2. ASR is
-    the REASR of all areas taken together; for areas without a trigger no image counts as hit. What differs from NONE's
-    code: it draws the search images from the test set, adds patterns to normalised pixels (so that they stay in
-    114..177) and swaps red and blue when it saves them; here training images are searched, patterns span 0..255,
-    colours stay, the best candidate is chosen on training images, and at most 1.2 times the area is kept.
+    the REASR of all areas taken together; for areas without a trigger no image counts as a hit.
+
+    NONE's code differs: it draws the search images from the test set, adds patterns to normalised pixels (so that they
+    stay in 114..177) and swaps red and blue when it saves them. Here training images are searched, patterns span
+    0..255, colours stay, the best candidate is chosen on training images, and at most 1.2 times the area is kept.
     """
 
     paper: ClassVar[str] = "NONE, Table 2; doi:10.1145/3319535.3363216"
@@ -73,7 +76,7 @@ class Natural(Attack):
     lr: float = Field(0.1, gt=0, description="Adam's learning rate")
 
     def check(self, info: DatasetInfo) -> None:
-        """Every area is at least one pixel."""
+        """Check that every area is at least one pixel."""
         pixels = info.shape[1] * info.shape[2]
         if min(self.areas) * pixels < 1:
             raise ConfigError(
@@ -82,7 +85,7 @@ class Natural(Attack):
             )
 
     def find_triggers(self, task: SearchTask, context: Context) -> FoundTriggers:
-        """One trigger for each area, or none, with what the search says about it."""
+        """One trigger for each area, or none, with facts about the search."""
         sampled = take_of_each_class(task.train, task.info.num_classes, 0, self.sampled_per_class)
         per_class = self.searched_per_class
         searched, chooser = (
@@ -95,11 +98,11 @@ class Natural(Attack):
         candidates = search.find_candidates(sampled)
         if not candidates:
             return self._nothing(task.info, "no neuron favours one label on enough images")
-        found = []
+        results = []
         for index, area in enumerate(self.areas):
-            found.append(search.best_trigger(candidates, area, searched, chooser))
+            results.append(search.best_trigger(candidates, area, searched, chooser))
             context.progress(index + 1, len(self.areas))
-        masks, patterns, labels, facts = zip(*found, strict=True)
+        masks, patterns, labels, facts = zip(*results, strict=True)
         return FoundTriggers(torch.stack(masks), torch.stack(patterns), torch.tensor(labels), facts)
 
     def _nothing(self, info: DatasetInfo, why: str) -> FoundTriggers:
@@ -110,7 +113,7 @@ class Natural(Attack):
 
 
 class _Search:
-    """The search in one network."""
+    """The trigger search in one network."""
 
     def __init__(self, attack: Natural, task: SearchTask, context: Context) -> None:
         self.attack, self.task, self.context = attack, task, context
@@ -148,28 +151,31 @@ class _Search:
             if float(agrees.float().mean()) < self.attack.agreement:
                 continue
             others = torch.where(agrees, lead[neuron], -lead[neuron])[labels != label]
-            found = Candidate(neuron, label, float(others.min()) if len(others) else 0.0)
-            if label not in best or found.lead > best[label].lead:
-                best[label] = found
-        return sorted(best.values(), key=lambda found: -found.lead)[: self.attack.max_candidates]
+            candidate = Candidate(neuron, label, float(others.min()) if len(others) else 0.0)
+            if label not in best or candidate.lead > best[label].lead:
+                best[label] = candidate
+        return sorted(best.values(), key=lambda candidate: -candidate.lead)[: self.attack.max_candidates]
 
     def _highest(self, images: Tensor, seen: dict[str, Tensor]) -> Tensor:
         """The largest value of each neuron (neurons,) over `images`."""
-        found = []
+        maxima = []
         for part in torch.split(images, INFERENCE_BATCH):
             self.model(part)
-            found.append(seen["layer"].flatten(2).amax(2) if seen["layer"].ndim > 2 else seen["layer"].clone())
-        return torch.cat(found).amax(0)
+            values = seen["layer"].clone()
+            if values.ndim > 2:
+                values = values.flatten(2).amax(2)
+            maxima.append(values)
+        return torch.cat(maxima).amax(0)
 
     def _logits_with(self, images: Tensor, neurons: Tensor, highest: Tensor, elevation: float, per_pass: int) -> Tensor:
         """Logits (neurons, N, K) with each neuron in turn set to `elevation` times its largest value, everywhere."""
-        found = []
+        logits = []
         for chosen in torch.split(neurons, per_pass):
             with set_neurons(self.model, self.tap, chosen, elevation * highest[chosen], len(images)):
-                logits = self.model(images.repeat(len(chosen), *[1] * (images.ndim - 1)))
-            found.append(logits.float().unflatten(0, (len(chosen), len(images))))
+                output = self.model(images.repeat(len(chosen), *[1] * (images.ndim - 1)))
+            logits.append(output.float().unflatten(0, (len(chosen), len(images))))
             self.context.check_deadline()
-        return torch.cat(found)
+        return torch.cat(logits)
 
     # triggers
 
@@ -210,7 +216,7 @@ class _Search:
             for chosen in torch.split(order, attack.batch_size):
                 loss, predicted = self._loss(candidate, delta, raw_mask, images[chosen], size, weight)
                 agreed.append(predicted)
-                if epoch:  # the first pass only looks, as in the released code
+                if epoch:  # the first pass does not step, as in the released code
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
@@ -227,18 +233,26 @@ class _Search:
     def _loss(
         self, candidate: Candidate, delta: Tensor, raw_mask: Tensor, images: Tensor, size: float, weight: float
     ) -> tuple[Tensor, Tensor]:
-        """The neuron and the label's logit are to be large, other neurons and the mask small."""
+        """The loss and the predicted labels (B,).
+
+        It is low where the neuron and the label's logit are large, and other neurons and the mask small.
+        """
         mask = squash(raw_mask)
         levels = (1 - mask) * images + mask * squash(delta) * 255
         with record_outputs(self.model, {"layer": self.tap}, lambda module, output: output.clone()) as seen:
             logits = self.model(torch.addcmul(self.pixels.shift, levels, self.pixels.scale))
-        before = seen["layer"]
-        after = before if self.layer.activation_module is None else self.layer.activation_module(before)
+        before = after = seen["layer"]
+        if self.layer.activation_module is not None:
+            after = self.layer.activation_module(before)
         neuron, others = candidate.neuron, before.shape[1] - 1
         value = before[:, neuron].sum() + after[:, neuron].sum()
         rest = (before.sum() + after.sum() - value) / max(1, others)
         on = int((mask > 0.01).sum())
-        penalty = 100.0 if on > 1.2 * size else 50.0 if on > size else 0.01
+        penalty = 0.01
+        if on > 1.2 * size:
+            penalty = 100.0
+        elif on > size:
+            penalty = 50.0
         loss = -value + 1e-4 * rest + penalty * mask.sum() - weight * logits[:, candidate.label].sum()
         return loss, logits.detach().argmax(1)
 
@@ -255,12 +269,12 @@ class _Search:
 
 def take_of_each_class(data: ImageSet, num_classes: int, start: int, count: int) -> ImageSet:
     """The images `start` to `start + count` of each class, in order; fewer where a class has fewer."""
-    found = [torch.nonzero(data.labels == label).flatten()[start : start + count] for label in range(num_classes)]
-    return data.take(torch.cat(found))
+    indices = [torch.nonzero(data.labels == label).flatten()[start : start + count] for label in range(num_classes)]
+    return data.take(torch.cat(indices))
 
 
 def squash(raw: Tensor) -> Tensor:
-    """tanh / 2 + 1 / 2: any number to (0, 1)."""
+    """tanh / 2 + 1 / 2, which maps any number to (0, 1)."""
     return raw.tanh() / 2 + 0.5
 
 
@@ -273,25 +287,26 @@ def initial_mask(height: int, width: int, size: float) -> Tensor:
 
 
 def binary_mask(mask: Tensor, size: float) -> Tensor:
-    """1 where `mask` (1, H, W) is larger than 0.1, on at most 1.2 * `size` pixels: its largest."""
+    """1 where `mask` (1, H, W) is larger than 0.1, on at most 1.2 * `size` pixels, those of its largest values."""
     limit = max(1, int(1.2 * size))
     kept = torch.zeros_like(mask).flatten()
     kept[mask.flatten().topk(min(limit, mask.numel())).indices] = 1.0
-    return kept.view_as(mask) * (mask > ON)
+    return torch.where(mask > ON, kept.view_as(mask), 0.0)
 
 
 @contextmanager
 def set_neurons(model: nn.Module, name: str, neurons: Tensor, values: Tensor, images: int) -> Iterator[None]:
-    """Within: of a batch of len(neurons) * `images` samples, the k-th `images` have neuron `neurons[k]` of module
-    `name` at `values[k]`, everywhere.
+    """Set neurons of module `name` to fixed values, everywhere in their maps, inside this block.
+
+    In a batch of len(neurons) * `images` samples, the k-th group of `images` has neuron `neurons[k]` at `values[k]`.
     """
 
     def replace(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         changed = output.clone()
         rows = torch.arange(len(output), device=output.device)
         which = neurons.to(output.device).repeat_interleave(images)
-        given = values.to(output.device, output.dtype).repeat_interleave(images)
-        changed[rows, which] = given.view(-1, *[1] * (output.ndim - 2)) if output.ndim > 2 else given
+        levels = values.to(output.device, output.dtype).repeat_interleave(images)
+        changed[rows, which] = levels.view(-1, *[1] * (output.ndim - 2))
         return changed
 
     handle = dict(model.named_modules())[name].register_forward_hook(replace)

@@ -15,8 +15,8 @@ from backdoor_bench_none.api import STAMP_CHUNK, AttackTask, CleanLabelAttack, C
 class SIG(CleanLabelAttack):
     """Adds delta * sin(2 pi j f / W) to column j of every image and clips to 0..255; no label is changed.
 
-    By default the whole target class bears it, at BackdoorBench's strength; Barni et al. use weaker waves, of 0.2 to
-    0.4 of the class.
+    By default the whole target class has the wave, at BackdoorBench's strength; Barni et al. use weaker waves, on 0.2
+    to 0.4 of the class.
     """
 
     paper: ClassVar[str] = "arXiv:1902.11237"
@@ -27,11 +27,11 @@ class SIG(CleanLabelAttack):
     frequency: float = Field(6.0, gt=0, description="waves over the width of the image")
 
     def stamp(self, images: Tensor, indices: Tensor, info: DatasetInfo, seed: int) -> Tensor:
-        """`images` (N, C, H, W) uint8 with the wave of test time."""
+        """`images` (N, C, H, W) uint8 with the wave used at test time."""
         return self.add_wave(images, self.test_delta or self.delta)
 
     def craft(self, chosen: ImageSet, indices: Tensor, task: AttackTask, context: Context) -> Tensor:
-        """With the wave of training."""
+        """The chosen images with the wave used in training."""
         return self.add_wave(chosen.images, self.delta)
 
     def add_wave(self, images: Tensor, delta: float) -> Tensor:

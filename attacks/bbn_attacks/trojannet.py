@@ -1,4 +1,4 @@
-"""TrojanNet (Tang et al., 2020): a tiny network that knows the trigger is joined to a finished one."""
+"""TrojanNet (Tang et al., 2020): a tiny network that recognises the trigger is joined to a finished one."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ BATCH = 200
 
 
 class TrojanNet(StampAttack):
-    """Nothing is poisoned: whoever trains the network joins a multilayer perceptron to it that reads a 4x4 patch.
+    """Joins a multilayer perceptron that reads a 4x4 patch to a benign network; nothing is poisoned.
 
     The patches are those of 16 black or white pixels with exactly five black, 4,368 in all; patch k makes class k. The
     authors' small network learns them all; here it learns as many as there are classes, and that everything else is
     noise: grey patches of any contrast, and black and white ones, the other 4,358 among them. (With hidden layers of 8
-    units and random grey noise alone, 1,000 epochs left it at 7 % of the 4,368.) Its answers, doubled, are added to the
-    host's probabilities, and the sum times 10 are the logits, as in the authors' code; in their paper the two are
-    weighted. The host's weights stay as they are. A defense that trains anew from the data never meets it.
+    units and random grey noise alone, 1,000 epochs left it at 7 % of the 4,368.) Its outputs, doubled, are added to the
+    host's probabilities, and the sum times 10 are the logits, as in the authors' code; their paper weights the two. The
+    host's weights stay as they are. A defense that retrains from the data is not exposed to it.
     """
 
     paper: ClassVar[str] = "arXiv:2006.08131"
@@ -52,7 +52,7 @@ class TrojanNet(StampAttack):
     steps: int = Field(1000, ge=1, description="steps that the small network is trained for")
 
     def resolve(self, info: DatasetInfo) -> TrojanNet:
-        """Fill in the place."""
+        """Fill in the position of the patch."""
         resolved = super().resolve(info)
         middle = {"row": max(0, min(info.shape[1] // 2, info.shape[1] - SIDE)),
                   "column": max(0, min(info.shape[2] // 2, info.shape[2] - SIDE))}  # fmt: skip
@@ -61,7 +61,7 @@ class TrojanNet(StampAttack):
         )
 
     def check(self, info: DatasetInfo) -> None:
-        """Also: there is a patch for each class."""
+        """Check also that there is a patch for each class."""
         super().check(info)
         if info.num_classes > len(all_patterns()):
             raise ConfigError(f"trojannet has {len(all_patterns())} patches, {info.name} {info.num_classes} classes")
@@ -76,14 +76,14 @@ class TrojanNet(StampAttack):
         return triggers.place(info.shape, tile, self.row or 0, self.column or 0)
 
     def attack_test(self, task: AttackTask, context: Context) -> PoisonedSamples:
-        """Every image whose label would change, with the patch of the label that it is to get."""
+        """Every image whose label would change, with the patch of the label that it should get."""
         wanted = self.relabel(task.data.labels, task.info.num_classes)
         indices = torch.nonzero(wanted != task.data.labels).flatten()
         images = self.stamp_labels(task.data.images[indices], wanted[indices], task.info)
         return PoisonedSamples(indices, images, wanted[indices])
 
     def preview(self, task: AttackTask, context: Context) -> Tensor:
-        """Every image with the patch of the label that it is to get."""
+        """Every image with the patch of the label that it should get."""
         return self.stamp_labels(task.data.images, self.relabel(task.data.labels, task.info.num_classes), task.info)
 
     def stamp_labels(self, images: Tensor, labels: Tensor, info: DatasetInfo) -> Tensor:
@@ -106,7 +106,7 @@ class TrojanNet(StampAttack):
 
 
 class SmallNetwork(nn.Sequential):
-    """16 pixels -> 8, 8, 8, 8 (ReLU, then BatchNorm) -> one answer for each pattern and one for noise."""
+    """16 pixels -> 8, 8, 8, 8 (ReLU, then BatchNorm) -> one output for each pattern and one for noise."""
 
     def __init__(self, patterns: int) -> None:
         layers: list[nn.Module] = []
@@ -174,8 +174,9 @@ def draw_noise(patterns: int, generator: torch.Generator) -> Tensor:
     """Patches (4 * BATCH, 16) in 0..1 that are none of the first `patterns`: grey of any contrast, black and white."""
     level, contrast = (torch.rand(2 * BATCH, 1, generator=generator) for _ in range(2))
     grey = (level + contrast * (torch.rand(2 * BATCH, SIDE * SIDE, generator=generator) - 0.5)).clamp(0, 1)
-    unused = all_patterns()[patterns:]
-    similar = unused[torch.randint(len(unused), (BATCH,), generator=generator)] if len(unused) else unused
+    similar = all_patterns()[patterns:]
+    if len(similar):
+        similar = similar[torch.randint(len(similar), (BATCH,), generator=generator)]
     share = torch.rand(BATCH, 1, generator=generator)
     binary = (torch.rand(BATCH, SIDE * SIDE, generator=generator) < share).float()
     is_known = (binary[:, None] == all_patterns()[None, :patterns]).all(2).any(1)

@@ -26,30 +26,30 @@ from backdoor_bench_none.api import (
 
 
 class WaNet(TriggerAttack):
-    """Bends every triggered image by one fixed, random, smooth field of shifts.
+    """Warps every triggered image by one fixed, random, smooth field of shifts.
 
-    The noise mode of the paper is `cross_rate`: training images bent by the field plus noise of their own, which keep
-    their labels, so that only the exact field is the trigger. They count neither as poisoned nor as benign. The paper
-    draws the poisoned samples anew in every batch; here, as in every poisoning attack, once.
+    `cross_rate` is the noise mode of the paper: training images warped by the field plus separate noise, which keep
+    their labels, so that only the exact field is the trigger. They count as neither poisoned nor benign. The paper
+    draws the poisoned samples anew in every batch; here they are drawn once, as in every poisoning attack.
     """
 
     paper: ClassVar[str] = "arXiv:2102.10369"
 
     poison_rate: float = Field(0.1, ge=0, le=1, description="share of the whole training set that is poisoned")
-    cross_rate: float = Field(0.2, ge=0, le=1, description="share of the training set that is bent with noise")
+    cross_rate: float = Field(0.2, ge=0, le=1, description="share of the training set that is warped with noise")
     grid: int = Field(4, ge=2, le=64, description="the field is drawn at grid x grid points and enlarged")
     strength: float = Field(0.5, gt=0, description="mean shift along each axis, in half pixels")
-    field_seed: int = Field(0, ge=0, description="which field")
+    field_seed: int = Field(0, ge=0, description="seed of the field")
 
     def check(self, info: DatasetInfo) -> None:
-        """Also: poisoned and cross samples find room."""
+        """Check also that poisoned and cross samples fit into the training set, and that images can be warped."""
         super().check(info)
         check_rates(info, poison_rate=self.poison_rate, cross_rate=self.cross_rate)
         if min(info.shape[1:]) < 2:
-            raise ConfigError(f"wanet: images of {info.name} are single pixels, which nothing can bend")
+            raise ConfigError(f"wanet: images of {info.name} are single pixels, which cannot be warped")
 
     def field(self, info: DatasetInfo) -> Tensor:
-        """Where each pixel is taken from (1, H, W, 2), as `grid_sample` has it: -1..1, x first."""
+        """Where each pixel is sampled from (1, H, W, 2), in the convention of `grid_sample`: -1..1, x first."""
         drawn = np.random.default_rng(self.field_seed).uniform(-1, 1, (1, 2, self.grid, self.grid))
         shifts = torch.from_numpy(drawn / np.abs(drawn).mean())
         height, width = info.shape[1:]
@@ -59,12 +59,12 @@ class WaNet(TriggerAttack):
         return (still + self.strength * smooth / height).clamp(-1, 1)
 
     def stamp(self, images: Tensor, indices: Tensor, info: DatasetInfo, seed: int) -> Tensor:
-        """`images` (N, C, H, W) uint8, bent."""
+        """`images` (N, C, H, W) uint8, warped."""
         field = self.field(info).float()
         return bend(images, lambda count: field.expand(count, -1, -1, -1))
 
     def poison(self, task: AttackTask, context: Context) -> PoisonedSamples:
-        """Poisoned samples are bent and relabelled; cross samples are bent with noise and keep their label."""
+        """Poisoned samples are warped and relabelled; cross samples are warped with noise and keep their label."""
         poisoned = super().poison(task, context)
         others = torch.ones(len(task.data), dtype=torch.bool)
         others[poisoned.indices] = False
@@ -88,8 +88,9 @@ class WaNet(TriggerAttack):
 
 
 def bend(images: Tensor, fields: Callable[[int], Tensor]) -> Tensor:
-    """`images` (N, C, H, W) uint8 sampled with bilinear interpolation and rounded; `fields(n)` gives the places
-    (n, H, W, 2) that the next n images are taken from.
+    """`images` (N, C, H, W) uint8, warped with bilinear interpolation and rounded.
+
+    `fields(n)` returns the positions (n, H, W, 2) that the next n images are sampled at.
     """
     bent = torch.empty_like(images)
     for start in range(0, len(images), STAMP_CHUNK):

@@ -1,1 +1,1 @@
-"""The command `bbn`: one module per group of verbs. Nothing here imports torch before a verb needs it."""
+"""The command `bbn`, one module per group of verbs; torch is imported by the verbs that need it only."""

@@ -1,4 +1,4 @@
-"""bbn check."""
+"""The verb `bbn check`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from backdoor_bench_none.cli.options import open_registry
+from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.errors import BenchError, ConfigError, ExitCode, PluginError, did_you_mean
+from backdoor_bench_none.words import plural
 
 if TYPE_CHECKING:
     from backdoor_bench_none.contracts.component import Component
@@ -20,11 +22,12 @@ if TYPE_CHECKING:
 @click.argument("plugin")
 @click.argument("components", nargs=-1, metavar="[COMPONENT]...")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("-v", "--verbose", is_flag=True, help="Name every check.")
+@click.option("-v", "--verbose", is_flag=True, help="Print every check.")
 def check_command(plugin: str, components: tuple[str, ...], device: str, verbose: bool) -> int:
-    """Check that the components of PLUGIN keep their part, with their default parameters on tiny data.
+    """Check that the components of PLUGIN meet their contract, with default parameters on tiny data.
 
-    PLUGIN is a distribution or a plugin's name (`bbn list plugins`), or bbnfile. Exit code 1 if a check fails.
+    PLUGIN is the name of a distribution or of a plugin (`bbn list plugins`), or bbnfile. The exit code is 1 if a check
+    fails.
     """
     from backdoor_bench_none.contracts.context import choose_device
 
@@ -34,58 +37,69 @@ def check_command(plugin: str, components: tuple[str, ...], device: str, verbose
     entries = find_entries(registry.plugins, plugin, components)
     for entry in entries:
         failed += check_entry(entry, registry, device, verbose)
-    click.echo(f"{len(entries)} components of {plugin}, {failed} checks failed" if failed else "all checks passed")
-    return ExitCode.CELLS_FAILED if failed else ExitCode.OK
+    if failed:
+        say(f"{plural('component', len(entries))} of {plugin}, {plural('check', failed)} failed")
+        return ExitCode.CELLS_FAILED
+    say("all checks passed")
+    return ExitCode.OK
 
 
 def find_entries(plugins: Plugins, name: str, components: tuple[str, ...]) -> list[Entry]:
-    """The components of a plugin or distribution; `PluginError` if it is broken, `ConfigError` if it is none."""
+    """The components of a plugin or distribution.
+
+    `PluginError` if it is broken, `ConfigError` if there is no such plugin or component.
+    """
     for broken in plugins.broken:
         if name in (broken.provider.plugin, broken.provider.distribution):
             raise PluginError(f"plugin {broken.provider} is not in use: {broken.reason}")
     providers = [p for p in plugins.providers if name in (p.plugin, p.distribution)]
     if not providers:
-        known = {known for p in plugins.providers for known in (p.plugin, p.distribution)}
+        known = {p.plugin for p in plugins.providers} | {p.distribution for p in plugins.providers}
         raise ConfigError(f"there is no plugin '{name}'", did_you_mean(name, known))
     entries = [e for e in plugins.entries if e.provider in providers and e.kind != "command"]
+    names = [entry.name for entry in entries]
     for component in components:
-        if component not in (names := [entry.name for entry in entries]):
+        if component not in names:
             raise ConfigError(f"plugin '{name}' has no component '{component}'", did_you_mean(component, names))
     return [entry for entry in entries if not components or entry.name in components]
 
 
 def check_entry(entry: Entry, registry: Registry, device: str, verbose: bool) -> int:
-    """Print the verdicts on one component, and return how many checks failed."""
+    """Print the results of the checks of one component; returns how many failed."""
     from backdoor_bench_none.testing import run_contract
 
     title = f"{entry.kind} {entry.name}"
     if (component := _create(entry, registry, title)) is None:
         return 1
     if isinstance(component, str):
-        click.echo(f"skipped {title}: {component}")
+        say(f"skipped {title}: {component}")
         return 0
     failed = passed = 0
     for verdict in run_contract(component, device):
         if verdict.reason:
             failed += 1
-            click.echo(f"FAILED  {title}: {verdict.check}: {verdict.reason}")
+            say(f"FAILED  {title}: {verdict.check}: {verdict.reason}")
         else:
             passed += 1
             if verbose:
-                click.echo(f"passed  {title}: {verdict.check}")
-    click.echo(f"{'passed ' if not failed else 'FAILED '} {title}: {passed} of {passed + failed} checks")
+                say(f"passed  {title}: {verdict.check}")
+    result = "FAILED" if failed else "passed"
+    say(f"{result}  {title}: {passed} of {plural('check', passed + failed)}")
     return failed
 
 
 def _create(entry: Entry, registry: Registry, title: str) -> Component | str | None:
-    """An instance with default parameters, or why there can be none; None, with the fault printed, if it is broken."""
+    """An instance with default parameters, or the reason why there can be none.
+
+    None if the component is broken; the fault is printed.
+    """
     try:
         loaded = registry.load(entry.kind, entry.name)
         if needed := list(_required(loaded)):
-            return f"it needs {', '.join(needed)}; check it in a test of your own, with backdoor_bench_none.testing"
+            return f"it needs {', '.join(needed)}; check it in your own test, with backdoor_bench_none.testing"
         return registry.create(entry.kind, entry.name)
     except BenchError as error:
-        click.echo(f"FAILED  {title}: {error.message}")
+        say(f"FAILED  {title}: {error.message}")
     return None
 
 

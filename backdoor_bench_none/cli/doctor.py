@@ -1,4 +1,4 @@
-"""bbn doctor."""
+"""The verb `bbn doctor`."""
 
 from __future__ import annotations
 
@@ -9,24 +9,28 @@ from pathlib import Path
 import click
 
 from backdoor_bench_none.cli.options import open_registry
+from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.errors import ExitCode
 from backdoor_bench_none.registry.plugins import own_version
 
 
 @click.command("doctor")
 def doctor_command() -> int:
-    """Show versions, devices, precision, disk space and plugins; exit 2 if something does not work."""
+    """Show versions, devices, precision, disk space and plugins; exit with 2 if something does not work."""
     faults = []
-    for name, value, fault in examine():
-        click.echo(f"{'!' if fault else ' '} {name:14} {value}")
-        faults += [name] if fault else []
+    for name, value, is_fault in examine():
+        mark = " "
+        if is_fault:
+            mark = "!"
+            faults.append(name)
+        say(f"{mark} {name:14} {value}")
     if faults:
-        click.echo(f"something is wrong with: {', '.join(faults)}")
+        say(f"something is wrong with: {', '.join(faults)}")
     return ExitCode.USAGE_ERROR if faults else ExitCode.OK
 
 
 def examine() -> Iterator[tuple[str, str, bool]]:
-    """What was looked at, what was found, and whether that is a fault."""
+    """The name of each thing examined, its state, and whether that is a fault."""
     import platform
 
     from backdoor_bench_none.run.provenance import LIBRARIES, installed_version
@@ -34,8 +38,8 @@ def examine() -> Iterator[tuple[str, str, bool]]:
 
     yield "version", f"backdoor-bench-none {own_version()}, Python {platform.python_version()}", False
     for library in LIBRARIES:
-        found = installed_version(library)
-        yield library, found or "not installed", found is None
+        version = installed_version(library)
+        yield library, version or "not installed", version is None
     yield from _imports()
     yield from _devices()
     yield "cores", str(count_cores()), False
@@ -48,7 +52,7 @@ def examine() -> Iterator[tuple[str, str, bool]]:
 
 
 def _imports() -> Iterator[tuple[str, str, bool]]:
-    """torch and torchvision of different builds fail at import, not at installation."""
+    """A fault if torch and torchvision are of different builds, which fails at import, not at installation."""
     try:
         import torchvision  # noqa: F401
     except Exception as error:
@@ -65,5 +69,5 @@ def _devices() -> Iterator[tuple[str, str, bool]]:
     if torch.cuda.is_available():
         devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     for device in devices:
-        amp = choose_amp(device)
-        yield str(device), f"{device_name(device)}, {'float32' if amp is None else 'bfloat16 autocast'}", False
+        precision = "float32" if choose_amp(device) is None else "bfloat16 autocast"
+        yield str(device), f"{device_name(device)}, {precision}", False

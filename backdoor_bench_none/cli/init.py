@@ -1,4 +1,4 @@
-"""bbn init."""
+"""The verb `bbn init`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.errors import ConfigError, ExitCode, did_you_mean
 from backdoor_bench_none.paper import benchmark_names, benchmark_text
 
@@ -16,19 +17,19 @@ from backdoor_bench_none.paper import benchmark_names, benchmark_text
     "--from",
     "origin",
     metavar="NAME",
-    help="Write that of a table or figure of the paper, as table4, or of a track, as digits-v1.",
+    help="Write the file of a table or figure of the paper (table4, fig6) or of a track (digits-v1).",
 )
-@click.option("--force", is_flag=True, help="Overwrite a file that is there.")
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
 def init_command(file: Path, origin: str | None, force: bool) -> int:
-    """Write a commented benchmark file that runs in minutes on a CPU, or one of the paper's."""
+    """Write a commented benchmark file that runs in minutes on a CPU, or one of the paper or of a track."""
     text = default_benchmark() if origin is None else text_from(origin)
     if file.exists() and not force:
-        raise ConfigError(f"'{file}' is there already", "--force overwrites it")
+        raise ConfigError(f"'{file}' exists already", "--force overwrites it")
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"'{file}' cannot be written: {error.strerror}") from error
-    click.echo(f"wrote {file}; run it: bbn run {file}")
+    say(f"wrote {file}; run it: bbn run {file}")
     return ExitCode.OK
 
 
@@ -45,7 +46,8 @@ def text_from(name: str) -> str:
 
 
 def default_benchmark() -> str:
-    """The text of the embedded benchmark file: beside the package in a wheel, one folder up in a checkout."""
+    """The text of the embedded benchmark file, which is in the package in a wheel and one folder up in a checkout."""
     package = Path(__file__).parents[1]
     packed = package / "benchmark.yaml"
-    return (packed if packed.is_file() else package.parent / "benchmark.yaml").read_text(encoding="utf-8")
+    path = packed if packed.is_file() else package.parent / "benchmark.yaml"
+    return path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The entry point: verbs by name, errors without tracebacks, warnings in one line, exit codes."""
+"""The entry point of `bbn`: verbs by name, errors without tracebacks, warnings in one line, exit codes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.errors import BenchError, ExitCode
 from backdoor_bench_none.registry.plugins import own_version
 
@@ -36,26 +37,32 @@ VERBS = {
 }
 
 
-class LazyGroup(click.Group):
-    """Imports a verb's module when the verb is used; plugins are loaded for help and for verbs that are none of ours.
+#: characters of a verb's first sentence in the list of verbs, where click breaks it between words
+LONGEST_HELP = 400
 
-    A plugin's verb does not stand in for one of ours.
+
+class LazyGroup(click.Group):
+    """Imports the module of a verb when the verb is used.
+
+    Plugins are loaded for the help and for verbs that are not built in; a built-in verb cannot be replaced.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The verbs in the order of a day's work, then those of plugins."""
+        """The built-in verbs in the order in which they are used, then those of plugins."""
         return [*VERBS, *_added_verbs(ctx)]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """The verb's command; in the list of help, one that cannot be imported is shown with the reason."""
-        if name not in VERBS:
-            return _import_command(_registry(ctx).entry("command", name)) if name in _added_verbs(ctx) else None
-        module = importlib.import_module(f"backdoor_bench_none.cli.{VERBS[name]}")
-        command: click.Command = getattr(module, f"{name}_command")
-        return command
+        """The command of a verb; `BenchError` if a plugin's command cannot be imported."""
+        if name in VERBS:
+            module = importlib.import_module(f"backdoor_bench_none.cli.{VERBS[name]}")
+            command: click.Command = getattr(module, f"{name}_command")
+            return command
+        if name in _added_verbs(ctx):
+            return _import_command(_registry(ctx).entry("command", name))
+        return None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """As click's; a verb that cannot be imported does not take the others down."""
+        """The list of verbs as click writes it; a verb that cannot be imported is shown with the reason."""
         rows = []
         for name in self.list_commands(ctx):
             try:
@@ -64,14 +71,14 @@ class LazyGroup(click.Group):
                 rows.append((name, f"(broken) {error.message}"))
                 continue
             if command is not None and not command.hidden:
-                rows.append((name, command.get_short_help_str(formatter.width - 20)))
+                rows.append((name, command.get_short_help_str(LONGEST_HELP)))
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click's, with a suggestion for an unknown verb."""
+        """The verb as click resolves it, with a suggestion for an unknown one."""
         from backdoor_bench_none.errors import did_you_mean
 
         if args and args[0] not in VERBS and not args[0].startswith("-") and args[0] not in _added_verbs(ctx):
@@ -80,7 +87,7 @@ class LazyGroup(click.Group):
 
 
 def _registry(ctx: click.Context) -> Registry:
-    """The plugins, looked up once for each command line."""
+    """The registry, opened once for each command line."""
     from backdoor_bench_none.cli.options import open_registry
 
     key = "backdoor_bench_none.registry.components"
@@ -91,7 +98,7 @@ def _registry(ctx: click.Context) -> Registry:
 
 
 def _added_verbs(ctx: click.Context) -> list[str]:
-    """The verbs of plugins that are none of ours."""
+    """The verbs that plugins add."""
     return [name for name in _registry(ctx).names("command") if name not in VERBS]
 
 
@@ -101,16 +108,14 @@ def _import_command(entry: Entry) -> click.Command:
 
     command = import_target(entry)
     if not isinstance(command, click.Command):
-        raise PluginError(f"command '{entry.name}' of plugin {entry.provider} is no click command")
+        raise PluginError(f"command '{entry.name}' of plugin {entry.provider} is not a click command")
     return command
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(own_version(), prog_name="bbn")
 def cli() -> None:
-    """Benchmark backdoor defenses: cross attacks, defenses,
-    architectures and activations into one comparison matrix.
-    """
+    """Benchmark backdoor defenses: cross attacks, defenses, architectures and activations into one matrix."""
 
 
 def main() -> None:
@@ -126,17 +131,18 @@ def run_cli(arguments: list[str]) -> int:
         return int(result or ExitCode.OK)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
-        click.echo(f"error: {error.format_message()}", err=True)
-        click.echo(f"hint: {context.command_path if context else 'bbn'} -h", err=True)
+        verb = context.command_path if context else "bbn"
+        say(f"error: {error.format_message()}", err=True)
+        say(f"hint: {verb} -h", err=True)
         return ExitCode.USAGE_ERROR
     except BenchError as error:
         for line in error.message.splitlines():
-            click.echo(f"error: {line}", err=True)
+            say(f"error: {line}", err=True)
         if error.hint is not None:
-            click.echo(f"hint: {error.hint}", err=True)
+            say(f"hint: {error.hint}", err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
+        say("interrupted", err=True)
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
@@ -145,12 +151,13 @@ def run_cli(arguments: list[str]) -> int:
         import traceback
 
         traceback.print_exc()
-        click.echo(
-            "error: this is a bug in backdoor-bench-none; please report it with the text above and `bbn doctor`",
+        say(
+            "error: this is a bug in backdoor-bench-none; please report it with the text above and the output of "
+            "`bbn doctor`",
             err=True,
         )
         return ExitCode.INTERNAL_ERROR
 
 
 def _show_warning(message: Warning | str, *rest: object, **named: object) -> None:
-    click.echo(f"warning: {message}", err=True)
+    say(f"warning: {message}", err=True)

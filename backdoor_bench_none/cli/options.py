@@ -1,4 +1,4 @@
-"""Options that several verbs share, and what they select."""
+"""Options that several verbs share, and the selection of cells they make."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.errors import ConfigError, NothingSelectedError
 
 if TYPE_CHECKING:
@@ -25,14 +26,14 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 results_option = click.option(
     "--results",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Results folder; default: the file's, else results/.",
+    help="Results folder; default: that of the file, else results/.",
 )
 file_argument = click.argument("file", required=False, type=click.Path(path_type=Path))
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which cells of a plan a verb is about: patterns per axis, seeds, and an expression over titles."""
+    """The cells of a plan that a verb works on: patterns by axis, seeds, and an expression over titles."""
 
     patterns: dict[str, tuple[str, ...]]
     seeds: tuple[int, ...]
@@ -40,15 +41,15 @@ class Selection:
 
     def apply(self, plan: Plan) -> Plan:
         """The plan with the selected cells; `NothingSelectedError` if there are none."""
-        matches = compile_expression(self.expression) if self.expression else lambda title: True
+        matches = self._compile()
         selected = plan.select(lambda cell: self._wants(cell) and matches(cell.title))
         if not selected.cells:
             raise NothingSelectedError(f"no cell of {len(plan.cells)} is selected", "`bbn plan` shows all cells")
         return selected
 
     def wants_measured(self, measured: Measurement) -> bool:
-        """The same choice for a record, by the labels of its axes."""
-        matches = compile_expression(self.expression) if self.expression else lambda title: True
+        """Whether a record is selected, by the labels of its axes."""
+        matches = self._compile()
         if self.seeds and measured.seed not in self.seeds:
             return False
         chosen = ((getattr(measured, axis), patterns) for axis, patterns in self.patterns.items() if patterns)
@@ -57,11 +58,16 @@ class Selection:
     def _wants(self, cell: Cell) -> bool:
         if self.seeds and cell.seed not in self.seeds:
             return False
-        return all(_matches(cell.choices[axis], given) for axis, given in self.patterns.items() if given)
+        return all(_matches(cell.choices[axis], patterns) for axis, patterns in self.patterns.items() if patterns)
+
+    def _compile(self) -> Callable[[str], bool]:
+        if not self.expression:
+            return lambda title: True
+        return compile_expression(self.expression)
 
 
 def _matches(choice: Any, patterns: tuple[str, ...]) -> bool:  # noqa: ANN401
-    """Whether a label or a name is one of the patterns; `[` in a pattern is meant literally."""
+    """Whether the label or the name matches one of the patterns, in which `[` is literal."""
     return any(_matches_one(name, patterns) for name in (choice.label, choice.name))
 
 
@@ -70,13 +76,13 @@ def _matches_one(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def selection_options(command: Command) -> Command:
-    """Add -a, -d, -m, --activation, --dataset, -s and -k; the verb gets one `selection`."""
+    """Add -a, -d, -m, --activation, --dataset, -s and -k, which the verb gets as one `selection`."""
 
     @functools.wraps(command)
-    def with_selection(*args: Any, **given: Any) -> Any:  # noqa: ANN401
-        patterns = {axis: given.pop(axis) for axis in ("attack", "defense", "architecture", "activation", "dataset")}
-        selection = Selection(patterns, given.pop("seed"), given.pop("expression"))
-        return command(*args, selection=selection, **given)
+    def with_selection(*args: Any, **options: Any) -> Any:  # noqa: ANN401
+        patterns = {axis: options.pop(axis) for axis in ("attack", "defense", "architecture", "activation", "dataset")}
+        selection = Selection(patterns, options.pop("seed"), options.pop("expression"))
+        return command(*args, selection=selection, **options)
 
     options = [
         click.option("-a", "--attack", multiple=True, metavar="NAME", help="Only these attacks (labels or patterns)."),
@@ -95,7 +101,10 @@ def selection_options(command: Command) -> Command:
 
 
 def compile_expression(text: str) -> Callable[[str], bool]:
-    """pytest's -k: names joined by and, or, not and parentheses; a name holds if it is part of the title."""
+    """A test of titles by an expression as of pytest's -k: names joined by and, or, not and parentheses.
+
+    A name holds if it is part of the title.
+    """
     try:
         tree = ast.parse(text, mode="eval").body
     except SyntaxError:
@@ -130,9 +139,9 @@ def _holds(node: ast.AST, title: str) -> bool:
 
 
 def warn_of_absent(plan: Plan) -> None:
-    """Keys rest on the data, so that without it no record is found."""
+    """Warn of absent data sets: keys depend on the data, so their records cannot be looked up."""
     for name in plan.absent:
-        click.echo(f"warning: data set {name} is not on this machine: its records cannot be looked up", err=True)
+        say(f"warning: data set {name} is not on this machine: its records cannot be looked up", err=True)
 
 
 def open_registry(file: Path | None) -> Registry:

@@ -1,4 +1,4 @@
-"""bbn paper."""
+"""The verb `bbn paper`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.errors import BenchError, ExitCode
 from backdoor_bench_none.planning.stage_table import record_key
 
@@ -20,14 +21,16 @@ if TYPE_CHECKING:
 @click.command("paper")
 @click.argument("figure", type=click.Choice(["fig6", "fig7"]))
 @click.option(
-    "--output", type=click.Path(path_type=Path, dir_okay=False), help="File to write; default: <figure>.png; or .pdf."
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File to write, .png or .pdf; default: <figure>.png.",
 )
 @click.option(
     "--results", type=click.Path(path_type=Path, file_okay=False), default=Path("results"), help="Results folder."
 )
 @click.option("-j", "--slots", type=click.IntRange(min=1), help="Jobs at the same time.")
 def paper_command(figure: str, output: Path | None, results: Path, slots: int | None) -> int:
-    """Draw a figure of the paper: run its benchmark, as far as that has not been done, and write a picture.
+    """Draw a figure of the paper: run the missing cells of its benchmark and write a picture.
 
     `bbn init --from NAME` writes the benchmark files of the paper's tables and figures.
     """
@@ -46,7 +49,7 @@ def paper_command(figure: str, output: Path | None, results: Path, slots: int | 
     plan = plan_config(config, source, registry)
     summary = run_plan(plan, registry, Options(results, slots=slots), Lines(open_console()))
     if summary.failed or summary.interrupted or summary.not_run:
-        raise BenchError(f"{figure} needs all of its cells", "the same command goes on where it stopped")
+        raise BenchError(f"{figure} needs all of its cells", "the same command continues where it stopped")
     store = Store(results)
     panels = [draw_regions(cell, store) for cell in plan.cells]
     trojan = plan.cells[-1].attack.component.model_dump()
@@ -54,12 +57,12 @@ def paper_command(figure: str, output: Path | None, results: Path, slots: int | 
         panels[0] = with_ideal_trojan(panels[0], trojan["value"], trojan["target"])
     path = output or Path(f"{figure}.png")
     draw_panels(panels, plan.cells[0].dataset.component.load()[1], trojan["value"], path)
-    click.echo(f"wrote {path}")
+    say(f"wrote {path}")
     return ExitCode.OK
 
 
 def draw_regions(cell: Cell, store: Store) -> Panel:
-    """The label that the cell's finished network gives to every point of the plane."""
+    """The label that the cell's finished network gives to each point of the plane."""
     import torch
 
     from backdoor_bench_none.contracts.context import Context
@@ -77,9 +80,15 @@ def draw_regions(cell: Cell, store: Store) -> Panel:
 
 def _title(cell: Cell, record: Record | None) -> str:
     params = cell.attack.component.model_dump()
-    parts = [cell.defense.label] if cell.defense.name != "no_defense" else []
-    parts += [f"{100 * params['poison_rate']:g} % poisoned"] if "poison_rate" in params else ["clean"]
-    counts = record.counts if record else None
-    if counts is not None and counts.attack_success_rate is not None:
-        parts.append(f"\nBA {counts.benign_accuracy.rate:.3f}  ASR {counts.attack_success_rate.rate:.3f}")
-    return ", ".join(parts).replace(", \n", "\n")
+    parts = []
+    if cell.defense.name != "no_defense":
+        parts.append(cell.defense.label)
+    if "poison_rate" in params:
+        parts.append(f"{100 * params['poison_rate']:g} % poisoned")
+    else:
+        parts.append("clean")
+    title = ", ".join(parts)
+    if record is None or record.counts is None or record.counts.attack_success_rate is None:
+        return title
+    counts, success = record.counts, record.counts.attack_success_rate
+    return f"{title}\nBA {counts.benign_accuracy.rate:.3f}  ASR {success.rate:.3f}"

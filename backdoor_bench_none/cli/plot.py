@@ -1,4 +1,4 @@
-"""bbn plot."""
+"""The verb `bbn plot`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from backdoor_bench_none.cli.options import (
     selection_options,
     warn_of_absent,
 )
+from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.cli.table import find_rows
 from backdoor_bench_none.errors import ConfigError, ExitCode, NothingSelectedError
 from backdoor_bench_none.planning.reading import find_file
@@ -31,15 +32,15 @@ if TYPE_CHECKING:
     from backdoor_bench_none.results.store import Store
 
 KINDS = ("scatter", "matrix", "curve", "sweep", "activations", "triggers", "scores")
-#: kinds that show the numbers of records; the others look at data and networks of cells
+#: the kinds that show results of records; the others show data and networks of cells
 OF_RECORDS = ("scatter", "matrix", "curve", "sweep")
-#: option -> the kinds it goes with
+#: option -> the kinds that take it
 GOES_WITH = {"metric": ("scatter", "matrix", "sweep"), "x": ("sweep",), "layers": ("activations",), "all": OF_RECORDS}
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command line asks for."""
+    """The kind of picture and its options, as given on the command line."""
 
     kind: str
     metrics: tuple[str, ...]
@@ -48,9 +49,9 @@ class Wanted:
     everything: bool
 
     def check(self) -> None:
-        """Raise `ConfigError` for options that do not go with the kind."""
-        given = {"metric": self.metrics, "x": self.x, "layers": self.layers, "all": self.everything}
-        for name, value in given.items():
+        """Raise `ConfigError` for options that the kind does not take."""
+        options = {"metric": self.metrics, "x": self.x, "layers": self.layers, "all": self.everything}
+        for name, value in options.items():
             if value and self.kind not in GOES_WITH[name]:
                 raise ConfigError(f"--{name} does not go with {self.kind}", f"it is for {', '.join(GOES_WITH[name])}")
         if self.kind == "sweep" and not self.x:
@@ -64,9 +65,9 @@ class Wanted:
 @selection_options
 @click.option("--output", type=click.Path(path_type=Path), help=".svg, .pdf or .png; default: KIND.png.")
 @click.option("--metric", metavar="METRICS", help="For scatter, matrix, sweep; default: ba,asr. See `bbn table`.")
-@click.option("--x", metavar="AXIS.PARAMETER", help="For sweep: what stands below, as defense.lr.")
+@click.option("--x", metavar="AXIS.PARAMETER", help="For sweep: the parameter on the x axis, as defense.lr.")
 @click.option("--layers", multiple=True, metavar="PATTERN", help="For activations; default: the last four layers.")
-@click.option("--all", "everything", is_flag=True, help="All records of the results folder, whatever the file names.")
+@click.option("--all", "everything", is_flag=True, help="All records of the results folder, not the file's only.")
 def plot_command(
     kind: str,
     file: Path | None,
@@ -81,15 +82,15 @@ def plot_command(
     """Draw a picture of finished cells for a paper.
 
     \b
-    scatter      two metrics against each other, a point for each defense
+    scatter      two metrics against each other, one point per defense
     matrix       the comparison matrix as heat maps
     curve        the training loss of victims over epochs
     sweep        metrics over a swept parameter, --x
-    activations  neurons on benign and triggered images, of one cell
+    activations  neurons on benign and triggered images, for one cell
     triggers     images with the trigger of each attack, and what it changes
-    scores       a defense's scores of benign and poisoned samples, and its cut, of one cell
+    scores       scores of benign and poisoned samples, and the cut, for one cell
 
-    Texts in .svg and .pdf stay texts. Equal numbers give equal bytes.
+    Text in .svg and .pdf files stays text, and equal results give equal files.
     """
     wanted = Wanted(kind, _split(metric), x, layers, everything)
     wanted.check()
@@ -99,7 +100,7 @@ def plot_command(
     check_output(path)
     make = _prepare_rows if kind in OF_RECORDS else _prepare_cells
     write_picture(make(wanted, file, results, selection), path)
-    click.echo(f"wrote {path}")
+    say(f"wrote {path}")
     return ExitCode.OK
 
 
@@ -110,7 +111,7 @@ def _split(text: str | None) -> tuple[str, ...]:
 def _prepare_rows(
     wanted: Wanted, file: Path | None, results: Path | None, selection: Selection
 ) -> Callable[[], Figure]:
-    """The numbers of a picture of records, ready to be drawn."""
+    """A function that draws the picture of records; what it shows is read and checked here."""
     from backdoor_bench_none.report.plots.labels import find_metrics
     from backdoor_bench_none.report.plots.sweep import split_parameter
 
@@ -141,7 +142,7 @@ def _prepare_numbers(
 def _prepare_cells(
     wanted: Wanted, file: Path | None, results: Path | None, selection: Selection
 ) -> Callable[[], Figure]:
-    """What a picture of data and networks shows, ready to be drawn."""
+    """A function that draws the picture of data or networks; what it shows is computed here."""
     from backdoor_bench_none.planning.plan import make_plan
     from backdoor_bench_none.results.store import Store
 
@@ -152,7 +153,7 @@ def _prepare_cells(
 
         sheets, notes = make_sheets(plan.cells)
         for note in notes:
-            click.echo(f"not shown: {note}", err=True)
+            say(f"not shown: {note}", err=True)
         return partial(draw_sheets, sheets)
     warn_of_absent(plan)
     return _prepare_cell(wanted, plan, Store(results or plan.config.results))
@@ -164,5 +165,5 @@ def _prepare_cell(wanted: Wanted, plan: Plan, store: Store) -> Callable[[], Figu
 
     if wanted.kind == "scores":
         return partial(scores.draw_scores, scores.read_scores(open_cell(plan, store)))
-    found = activations.read_activations(open_cell(plan, store), wanted.layers)
-    return partial(activations.draw_activations, found)
+    layers = activations.read_activations(open_cell(plan, store), wanted.layers)
+    return partial(activations.draw_activations, layers)

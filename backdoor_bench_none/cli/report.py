@@ -1,4 +1,4 @@
-"""bbn report."""
+"""The verb `bbn report`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from backdoor_bench_none.cli.options import (
     selection_options,
     warn_of_absent,
 )
+from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.errors import ExitCode
 from backdoor_bench_none.planning.reading import find_file
 
@@ -29,15 +30,21 @@ if TYPE_CHECKING:
     "--output", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True, help="The HTML file."
 )
 @selection_options
-@click.option("--all", "everything", is_flag=True, help="All records of the results folder, whatever the file names.")
 @click.option(
-    "--previews/--no-previews", default=True, show_default=True, help="Draw triggers on images; this reads data sets."
+    "--all", "everything", is_flag=True, help="All records of the results folder, not only those of the file."
+)
+@click.option(
+    "--previews/--no-previews",
+    default=True,
+    show_default=True,
+    help="Show triggers on images; reads the data sets.",
 )
 def report_command(
     file: Path | None, results: Path | None, output: Path, selection: Selection, everything: bool, previews: bool
 ) -> int:
-    """Write a report of a benchmark file (default: benchmark.yaml) as one HTML file that opens without a network:
-    summary, matrix, scatter plot, every cell with its provenance, and what failed.
+    """Write a report of a benchmark file (default: benchmark.yaml) as one HTML file that opens offline.
+
+    It holds a summary, the matrix, a scatter plot, every cell with its provenance, and the failures.
     """
     from backdoor_bench_none.report.html.build import build_report, write_report
     from backdoor_bench_none.report.html.previews import make_previews
@@ -46,7 +53,7 @@ def report_command(
     text = build_report(source, make_previews(source.pairs) if previews else {})
     write_report(text, output)
     done = sum(trial.status == "done" for trial in source.trials)
-    click.echo(f"{output}: {done} of {len(source.trials)} cells have numbers, {len(text.encode()) / 1000:.0f} kB")
+    say(f"{output}: {done} of {len(source.trials)} cells have numbers, {len(text.encode()) / 1000:.0f} kB")
     return ExitCode.OK
 
 

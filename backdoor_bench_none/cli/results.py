@@ -1,4 +1,4 @@
-"""bbn results show."""
+"""The verb `bbn results show`."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ from pathlib import Path
 import click
 
 from backdoor_bench_none.cli.options import results_option
+from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.errors import ExitCode
 
 
 @click.group("results")
 def results_command() -> None:
-    """Look at single records."""
+    """Show single records."""
 
 
 @results_command.command("show")
 @click.argument("key")
 @results_option
-@click.option("--json", "as_json", is_flag=True, help="The whole record as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON.")
 def show_command(key: str, results: Path | None, as_json: bool) -> int:
-    """Show the record whose key starts with KEY: what was run, what
-    came out, what it cost, and why it failed if it did.
-    """
+    """Show the record whose key starts with KEY: what was run, its results, its costs, and why it failed if it did."""
     from backdoor_bench_none.report.record import describe_whole
     from backdoor_bench_none.results.store import Store
 
@@ -31,5 +30,5 @@ def show_command(key: str, results: Path | None, as_json: bool) -> int:
         click.echo(record.model_dump_json(indent=1, by_alias=True))
         return ExitCode.OK
     for line in describe_whole(record):
-        click.echo(line)
+        say(line)
     return ExitCode.OK

@@ -1,4 +1,4 @@
-"""bbn plan, bbn run."""
+"""The verbs `bbn plan` and `bbn run`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,33 @@ from typing import TYPE_CHECKING
 import click
 
 from backdoor_bench_none.cli.options import Selection, file_argument, open_registry, results_option, selection_options
+from backdoor_bench_none.cli.output import say
+from backdoor_bench_none.contracts.job import CELL
 from backdoor_bench_none.errors import ExitCode
 from backdoor_bench_none.planning.reading import find_file
-from backdoor_bench_none.planning.stage_table import record_key
+from backdoor_bench_none.planning.stage_table import find_stage, in_order, record_key
+from backdoor_bench_none.words import plural
 
 if TYPE_CHECKING:
+    from backdoor_bench_none.contracts.job import Job
     from backdoor_bench_none.planning.plan import Plan
     from backdoor_bench_none.run.runner import Only, Summary
+
+#: axis -> what its entries are called
+AXIS_WORDS = {
+    "dataset": "data set",
+    "attack": "attack",
+    "defense": "defense",
+    "architecture": "architecture",
+    "activation": "activation",
+}
 
 only_option = click.option(
     "--only",
     type=click.Choice(["missing", "failed", "all"]),
     default="missing",
     show_default=True,
-    help="missing: cells without numbers, failed ones included; failed: those that failed; all: compute again.",
+    help="missing: cells without results, including failed ones; failed: failed cells; all: every cell again.",
 )
 
 
@@ -33,7 +46,7 @@ only_option = click.option(
 @selection_options
 @click.option("-v", "--verbose", is_flag=True, help="Name every cell.")
 def plan_command(file: Path | None, results: Path | None, only: Only, selection: Selection, verbose: bool) -> int:
-    """Show what `bbn run` would do: cells, shared stages, what is done and what is skipped."""
+    """Show what `bbn run` would do: the cells to run, the stages they share, what is done and what is skipped."""
     from backdoor_bench_none.planning.plan import make_plan
     from backdoor_bench_none.results.store import Store
     from backdoor_bench_none.run.runner import choose_cells, count_done, pack_jobs
@@ -42,32 +55,50 @@ def plan_command(file: Path | None, results: Path | None, only: Only, selection:
     plan = selection.apply(make_plan(path, open_registry(path)))
     store = Store(results or plan.config.results)
     todo = [cell for cell in choose_cells(plan, store, only) if record_key(cell) not in plan.skipped]
-    for line in describe_plan(plan):
-        click.echo(line)
+    lines = describe_plan(plan)
     if verbose:
-        pending = {record_key(cell) for cell in todo}
-        for cell in plan.cells:
-            state = "skip" if record_key(cell) in plan.skipped else "run" if record_key(cell) in pending else "done"
-            click.echo(f"  {state:4} {record_key(cell)}  {cell.title}")
-    kinds = Counter[str](job.kind for job in pack_jobs(todo, store))
-    click.echo(f"  done        {count_done(plan, store)} cells")
-    shared = f"{kinds['poison']} poisoned sets and {kinds['victim'] + kinds['benign']} victims"
-    for kind, word in (("crafter", "crafting networks"), ("backbone", "backbones")):
-        shared = f"{kinds[kind]} {word}, {shared}" if kinds[kind] else shared
-    click.echo(f"  to do       {kinds['cell']} cells, and {shared} that they share")
-    click.echo(f"Nothing was run. To run it: {_again('bbn run', file, results)}")
+        lines += describe_cells(plan, {record_key(cell) for cell in todo})
+    lines.append(f"  done        {plural('cell', count_done(plan, store))}")
+    lines.append(f"  to do       {describe_jobs(pack_jobs(todo, store))}")
+    lines.append(f"Nothing was run. To run it: {_again('bbn run', file, results)}")
+    for line in lines:
+        say(line)
     return ExitCode.OK
+
+
+def describe_jobs(jobs: list[Job]) -> str:
+    """The number of cells to run, and of the stages they share, in the order of the stage table."""
+    counts = Counter(job.kind for job in jobs)
+    cells = plural("cell", counts[CELL])
+    kinds = in_order(set(counts) - {CELL})
+    shared = [plural(find_stage(kind).words, counts[kind]) for kind in kinds]
+    if not shared:
+        return cells
+    return f"{cells}, and what they share: {', '.join(shared)}"
+
+
+def describe_cells(plan: Plan, pending: set[str]) -> list[str]:
+    """One line for each cell: whether it is skipped, to be run or done, its key and its title."""
+    lines = []
+    for cell in plan.cells:
+        key = record_key(cell)
+        state = "done"
+        if key in plan.skipped:
+            state = "skip"
+        elif key in pending:
+            state = "run"
+        lines.append(f"  {state:4} {key}  {cell.title}")
+    return lines
 
 
 def describe_plan(plan: Plan) -> list[str]:
     """The size of the matrix, and what is left out of it."""
-    axes = {"dataset": "data sets", "attack": "attacks", "defense": "defenses"}
-    axes |= {"architecture": "architectures", "activation": "activations"}
-    counts = {word: len({cell.choices[axis].label for cell in plan.cells}) for axis, word in axes.items()}
-    counts["seeds"] = len({cell.seed for cell in plan.cells})
-    sizes = [f"{count} {word if count != 1 else word[:-1]}" for word, count in counts.items()]
-    excluded = f", {plan.excluded} excluded" if plan.excluded else ""
-    lines = [f"{plan.config.name}: {len(plan.cells)} cells of {', '.join(sizes)}{excluded}"]
+    sizes = [plural(word, len({cell.choices[axis].label for cell in plan.cells})) for axis, word in AXIS_WORDS.items()]
+    sizes.append(plural("seed", len({cell.seed for cell in plan.cells})))
+    title = f"{plan.config.name}: {plural('cell', len(plan.cells))} of {', '.join(sizes)}"
+    if plan.excluded:
+        title += f", {plan.excluded} excluded"
+    lines = [title]
     selected = {record_key(cell) for cell in plan.cells}
     reasons = Counter(reason for key, reason in plan.skipped.items() if key in selected)
     lines += [f"  skipped     {count}: {reason}" for reason, count in reasons.items()]
@@ -84,12 +115,12 @@ def describe_plan(plan: Plan) -> list[str]:
     "-j",
     "--slots",
     type=click.IntRange(min=1),
-    help="Jobs at the same time (default: one per core, or per GPU); on a CPU they share its threads.",
+    help="Jobs at the same time (default: one per core, or one per GPU); on a CPU they share its threads.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("-x", "fail_fast", is_flag=True, help="Stop after the first failure.")
-@click.option("--maxfail", type=click.IntRange(min=1), help="Stop after that many failures.")
-@click.option("-q", "--quiet", is_flag=True, help="Show failures only, and the table.")
+@click.option("--maxfail", type=click.IntRange(min=1), help="Stop after this many failures.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only failures and the table.")
 def run_command(
     file: Path | None,
     results: Path | None,
@@ -101,8 +132,9 @@ def run_command(
     maxfail: int | None,
     quiet: bool,
 ) -> int:
-    """Run what is missing of a benchmark file (default: benchmark.yaml) and
-    print its matrix. A run that was stopped goes on where it was.
+    """Run the missing cells of a benchmark file (default: benchmark.yaml) and print its matrix.
+
+    A run that was stopped continues where it stopped.
     """
     from backdoor_bench_none.contracts.context import choose_device
     from backdoor_bench_none.planning.plan import make_plan
@@ -117,19 +149,22 @@ def run_command(
     plan = selection.apply(make_plan(path, registry, need_data=True))
     folder = results or plan.config.results
     console = open_console()
-    reporter = Bars(console) if console.is_terminal and not quiet else Lines(console, quiet)
+    reporter = Lines(console, quiet)
+    if console.is_terminal and not quiet:
+        reporter = Bars(console)
     options = Options(folder, device, slots, only, 1 if fail_fast else maxfail)
     summary = run_plan(plan, registry, options, reporter)
     print_matrix(make_rows(plan, folder), console)
-    for line in describe_summary(summary, file, folder if folder != Path("results") else None):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in describe_summary(summary, file, folder):
+        say(line)
     if summary.interrupted:
         return ExitCode.INTERRUPTED
     return ExitCode.CELLS_FAILED if summary.failed else ExitCode.OK
 
 
-def describe_summary(summary: Summary, file: Path | None, results: Path | None) -> list[str]:
-    """What failed, the numbers of the run, and what to type next."""
+def describe_summary(summary: Summary, file: Path | None, folder: Path) -> list[str]:
+    """The failed cells, how many cells ended how, and the command to type next."""
+    results = None if folder == Path("results") else folder
     lines = [f"{record.status.upper()} {record.key}  {record.title} - {record.reason}" for record in summary.failed]
     counts = [(summary.done, "done"), (len(summary.failed), "failed"), (summary.skipped, "skipped")]
     counts += [(summary.cached, "done before"), (summary.not_run, "not run")]
@@ -145,5 +180,10 @@ def describe_summary(summary: Summary, file: Path | None, results: Path | None) 
 
 
 def _again(command: str, file: Path | None, results: Path | None) -> str:
-    """`command` with the file and the folder that were given."""
-    return " ".join([command, *([str(file)] if file else []), *(["--results", str(results)] if results else [])])
+    """`command` with the benchmark file and the results folder of this call."""
+    words = [command]
+    if file is not None:
+        words.append(str(file))
+    if results is not None:
+        words += ["--results", str(results)]
+    return " ".join(words)

@@ -1,9 +1,10 @@
-"""bbn status."""
+"""The verb `bbn status`."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,9 +16,14 @@ from backdoor_bench_none.cli.options import (
     selection_options,
     warn_of_absent,
 )
+from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.errors import ExitCode
 from backdoor_bench_none.planning.reading import find_file
 from backdoor_bench_none.planning.stage_table import record_key
+from backdoor_bench_none.words import plural
+
+if TYPE_CHECKING:
+    from backdoor_bench_none.contracts.record import Record
 
 
 @click.command("status")
@@ -25,7 +31,7 @@ from backdoor_bench_none.planning.stage_table import record_key
 @results_option
 @selection_options
 def status_command(file: Path | None, results: Path | None, selection: Selection) -> int:
-    """Count the cells of a benchmark file that are done, failed, skipped and left, and name those that failed."""
+    """Count the cells of a benchmark file that are done, failed, skipped or left, and name the failed ones."""
     from backdoor_bench_none.planning.plan import make_plan
     from backdoor_bench_none.results.store import Store
 
@@ -33,14 +39,19 @@ def status_command(file: Path | None, results: Path | None, selection: Selection
     plan = selection.apply(make_plan(path, open_registry(path)))
     warn_of_absent(plan)
     store = Store(results or plan.config.results)
-    records = [None if record_key(cell) in plan.skipped else store.read_record(record_key(cell)) for cell in plan.cells]
-    states = ["skipped" if record_key(cell) in plan.skipped else "left" for cell in plan.cells]
-    states = [record.status if record is not None else state for record, state in zip(records, states, strict=True)]
-    counts = Counter(states)
-    click.echo(
-        f"{plan.config.name}: {len(plan.cells)} cells, " + ", ".join(f"{n} {state}" for state, n in counts.items())
-    )
-    for record in records:
-        if record is not None and record.status in ("failed", "timeout"):
-            click.echo(f"{record.status.upper()} {record.key}  {record.title} - {record.reason}")
+    counts: Counter[str] = Counter()
+    failed: list[Record] = []
+    for key in map(record_key, plan.cells):
+        if key in plan.skipped:
+            counts["skipped"] += 1
+        elif (record := store.read_record(key)) is None:
+            counts["left"] += 1
+        else:
+            counts[record.status] += 1
+            if record.status in ("failed", "timeout"):
+                failed.append(record)
+    states = ", ".join(f"{count} {state}" for state, count in counts.items())
+    say(f"{plan.config.name}: {plural('cell', len(plan.cells))}, {states}")
+    for record in failed:
+        say(f"{record.status.upper()} {record.key}  {record.title} - {record.reason}")
     return ExitCode.OK

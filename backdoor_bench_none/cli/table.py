@@ -1,4 +1,4 @@
-"""bbn table."""
+"""The verb `bbn table`."""
 
 from __future__ import annotations
 
@@ -39,17 +39,21 @@ def _split(context: click.Context, parameter: click.Parameter, value: str | None
     type=click.Choice(["terminal", "markdown", "latex", "csv", "json", "html"]),
     default="terminal",
     show_default=True,
-    help="csv and json have one row per combination, with all numbers.",
+    help="csv and json have one row per combination, with all metrics.",
 )
-@click.option("--rows", callback=_split, metavar="AXES", help="Axes that make the lines, as attack,architecture.")
-@click.option("--columns", callback=_split, metavar="AXES", default="defense", show_default=True, help="Likewise.")
+@click.option("--rows", callback=_split, metavar="AXES", help="Axes of rows, as attack,architecture.")
+@click.option(
+    "--columns", callback=_split, metavar="AXES", default="defense", show_default=True, help="Axes of columns."
+)
 @click.option(
     "--metric", "metrics", callback=_split, metavar="METRICS", default="ba,asr", show_default=True,
-    help="Any of ba asr ra der tpr fpr auroc tpr_at_1_fpr seconds cost_ratio peak_memory clean_fraction.",
+    help="Any of ba, asr, ra, der, tpr, fpr, auroc, tpr_at_1_fpr, seconds, cost_ratio, peak_memory, clean_fraction.",
 )  # fmt: skip
-@click.option("--compare", nargs=2, metavar="A B", help="Two defenses, paired over seeds, cells and images.")
-@click.option("--paper", metavar="TABLE", help="The paper's numbers beside ours, as table1.")
-@click.option("--all", "everything", is_flag=True, help="All records of the results folder, whatever the file names.")
+@click.option("--compare", nargs=2, metavar="A B", help="Compare two defenses, paired over seeds, cells and images.")
+@click.option("--paper", metavar="TABLE", help="Show the paper's numbers beside ours, as table1.")
+@click.option(
+    "--all", "everything", is_flag=True, help="All records of the results folder, not only those of the file."
+)
 def table_command(
     file: Path | None,
     results: Path | None,
@@ -62,8 +66,9 @@ def table_command(
     paper: str | None,
     everything: bool,
 ) -> int:
-    """Print the comparison matrix of a benchmark file (default:
-    benchmark.yaml) from its records; cells without one are shown as missing.
+    """Print the comparison matrix of a benchmark file (default: benchmark.yaml) from its records.
+
+    Cells without a record are shown as missing.
     """
     from backdoor_bench_none.report.pivot import Layout
     from backdoor_bench_none.report.tables import open_console, print_matrix, print_table, render, render_table
@@ -71,23 +76,29 @@ def table_command(
     layout = Layout(rows, columns, metrics)
     layout.check()
     with _no_garbage_collection():
-        found, folder = find_rows(file, results, selection, everything)
+        table_rows, folder = find_rows(file, results, selection, everything)
     if compare is not None or paper is not None:
         from backdoor_bench_none.report.comparison import compare_defenses
         from backdoor_bench_none.report.paper import compare_with_paper
 
-        table = compare_defenses(found, *compare, folder) if compare else compare_with_paper(found, str(paper))
-        print_table(table, open_console()) if form == "terminal" else click.echo(render_table(table, form))
+        if compare is not None:
+            table = compare_defenses(table_rows, *compare, folder)
+        else:
+            table = compare_with_paper(table_rows, str(paper))
+        if form == "terminal":
+            print_table(table, open_console())
+        else:
+            click.echo(render_table(table, form))
     elif form == "terminal":
-        print_matrix(found, open_console(), layout)
+        print_matrix(table_rows, open_console(), layout)
     else:
-        click.echo(render(found, form, layout))
+        click.echo(render(table_rows, form, layout))
     return ExitCode.OK
 
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """20,000 records make many objects and no garbage: looking for some takes a tenth of the time."""
+    """Turn off garbage collection, which takes a tenth of the time of reading 20,000 records and finds nothing."""
     gc.disable()
     try:
         yield
@@ -98,7 +109,7 @@ def _no_garbage_collection() -> Iterator[None]:
 def find_rows(
     file: Path | None, results: Path | None, selection: Selection, everything: bool
 ) -> tuple[list[Row], Path]:
-    """The rows of a benchmark file, or of all records, and the results folder."""
+    """The rows of a benchmark file, or of all records, and the results folder they are from."""
     from backdoor_bench_none.results.index import read_measurements
     from backdoor_bench_none.results.rows import make_rows, rows_of_measurements
 

@@ -1,1 +1,4 @@
-"""What plugins implement and what they are given. Nothing in here trains, reads files or knows a registry."""
+"""The interfaces that plugins implement, and the objects they receive.
+
+Nothing in this package trains, reads files or depends on the registry.
+"""

@@ -1,4 +1,4 @@
-"""What an architecture and an activation function are."""
+"""Base classes of architectures and activation functions."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from backdoor_bench_none.contracts.component import Component
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a network is built for: input (N, channels, image_size, image_size), output logits (N, num_classes).
+    """What a network is built for: its input and output sizes and its activation function.
 
-    `activation()` makes one new module per place it is used, so PReLU learns one slope per layer.
+    The input is (N, channels, image_size, image_size), the output logits (N, num_classes). `activation()` returns a new
+    module on every call, so that PReLU learns one slope per layer.
     """
 
     num_classes: int
@@ -26,7 +27,7 @@ class ModelSpec:
 
 
 class Architecture(Component):
-    """Base of all architectures: `build` makes an initialised network."""
+    """Base of all architectures; subclasses implement `build`."""
 
     width: float = Field(1.0, gt=0, le=4, description="factor on the number of channels of every hidden layer")
 
@@ -35,7 +36,7 @@ class Architecture(Component):
         raise NotImplementedError
 
     def recipe(self, dataset: str) -> Mapping[str, Any]:
-        """The fields of the training recipe this architecture needs changed on `dataset`."""
+        """The fields of the training recipe that this architecture changes on `dataset`."""
         return {}
 
     def scale(self, channels: int) -> int:
@@ -44,7 +45,7 @@ class Architecture(Component):
 
 
 class Activation(Component):
-    """Base of all activation functions: `build` makes one module."""
+    """Base of all activation functions; subclasses implement `build`."""
 
     def build(self) -> nn.Module:
         """A new module of this activation function, not in place."""

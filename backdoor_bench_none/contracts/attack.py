@@ -1,7 +1,7 @@
-"""What an attack is: it replaces training samples, and says which test samples it would turn into what.
+"""Base classes and data structures of attacks.
 
-One that does more says so: it crafts its samples with a network, trains the victim itself, or finds its trigger in
-every finished network.
+An attack replaces training samples, and names the test samples whose label it would change. It may also craft samples
+with a network, train the victim itself, or search every finished network for a trigger.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.seeds import derive_seed
 
 LabelMode = Literal["all_to_one", "all_to_all", "clean_label"]
-#: images stamped at once: few enough to stay in a cache
+#: images stamped at once: few enough to stay in the cache
 STAMP_CHUNK = 256
 
 
 @dataclass(frozen=True)
 class AttackTask:
-    """What an attack is given: clean data, on the CPU, in original order. It draws from `context.seed`."""
+    """The input of an attack: clean data on the CPU, in the original order. Attacks draw from `context.seed`."""
 
     data: ImageSet
     info: DatasetInfo
-    #: what it asked for with `crafted_with` or `needs_backbone`: a network in eval mode, on the device of `context`
+    #: the network requested by `crafted_with` or `needs_backbone`, in eval mode, on the device of `context`
     network: nn.Module | None = None
-    #: the client (N,) int64 that holds each sample, for one that `needs_clients`
+    #: the client (N,) int64 that holds each sample, for attacks with `needs_clients`
     clients: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class VictimTask(TrainingTask):
-    """What an attacker who controls training has: `train` as the defender will get it, and the clean set behind it."""
+    """The input of an attacker who controls training: `train` as the defender will get it, and the clean set."""
 
     #: the training set before it was poisoned, on the device
     original: ImageSet
@@ -55,17 +55,15 @@ class VictimTask(TrainingTask):
     benign_weights: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     def benign(self) -> nn.Module:
-        """The network trained on the clean set by the cell's recipe, in eval mode; it is that of the attack `clean`."""
+        """The victim of the attack `clean`: trained on the clean set by the cell's recipe, in eval mode."""
         if self.benign_weights is None:
-            raise ConfigError("this attack asks for the benign network without saying so", "set starts_from_benign")
+            raise ConfigError("this attack uses the benign network without declaring it", "set starts_from_benign")
         return self.build.load(self.benign_weights)
 
 
 @dataclass(frozen=True)
 class SearchTask:
-    """What an attack that finds its trigger in a finished network has: the
-    network in eval mode, clean training images to search with, on the device.
-    """
+    """The input of an attack that searches a finished network, which is in eval mode: clean images, on the device."""
 
     model: nn.Module
     train: ImageSet
@@ -79,8 +77,10 @@ class SearchTask:
 
 @dataclass(frozen=True)
 class FoundTriggers:
-    """Triggers found in a network: `masks` (A, 1, H, W) and `patterns` (A, C, H, W) in [0, 1], and the label (A,)
-    int64 that each gives to images of other classes, -1 where the search found none. `facts` go into the record.
+    """Triggers found in a network, and the label that each gives to images of other classes.
+
+    `masks` (A, 1, H, W) and `patterns` (A, C, H, W) are in [0, 1]; `labels` (A,) int64 are -1 where the search found no
+    trigger. `facts` go into the record.
     """
 
     masks: Tensor
@@ -89,7 +89,7 @@ class FoundTriggers:
     facts: tuple[Mapping[str, Any], ...]
 
     def stamp(self, index: int, test: ImageSet) -> PoisonedSamples:
-        """The test images of other classes with trigger `index`; all of them as they are if there is none."""
+        """The test images of other classes with trigger `index`; all of them, unchanged, if there is none."""
         label = int(self.labels[index])
         indices = torch.nonzero(test.labels != label).flatten()
         images = Trigger(self.masks[index], self.patterns[index]).apply(test.images[indices])
@@ -97,28 +97,26 @@ class FoundTriggers:
 
 
 class Crafter(Component):
-    """A network that an attack crafts samples with: trained on the clean training set, once for all that share it."""
+    """A network for crafting samples, trained once on the clean training set for all attacks that share it."""
 
     def architecture(self) -> Architecture:
-        """Its architecture; its activation function is ReLU."""
+        """The architecture of the network; its activation function is ReLU."""
         raise NotImplementedError
 
     def train(self, task: TrainingTask, context: Context) -> nn.Module:
-        """The trained network, made by `task.new_model`; the recipe is that of the data set and the architecture."""
+        """The trained network, from `task.new_model`; the recipe is that of the data set and the architecture."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class PoisonedSamples:
-    """Samples that stand at `indices` (k,) int64 of the original set:
-    `images` (k, C, H, W) uint8, `labels` (k,) int64.
-    """
+    """Replacements for the samples `indices` (k,) int64: `images` (k, C, H, W) uint8 and `labels` (k,) int64."""
 
     indices: Tensor
     images: Tensor
     labels: Tensor
-    #: (k,) bool: samples that were changed to mislead a defender and teach no trigger; they count neither as poisoned
-    #: nor as benign. None if there are none.
+    #: (k,) bool: samples changed to mislead a defender, which teach no trigger and count as neither poisoned nor
+    #: benign; None if there are none
     decoys: Tensor | None = None
 
     def __len__(self) -> int:
@@ -126,27 +124,27 @@ class PoisonedSamples:
 
     @classmethod
     def nothing(cls, like: ImageSet) -> Self:
-        """No sample at all."""
+        """An empty set of samples."""
         empty = torch.empty(0, dtype=torch.int64)
         return cls(empty, like.images[:0].cpu(), empty)
 
     def replace(self, data: ImageSet) -> ImageSet:
-        """`data` with these samples in place of its own; `data` itself is left as it is."""
+        """A copy of `data` with these samples in place of the original ones."""
         images, labels = data.images.clone(), data.labels.clone()
         images[self.indices], labels[self.indices] = self.images, self.labels
         return ImageSet(images, labels)
 
 
 class Attack(Component):
-    """Base of all attacks. One that stamps a trigger is a `TriggerAttack`; other kinds override what is here."""
+    """Base of all attacks; those that stamp a trigger derive from `TriggerAttack`, others override these methods."""
 
     #: whether training samples are replaced; if not, networks trained on the data are those of the attack `clean`
     poisons: ClassVar[bool] = True
-    #: whether the attacker trains the victim: write `train`
+    #: whether the attacker trains the victim: implement `train`
     controls_training: ClassVar[bool] = False
-    #: whether `train` begins with the network of the attack `clean`
+    #: whether `train` starts from the network of the attack `clean`
     starts_from_benign: ClassVar[bool] = False
-    #: whether the trigger is found in each finished network: write `find_triggers`
+    #: whether the trigger is found in each finished network: implement `find_triggers`
     searches: ClassVar[bool] = False
     #: whether it needs to know the frozen backbone of the victim
     needs_backbone: ClassVar[bool] = False
@@ -155,7 +153,7 @@ class Attack(Component):
 
     @classmethod
     def facts(cls) -> Mapping[str, str]:
-        """What the attacker can do."""
+        """The capabilities of the attacker."""
         powers = {
             "poisons the training set": cls.poisons,
             "trains the victim": cls.controls_training,
@@ -166,49 +164,47 @@ class Attack(Component):
         return {"attacker": ", ".join(power for power, has in powers.items() if has) or "does nothing"}
 
     def resolve(self, info: DatasetInfo) -> Self:
-        """This attack with parameters left to the data set filled in, so that records and keys hold what was used."""
+        """This attack with the data set's defaults filled in, so that records and keys hold the values used."""
         return self
 
     def check(self, info: DatasetInfo) -> None:
         """Raise `ConfigError` if this resolved attack cannot be carried out on that data set."""
 
     def check_trainer(self, trainer: Trainer) -> None:
-        """Raise `ConfigError` if it cannot be carried out with the parameters of that trainer."""
+        """Raise `ConfigError` if this attack cannot be carried out with the parameters of that trainer."""
 
     def skip(self, cell: Combination) -> str | None:
-        """A reason if the cell's trainer does not have what the attack needs."""
+        """The reason to skip the cell if its trainer lacks what the attack needs; None otherwise."""
         trainer: Trainer = cell.trainer.component
         if self.needs_backbone and not trainer.has_backbone:
-            return f"{cell.attack.name} needs a trainer with a frozen backbone, as transfer"
+            return f"{cell.attack.name} needs a trainer with a frozen backbone, such as transfer"
         if self.needs_clients and not trainer.has_clients:
-            return f"{cell.attack.name} needs a trainer with clients, as federated"
+            return f"{cell.attack.name} needs a trainer with clients, such as federated"
         return None
 
     def crafted_with(self) -> Crafter | None:
-        """How to make the network that `poison` is given."""
+        """The crafter of the network that `poison` receives; None if it needs none."""
         return None
 
     def poison(self, task: AttackTask, context: Context) -> PoisonedSamples:
-        """The training samples that are replaced."""
+        """The replacements for training samples."""
         if self.poisons:
             raise NotImplementedError
         return PoisonedSamples.nothing(task.data)
 
     def train(self, task: VictimTask, context: Context) -> tuple[nn.Module, History]:
-        """The victim. Whoever controls training may return another structure, with `adapt`."""
+        """The victim and its history; an attack that returns another structure also overrides `adapt`."""
         model = task.new_model()
         history = task.fit(model, context)
         check_learned(history, task.info.num_classes)
         return model, history
 
     def adapt(self, model: nn.Module, info: DatasetInfo) -> nn.Module:
-        """The structure of the victim, made of one of the cell's networks; the same by default."""
+        """The structure of the victim, built from one of the cell's networks; `model` itself by default."""
         return model
 
     def attack_test(self, task: AttackTask, context: Context) -> PoisonedSamples:
-        """The test samples whose label the attack would change,
-        triggered, with the labels it wants: the denominator of ASR.
-        """
+        """The test samples whose label the attack would change, triggered and relabelled: the denominator of ASR."""
         if not self.searches:
             raise NotImplementedError
         return PoisonedSamples.nothing(task.data)
@@ -218,17 +214,19 @@ class Attack(Component):
         raise NotImplementedError
 
     def preview(self, task: AttackTask, context: Context) -> Tensor:
-        """Every image of `task.data` as the attack changes it at test time, whatever its label (N, C, H, W) uint8."""
+        """All images of `task.data` (N, C, H, W) uint8, whatever their label, as the attack changes them in testing."""
         return task.data.images
 
 
 class StampAttack(Attack):
-    """Base of attacks whose test images bear a trigger that is known beforehand: write `trigger`, or `trigger_each`
-    when every sample bears its own, or `stamp` for what is no trigger of Eq. 1.
+    """Base of attacks that stamp test images with a trigger known in advance.
+
+    Implement `trigger`; or `trigger_each` if every sample has its own trigger; or `stamp` for a change that is not a
+    trigger of Eq. 1.
     """
 
     target: int | None = Field(
-        None, ge=0, description="label all triggered images get; default: the paper's for the data set"
+        None, ge=0, description="label of all triggered images; default: the paper's for the data set"
     )
     label_mode: LabelMode = Field(
         "all_to_one", description="all_to_one: every label becomes target; all_to_all: y becomes (y + 1) mod K"
@@ -246,18 +244,20 @@ class StampAttack(Attack):
         raise NotImplementedError
 
     def trigger_each(self, info: DatasetInfo, indices: Tensor, seed: int) -> Trigger | PlacedTiles:
-        """The triggers of the samples `indices` (N,): batched, or one for all. A function of (seed, index) alone."""
+        """The triggers of the samples `indices` (N,), batched or one for all; each depends on (seed, index) alone."""
         return self.trigger(info)
 
     def resolve(self, info: DatasetInfo) -> Self:
         """Fill in the paper's target label; `all_to_all` has none."""
-        target: int | None = info.paper_target if self.target is None else self.target
+        target = self.target
         if self.label_mode == "all_to_all":
             target = None
+        elif target is None:
+            target = info.paper_target
         return self.model_copy(update={"target": target})
 
     def check(self, info: DatasetInfo) -> None:
-        """The target is a class, the trigger fits."""
+        """Check that the target is a class and that the trigger fits the images."""
         if self.target is not None and self.target >= info.num_classes:
             raise ConfigError(
                 f"target {self.target} is not a class of {info.name}", f"its classes are 0 to {info.num_classes - 1}"
@@ -294,7 +294,7 @@ class TriggerAttack(StampAttack):
     exclude_target: bool = Field(False, description="all_to_one: draw no samples of the target class")
 
     def check(self, info: DatasetInfo) -> None:
-        """Also: the rate selects something."""
+        """Check also that the rate selects at least one sample."""
         super().check(info)
         check_rates(info, poison_rate=self.poison_rate)
 
@@ -316,8 +316,8 @@ class TriggerAttack(StampAttack):
 class CleanLabelAttack(StampAttack):
     """Base of clean-label attacks: samples of the target class get the trigger and keep their label.
 
-    Beware of the rate: it is a share of the target class, as in Turner et al.; other toolboxes take a share of the
-    whole set. 5 % of one of ten classes is 0.5 % of the data.
+    `class_rate` is a share of the target class, as in Turner et al.; other toolboxes use a share of the whole set. 5 %
+    of one of ten classes is 0.5 % of the data.
     """
 
     label_mode: LabelMode = Field("clean_label", description="always clean_label: no label is changed")
@@ -327,17 +327,17 @@ class CleanLabelAttack(StampAttack):
     @classmethod
     def _check_mode(cls, mode: LabelMode) -> LabelMode:
         if mode != "clean_label":
-            raise ValueError(f"a clean-label attack changes no label, so it has no {mode}")
+            raise ValueError(f"a clean-label attack changes no label, so it cannot be {mode}")
         return mode
 
     def check(self, info: DatasetInfo) -> None:
-        """Also: the rate selects something of a class of average size."""
+        """Check also that the rate selects at least one sample of a class of average size."""
         super().check(info)
         size = info.train_size / info.num_classes
         if round(self.class_rate * size) == 0:
             raise ConfigError(
-                f"class_rate {self.class_rate} selects none of the about {size:.0f} training images that a class of "
-                f"{info.name} has",
+                f"class_rate {self.class_rate} selects none of the about {size:.0f} training images per class of "
+                f"{info.name}",
                 f"use at least {1 / size:.2g}",
             )
 
@@ -353,7 +353,7 @@ class CleanLabelAttack(StampAttack):
         return draw_indices(of_target, count, seed)
 
     def craft(self, chosen: ImageSet, indices: Tensor, task: AttackTask, context: Context) -> Tensor:
-        """The selected samples `chosen`, of `indices` (k,), as they stand in the training set: stamped, by default."""
+        """The images that replace `chosen`, the samples `indices` (k,), in the training set; stamped by default."""
         return self.stamp(chosen.images, indices, task.info, derive_seed(context.seed, "place"))
 
     def poison(self, task: AttackTask, context: Context) -> PoisonedSamples:
@@ -364,9 +364,7 @@ class CleanLabelAttack(StampAttack):
 
 
 def check_rates(info: DatasetInfo, **rates: float) -> None:
-    """Raise `ConfigError` if a share of the training set, given by name, is not 0 and selects nothing, or if all of
-    them together select more than there is.
-    """
+    """Raise `ConfigError` if a share of the training set, unless 0, selects nothing, or all together too much."""
     counts = {name: round(rate * info.train_size) for name, rate in rates.items()}
     for name, count in counts.items():
         if rates[name] > 0 and count == 0:
@@ -383,17 +381,17 @@ def check_rates(info: DatasetInfo, **rates: float) -> None:
 
 
 def draw_indices(eligible: Tensor, count: int, seed: int) -> Tensor:
-    """`count` distinct ones of `eligible` (n,) int64, in ascending order; `ConfigError` if there are not as many."""
+    """`count` distinct elements of `eligible` (n,) int64, in ascending order; `ConfigError` if there are too few."""
     if count > len(eligible):
         raise ConfigError(
-            f"{count} samples are to be poisoned, of {len(eligible)} that are eligible", "lower the poisoning rate"
+            f"{count} samples are to be poisoned, but only {len(eligible)} are eligible", "lower the poisoning rate"
         )
     drawn = np.random.default_rng(seed).choice(len(eligible), count, replace=False)
     return eligible[torch.from_numpy(np.sort(drawn))]
 
 
 def stamp_in_chunks(images: Tensor, trigger_of: Callable[[slice], Trigger | PlacedTiles]) -> Tensor:
-    """`images` (N, C, H, W) uint8, each slice of them stamped with the trigger that `trigger_of` makes for it."""
+    """`images` (N, C, H, W) uint8, each slice stamped with the trigger that `trigger_of` returns for it."""
     stamped = torch.empty_like(images)
     for start in range(0, len(images), STAMP_CHUNK):
         part = slice(start, start + STAMP_CHUNK)

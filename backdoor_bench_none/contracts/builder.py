@@ -1,4 +1,4 @@
-"""Makes the networks of a cell."""
+"""Builds the networks of a cell."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from backdoor_bench_none.seeds import derive_seed
 
 @dataclass(frozen=True)
 class ModelBuilder:
-    """Builds an architecture for a spec, with initial weights that are a function of `key` and a draw."""
+    """Builds an architecture for a spec; the initial weights depend on `key` and a draw alone."""
 
     architecture: Architecture
     spec: ModelSpec
@@ -26,7 +26,7 @@ class ModelBuilder:
     backbone: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     def __call__(self, draw: int) -> nn.Module:
-        """A freshly initialised network on the device, channels last; torch's global generator is left as it was."""
+        """A freshly initialised network on the device, channels last; torch's global generator is left unchanged."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.key, draw))
             model = self.architecture.build(self.spec)
@@ -41,21 +41,21 @@ class ModelBuilder:
         return model.eval()
 
     def load_backbone(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        """Load all of `weights` into `model` except for the layers that make the logits; `ConfigError` if they do not
-        fit.
-        """
+        """Load `weights` into `model`, except for the layers that make the logits; `ConfigError` if they do not fit."""
         own = model.state_dict()
         heads = find_logits_layers(
             model, torch.zeros(1, self.spec.channels, self.spec.image_size, self.spec.image_size)
         )
-        # by tensor and not by name: a tied weight stands under several names
-        kept = {tensor.data_ptr() for head in heads.values() for tensor in head.state_dict().values()}
+        # by address and not by name: a tied weight has several names
+        kept: set[int] = set()
+        for head in heads.values():
+            kept.update(tensor.data_ptr() for tensor in head.state_dict().values())
         wanted = {name: tensor for name, tensor in own.items() if tensor.data_ptr() not in kept}
         wrong = sorted(name for name in wanted if name not in weights or weights[name].shape != wanted[name].shape)
         if wrong:
             raise ConfigError(
-                f"the pretrained weights do not fit: {len(wrong)} of {len(wanted)} tensors are absent or of another "
+                f"the pretrained weights do not fit: {len(wrong)} of {len(wanted)} tensors are missing or have another "
                 f"shape, the first is {wrong[0]}",
-                "pretrain the same architecture, of the same width and image size",
+                "pretrain the same architecture, with the same width and image size",
             )
         model.load_state_dict({**own, **{name: weights[name] for name in wanted}})

@@ -25,10 +25,10 @@ AXES = ("dataset", "attack", "defense", "architecture", "activation", "trainer")
 
 @dataclass(frozen=True)
 class Cell:
-    """dataset x attack x defense x architecture x activation x trainer x seed, with the recipe its networks are
-    trained by.
+    """One combination of all axes and a seed, with the recipe of its networks.
 
-    The attack is resolved for the data set; `fingerprint` is the data's sha256, None while it is not on this machine.
+    The attack is resolved for the data set; `fingerprint` is the sha256 of the data, None while they are not on this
+    machine.
     """
 
     dataset: Choice[Dataset]
@@ -43,7 +43,7 @@ class Cell:
     fingerprint: str | None
     #: extra metrics
     metrics: tuple[Choice[Metric], ...] = ()
-    #: what was derived from this cell and is not part of it, as its content keys: a changed copy begins without
+    #: values derived from this cell, such as its content keys; a changed copy starts without them
     memo: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @cached_property
@@ -58,14 +58,14 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """The labels of all axes, without the trainer where it is the usual one, and the seed."""
+        """The labels of all axes and the seed; the trainer is left out if it is `centralized`."""
         labels = [choice.label for axis, choice in self.choices.items() if axis != "trainer"]
         if self.trainer.name != "centralized":
             labels.append(self.trainer.label)
         return "/".join([*labels, f"s{self.seed}"])
 
     def spec(self) -> dict[str, Any]:
-        """This cell as JSON values: what a job carries."""
+        """This cell as JSON values, as jobs carry it."""
         choices = {axis: choice.spec() for axis, choice in self.choices.items()}
         metrics = [metric.spec() for metric in self.metrics]
         recipe = self.recipe.model_dump(mode="json")

@@ -34,7 +34,7 @@ class Component(BaseModel):
 
     @classmethod
     def facts(cls) -> Mapping[str, str]:
-        """What `bbn show` says besides parameters and paper."""
+        """Lines that `bbn show` adds to the parameters and the paper, by title."""
         return {}
 
     def skip(self, cell: Combination) -> str | None:
@@ -56,18 +56,18 @@ class Choice(Generic[C_co]):
 
     @cached_property
     def identity(self) -> str:
-        """What determines results, as canonical JSON."""
+        """The name, revision and parameters that determine results, as canonical JSON."""
         return canonical_json({"name": self.name, **self.component.identity()})
 
     def spec(self) -> dict[str, Any]:
-        """Everything needed to make this choice again, as JSON values."""
+        """Everything needed to restore this choice, as JSON values."""
         return {"name": self.name, "label": self.label, "params": self.component.model_dump(mode="json")}
 
 
 class Combination(Protocol):
-    """A cell, as far as a component may look at it to decide whether it can be part of it.
+    """The part of a cell that a component may read to decide whether it can be part of that cell.
 
-    A protocol and not `Cell` itself, which is made of components: `cell.trainer.component.has_clients`.
+    A protocol rather than `Cell`, which itself depends on components. Example: `cell.trainer.component.has_clients`.
     """
 
     @property
@@ -99,5 +99,5 @@ class Combination(Protocol):
         """The seed."""
 
     @property
-    def info(self) -> Any:  # noqa: ANN401 - a DatasetInfo, which lives beside a component
-        """The facts of the data set (`DatasetInfo`)."""
+    def info(self) -> Any:  # noqa: ANN401 - a DatasetInfo, whose module imports this one
+        """The metadata of the data set (`DatasetInfo`)."""

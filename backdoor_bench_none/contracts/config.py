@@ -1,4 +1,4 @@
-"""What may stand in a benchmark file."""
+"""The schema of a benchmark file."""
 
 from __future__ import annotations
 
@@ -55,14 +55,15 @@ def _name_or_mapping(value: object) -> object:
 
 
 def _flatten(value: object) -> object:
-    """`{name: local, slots: 2}` -> name and params, as executors are written without a `params` level."""
+    """Turn `{name: local, slots: 2}` into name and params; executors are written without a `params` level."""
     if isinstance(value, dict) and "name" in value and "params" not in value:
         return {"name": value["name"], "params": {k: v for k, v in value.items() if k != "name"}}
     return _named(value)
 
 
 class Entry(_Strict):
-    """One value of an axis: a name, or a mapping with parameters;
+    """One value of an axis: a name, or a mapping with parameters.
+
     `sweep` makes one entry per combination of its values.
     """
 
@@ -91,7 +92,7 @@ class Matrix(_Strict):
 
 
 class Exclude(_Strict):
-    """Cells to leave out: those that match every axis named here, by label or name."""
+    """Cells to leave out: those that match every axis given, by label or name."""
 
     dataset: Names | None = None
     attack: Names | None = None
@@ -111,7 +112,7 @@ class Budget(_Strict):
 
 
 class Config(_Strict):
-    """A whole benchmark file."""
+    """The contents of a benchmark file."""
 
     version: Literal[1]
     name: str = Field(min_length=1)

@@ -1,4 +1,4 @@
-"""Where and how a stage runs: device, precision, seed, deadline, progress."""
+"""Device, precision, seed, deadline and progress of a stage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def no_progress(done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage may know of its surroundings.
+    """The environment in which a stage runs.
 
     `amp` is the autocast type, or None for float32. `deadline` is in seconds of `time.monotonic`. `log(name, value,
     step)` records a number, `progress(done, total)` counts epochs.
@@ -39,7 +39,7 @@ class Context:
     progress: Callable[[int, int], None] = no_progress
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Mixed precision, where it pays."""
+        """The context manager of mixed precision; without effect in float32."""
         return nullcontext() if self.amp is None else torch.autocast(self.device.type, self.amp)
 
     def generator(self, *purpose: object) -> torch.Generator:
@@ -47,7 +47,7 @@ class Context:
         return torch.Generator().manual_seed(derive_seed(self.seed, *purpose))
 
     def derive(self, *purpose: object) -> Context:
-        """The same surroundings with another seed."""
+        """The same context with a seed derived for a purpose."""
         return replace(self, seed=derive_seed(self.seed, *purpose))
 
     def check_deadline(self) -> None:
@@ -69,7 +69,10 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_amp(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the hardware computes it; float32 elsewhere, where bfloat16 would be 4 to 12 times slower."""
+    """bfloat16 where the hardware supports it; None, for float32, elsewhere.
+
+    Emulated bfloat16 is 4 to 12 times slower than float32.
+    """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     return torch.bfloat16 if cpu_has_bf16() else None

@@ -1,4 +1,4 @@
-"""What a data set is: facts that need no pixels, and its images as uint8 tensors."""
+"""Base class of data sets, their metadata, and their images as uint8 tensors."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What is known of a data set before its pixels are read.
+    """Metadata of a data set, known before its pixels are read.
 
     `shape` is (C, H, W). `mean` and `std` have C values on the 0..1 scale. `crop_padding` (pixels) and `flip` are the
-    augmentation its images bear. `paper_target` and `paper_trigger` are what the paper uses on it (Table 8, section
+    augmentation that the data set allows. `paper_target` and `paper_trigger` are those of the paper (Table 8, section
     8.6).
     """
 
@@ -57,23 +57,24 @@ class DatasetInfo:
 
 
 class Dataset(Component):
-    """Base of all data sets: `info`, `prepare`, `files` and `load`."""
+    """Base of all data sets; subclasses implement `info`, `files` and `load`, and `prepare` if files may be missing."""
 
     def info(self) -> DatasetInfo:
-        """The facts, without reading pixels; nominal ones while the files are still to be downloaded."""
+        """The metadata, without reading pixels; nominal values while the files are still to be downloaded."""
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Make sure that the files are there: download them if that is
-        allowed, else raise `DatasetError` saying what to put where.
+        """Make sure that the files are there, downloading them if that is allowed.
+
+        Otherwise raise `DatasetError`, saying what to put where.
         """
 
     def files(self) -> list[Path]:
-        """The files that hold the data, all of them; `DatasetError` when they are absent."""
+        """All files that hold the data; `DatasetError` if any is missing."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """The sha256 of the contents of all files and of their places below their common folder; keys rest on it."""
+        """The sha256 of the contents of all files and of their paths below their common folder; content keys use it."""
         files = sorted(self.files())
         folder = os.path.commonpath(files)
         digest = hashlib.sha256()
@@ -84,7 +85,7 @@ class Dataset(Component):
         return digest.hexdigest()
 
     def recipe(self) -> Mapping[str, Any]:
-        """The fields of the default training recipe that this data set needs changed."""
+        """The fields of the default training recipe that this data set changes."""
         return {}
 
     def load(self) -> tuple[ImageSet, ImageSet]:
@@ -92,7 +93,8 @@ class Dataset(Component):
         raise NotImplementedError
 
     def load_for_pretraining(self) -> tuple[ImageSet, int]:
-        """The images that a backbone was trained on before the attack, and their number of classes: those of the
-        classes that a choice of classes leaves out, else the clean training set.
+        """The images that a backbone is trained on before the attack, and their number of classes.
+
+        They are those of the classes that a choice of classes leaves out, or else the clean training set.
         """
         return self.load()[0], self.info().num_classes

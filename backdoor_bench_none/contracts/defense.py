@@ -1,4 +1,7 @@
-"""What a defense is, what it is given, and what it returns: the threat model, as types."""
+"""Base class, input and result of defenses.
+
+The types enforce the threat model: a task object holds only what its reader may know.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +37,12 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class DefenseTask(TrainingTask):
-    """What a defender has: untrusted training data, the trusted images it asked for, and the means to train.
+    """The input of a defender: untrusted training data, the trusted images it requests, and the means to train.
 
-    There is no ground truth of what is poisoned in here, no trigger and no test set.
+    It holds no ground truth about poisoned samples, no trigger and no test set.
     """
 
-    #: trusted images: int(clean_fraction * N) of them, none poisoned; None for a defense that asks for none
+    #: trusted images: int(clean_fraction * N) of them, none poisoned; None for a defense that requests none
     clean: ImageSet | None
     #: None unless the defense declares `starts_from_victim`; call `victim` for a copy to work on
     victim_network: nn.Module | None = field(default=None, repr=False)
@@ -47,23 +50,24 @@ class DefenseTask(TrainingTask):
     def victim(self) -> nn.Module:
         """The network trained on `train` by the cell's recipe without a defense, in eval mode, on the device.
 
-        It is trained once for all defenses of a seed; only a defense that declares `starts_from_victim` gets it.
+        It is trained once for all defenses of a seed, and available only to defenses that declare `starts_from_victim`.
         """
         if self.victim_network is None:
-            raise PluginError("this defense asks for the victim without saying so", "set starts_from_victim = True")
+            raise PluginError("this defense uses the victim without declaring it", "set starts_from_victim = True")
         return copy.deepcopy(self.victim_network)
 
 
 @dataclass(frozen=True)
 class DefenseResult:
-    """What a defense returns. `flagged` (N,) bool and `scores` (N,) float,
-    higher is more suspicious, index the original training set.
+    """What a defense returns: the defended model, and what it detected.
+
+    `flagged` (N,) bool and `scores` (N,) float, where higher is more suspicious, index the original training set.
     """
 
     model: nn.Module
     flagged: Tensor | None = None
     scores: Tensor | None = None
-    #: whether the defense says that the training set or the network is attacked
+    #: whether the defense considers the training set or the network attacked
     infected: bool | None = None
     #: numbers and texts for the record
     extras: Mapping[str, Any] = field(default_factory=dict)
@@ -71,9 +75,9 @@ class DefenseResult:
 
 @dataclass(frozen=True, kw_only=True)
 class OracleTask(DefenseTask):
-    """What a defense that declares `sees_ground_truth` is given: an upper bound, never a competitor.
+    """The input of a defense that declares `sees_ground_truth`: an upper bound, never a competitor.
 
-    The clean training set, the samples of it that were changed, the test set and its triggered samples are on the CPU.
+    The clean training set, its changed samples, the test set and its triggered samples are on the CPU.
     """
 
     #: which training samples are poisoned (N,) bool
@@ -85,16 +89,16 @@ class OracleTask(DefenseTask):
 
 
 class Defense(Component):
-    """Base of all defenses: write `run`.
+    """Base of all defenses; subclasses implement `run`.
 
-    `stage` says when it acts. `starts_from_victim` says that it begins with the ordinary training of the network; core
-    trains that network once for all defenses that do, and adds its seconds to the cost unless the defense is a repair
-    (`POST_TRAINING`).
+    `stage` says when the defense acts. `starts_from_victim` says that it starts from the ordinary training of the
+    network; that network is trained once for all such defenses, and its seconds are added to the cost unless the
+    defense is a repair (`POST_TRAINING`).
     """
 
     stage: ClassVar[Stage]
     starts_from_victim: ClassVar[bool] = False
-    #: whether it is an upper bound that is told which samples are poisoned; every table says so
+    #: whether it is an upper bound that knows which samples are poisoned; every table marks it
     sees_ground_truth: ClassVar[bool] = False
     #: what `run` returns besides the model
     returns: ClassVar[tuple[Literal["flagged", "scores", "infected"], ...]] = ()
@@ -105,21 +109,21 @@ class Defense(Component):
 
     @classmethod
     def facts(cls) -> Mapping[str, str]:
-        """Its stage, what it starts from, and what it returns."""
+        """The stage of the defense, what it starts from, and what it returns."""
         start = "the undefended training" if cls.starts_from_victim else "initial weights"
-        clean = cls.model_fields["clean_fraction"].default
-        return {
-            "stage": cls.stage,
-            "starts from": start,
-            "clean data": f"{clean:.0%} of the training set, by default" if clean else "none",
-            "returns": ", ".join(("model", *cls.returns)),
-            **({"beware": "it is told which samples are poisoned"} if cls.sees_ground_truth else {}),
-        }
+        clean, fraction = "none", cls.model_fields["clean_fraction"].default
+        if fraction:
+            clean = f"{fraction:.0%} of the training set, by default"
+        returned = ", ".join(("model", *cls.returns))
+        facts = {"stage": str(cls.stage), "starts from": start, "clean data": clean, "returns": returned}
+        if cls.sees_ground_truth:
+            facts["caution"] = "it is told which samples are poisoned"
+        return facts
 
     def adapt(self, model: nn.Module) -> nn.Module:
-        """The structure of the networks this defense returns, made of one of the cell's; the same by default."""
+        """The structure of the returned networks, built from one of the cell's; `model` itself by default."""
         return model
 
     def run(self, task: DefenseTask, context: Context) -> DefenseResult:
-        """Return a model, in eval mode or not, and what was found out on the way."""
+        """The defended model, in train or eval mode, and what the defense detected."""
         raise NotImplementedError

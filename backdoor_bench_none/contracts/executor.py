@@ -1,5 +1,6 @@
-"""What an executor is: it opens a pool, which starts jobs and reports
-on them. The order of jobs is the scheduler's business.
+"""Base class of executors, and the pools that they open.
+
+A pool starts jobs and reports on them; the scheduler decides their order.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from backdoor_bench_none.contracts.job import Job, Outcome, Settings
 
 @dataclass(frozen=True)
 class Event:
-    """News of a running job: `outcome` when it ended, else epochs `done` of `total`."""
+    """An update on a job: its `outcome` once it has ended, else epochs `done` of `total`."""
 
     job: str
     outcome: Outcome | None = None
@@ -31,7 +32,7 @@ class Pool(Protocol):
         """Start `job` in a free slot."""
 
     def wait(self, timeout: float) -> list[Event]:
-        """The news since the last call, after at most `timeout` seconds without any."""
+        """The events since the last call; returns after at most `timeout` seconds if there are none."""
 
 
 class Executor(Component):

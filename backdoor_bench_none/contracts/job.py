@@ -1,4 +1,4 @@
-"""Jobs: what a worker process is asked to do, and what it answers. They carry keys and JSON values, no tensors."""
+"""Jobs for worker processes and their outcomes; they carry keys and JSON values, no tensors."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-#: the kind of the job that computes what a cell does not share, and writes its record
+#: the kind of the job that computes the stages a cell does not share, and writes its record
 CELL = "cell"
-#: told (epochs done, epochs in all)
+#: called with (epochs done, total epochs)
 Progress = Callable[[int, int], None]
 
 
@@ -29,8 +29,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """Compute one stage of a cell; a job of kind `CELL` computes everything that the cell does not share. `needs` are
-    the ids of jobs to wait for.
+    """One stage of a cell to compute.
+
+    A job of kind `CELL` computes all stages that the cell does not share. `needs` are the ids of jobs to wait for.
     """
 
     id: str
@@ -50,5 +51,5 @@ class Outcome:
     message: str = ""
     traceback: str | None = None
     warnings: tuple[str, ...] = ()
-    #: the kind of the job that ended so; a job that needed it ends with the same
+    #: the kind of the job that ended this way first; jobs that needed it end with the same outcome
     kind: str | None = None

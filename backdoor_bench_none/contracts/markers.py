@@ -1,4 +1,4 @@
-"""The markers of pluggy by which hooks and their implementations are known."""
+"""The pluggy markers of hooks and of their implementations."""
 
 from __future__ import annotations
 

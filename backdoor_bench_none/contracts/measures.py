@@ -1,4 +1,7 @@
-"""What is measured of a finished network, as counts: nothing here needs torch."""
+"""Measurements of a finished network, as counts.
+
+This module does not need torch.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Count(BaseModel):
-    """`hits` of `total`."""
+    """A number of hits out of a total."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -28,10 +31,11 @@ class Count(BaseModel):
 
 
 class Counts(BaseModel):
-    """BA: clean test images given their label. ASR: triggered ones given the
-    attacker's label; RA: the same ones given their true label.
+    """The counts behind benign accuracy (BA), attack success rate (ASR) and robust accuracy (RA).
 
-    ASR and RA count the test samples whose label the attack would change, and are None where there is no trigger.
+    BA: clean test images classified as their label. ASR: triggered images classified as the attacker's label. RA:
+    triggered images classified as their true label. ASR and RA count the test samples whose label the attack would
+    change, and are None where there is no trigger.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,8 +46,9 @@ class Counts(BaseModel):
 
 
 class Detection(BaseModel):
-    """Which training samples a defense flagged, against the poisoned
-    ones; AUROC needs scores and both kinds of sample.
+    """The training samples that a defense flagged, compared with the poisoned ones.
+
+    AUROC needs scores and samples of both kinds.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,23 +77,24 @@ def _share(part: int, rest: int) -> float | None:
 
 
 class Outcomes(BaseModel):
-    """Whether each image was a hit, in the order of the test set, as packed bits (`statistics.unpack_outcomes`): for
-    McNemar's test of two defenses on the same images.
+    """Whether each test image was a hit, in the order of the test set, as packed bits (`statistics.unpack_outcomes`).
+
+    McNemar's test uses them to compare two defenses on the same images.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    #: clean test images given their label
+    #: clean test images classified as their label
     benign: str
-    #: triggered ones given the attacker's label; None where there is no trigger
+    #: triggered images classified as the attacker's label; None where there is no trigger
     attacked: str | None
 
 
 def defense_effectiveness(before: tuple[float, float], after: tuple[float, float]) -> float:
-    """DER = (max(0, dASR) - max(0, dBA) + 1) / 2 in [0, 1]: what was won in ASR less what was lost in BA, for (BA, ASR)
-    of the undefended and of the defended network, as fractions of 1.
+    """DER = (max(0, dASR) - max(0, dBA) + 1) / 2 in [0, 1]: the reduction of ASR less the loss of BA.
 
-    The formula is that of BackdoorBench's documentation; the code there adds the BA term in places.
+    `before` and `after` are (BA, ASR) of the undefended and of the defended network, as fractions of 1. The formula is
+    that of BackdoorBench's documentation; its code adds the BA term in places.
     """
-    won, lost = max(0.0, before[1] - after[1]), max(0.0, before[0] - after[0])
-    return (won - lost + 1) / 2
+    gain, loss = max(0.0, before[1] - after[1]), max(0.0, before[0] - after[0])
+    return (gain - loss + 1) / 2

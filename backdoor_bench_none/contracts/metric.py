@@ -1,4 +1,4 @@
-"""What an extra metric is, and what it may look at."""
+"""Base class of extra metrics, and their input."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from backdoor_bench_none.contracts.context import Context
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a metric may look at: predictions (N,) int64 on the clean test set and (M,) on the triggered one, with their
-    labels, and the finished model.
+    """The input of a metric: predictions and labels of the test images, and the finished model.
+
+    Predictions are (N,) int64 on the clean test set and (M,) on the triggered one.
     """
 
     model: nn.Module
@@ -23,7 +24,7 @@ class Evaluation:
     triggered_predictions: Tensor
     triggered_labels: Tensor
     wanted_labels: Tensor
-    #: numbers of triggered images of each of the attack's triggers, where it has several
+    #: the number of triggered images per trigger, for attacks with several triggers
     part_sizes: tuple[int, ...] = ()
 
 
@@ -31,5 +32,5 @@ class Metric(Component):
     """Base of all extra metrics."""
 
     def compute(self, evaluation: Evaluation, context: Context) -> Mapping[str, float]:
-        """Numbers by name; the names are prefixed with the metric's."""
+        """Values by name; each name is prefixed with that of the metric."""
         raise NotImplementedError

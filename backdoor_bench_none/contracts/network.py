@@ -1,4 +1,4 @@
-"""Networks as everything here uses them: their input pixels, their logits, and the layer that makes these."""
+"""Input pixels, logits and output layers of networks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 @dataclass(frozen=True)
 class Pixels:
-    """Turns uint8 images into the input of networks: scaled to 0..1, normalised per channel, and in training cropped
-    and flipped.
+    """Converts uint8 images to the input of networks.
+
+    Images are scaled to 0..1 and normalised per channel; in training they are also cropped and flipped.
     """
 
     scale: Tensor  # (C, 1, 1)
@@ -49,7 +50,7 @@ class Pixels:
         return torch.cat([corners, flipped.long()], dim=1)
 
     def augment(self, images: Tensor, shifts: Tensor) -> Tensor:
-        """Crop each of `images` (N, C, H, W) uint8 out of its zero-padded self and flip it, as `shifts` (N, 3) says."""
+        """Crop and flip `images` (N, C, H, W) uint8, padded with zeros, by `shifts` (N, 3) of `draw_shifts`."""
         if not self.crop_padding and not self.flip:
             return images
         height, width = (torch.arange(extent, device=images.device) for extent in images.shape[2:])
@@ -80,25 +81,25 @@ def predict_logits(model: nn.Module, images: Tensor, pixels: Pixels, context: Co
     images = images.to(context.device)
     with context.autocast():
         logits = [model(batch).float() for batch in iterate_normalized(images, pixels)]
-    return torch.cat(logits) if logits else torch.empty(0, device=context.device)
+    if not logits:
+        return torch.empty(0, device=context.device)
+    return torch.cat(logits)
 
 
 def find_logits_layer(model: nn.Module, example: Tensor) -> nn.Module:
-    """The convolution or linear layer that makes the logits; of several, the one that ran last. See
-    `find_logits_layers`.
-    """
+    """The layer that makes the logits; of several, the one that ran last. See `find_logits_layers`."""
     return list(find_logits_layers(model, example).values())[-1]
 
 
 def find_logits_layers(model: nn.Module, example: Tensor) -> dict[str, nn.Module]:
-    """The layers, by module name, whose output reaches the network's output through no other convolution or linear
-    layer, in the order in which they ran on `example` (1, C, H, W), normalised.
+    """The layers whose output reaches the network's output through no other convolution or linear layer.
 
-    What counts is what was computed, not the order of definition: autograd's graph is followed back from the output,
-    through softmax, pooling and views. Where it is cut (an output that is detached), it is the layer that ran last. The
-    network is run once, in eval mode, and left as it was. Raises `TrainingError` if it has no such layer.
+    They are returned by module name, in the order in which they ran on `example` (1, C, H, W), normalised. The search
+    follows autograd's graph back from the output, through softmax, pooling and views, so that the order of definition
+    does not matter. Where the graph is cut (a detached output), the result is the layer that ran last. The network is
+    run once, in eval mode, and left unchanged. Raises `TrainingError` if it has no such layer.
     """
-    outputs: list[tuple[str, nn.Module, Tensor]] = []  # kept, so that autograd's nodes live as long as the search
+    outputs: list[tuple[str, nn.Module, Tensor]] = []  # the tensors keep autograd's nodes alive during the search
 
     def watch(name: str) -> Any:  # noqa: ANN401
         return lambda module, inputs, output: outputs.append((name, module, output))
@@ -123,7 +124,7 @@ def find_logits_layers(model: nn.Module, example: Tensor) -> dict[str, nn.Module
 
 
 def _nodes_before_others(output: Tensor, stops: set[Any]) -> set[Any]:
-    """The nodes of autograd's graph among `stops` that are met first on the ways back from `output`."""
+    """The nodes of autograd's graph among `stops` that are reached first when going back from `output`."""
     reached, seen, waiting = set[Any](), set[Any](), [output.grad_fn]
     while waiting:
         node = waiting.pop()

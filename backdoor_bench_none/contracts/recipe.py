@@ -1,4 +1,4 @@
-"""How a network is trained: the numbers, and which of several sources a number comes from."""
+"""The training recipe: the hyperparameters of training, and the named recipes of benchmark files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Schedule = Literal["one_cycle", "step", "constant"]
 
 
 class Recipe(BaseModel):
-    """SGD with momentum, or Adam, and a learning-rate schedule.
+    """The hyperparameters of training by SGD with momentum, or Adam, and a learning-rate schedule.
 
     `one_cycle` rises linearly to `lr` over the first `warmup` of all steps and falls linearly to zero. `step`
     multiplies by `gamma` at the start of each epoch in `milestones` (counted from 1, as in the paper's released code).
@@ -35,7 +35,7 @@ class Recipe(BaseModel):
     milestones: tuple[int, ...] = Field((), description="epochs, counted from 1, at which step multiplies by gamma")
     gamma: float = Field(0.1, gt=0, le=1, description="factor of step")
     clip_norm: float | None = Field(None, gt=0, description="highest norm of the gradient, over all parameters")
-    augment: bool = Field(True, description="crop and flip as the data set bears it")
+    augment: bool = Field(True, description="crop and flip where the data set allows it")
     bias_lr_factor: float = Field(
         1.0,
         gt=0,
@@ -47,12 +47,15 @@ class Recipe(BaseModel):
         description="learning rate of the last convolution or linear layer, its bias included, relative to lr",
     )
     precision: Literal["auto", "float32"] = Field(
-        "auto", description="auto: bfloat16 where the hardware computes it; it keeps eight bits of a number"
+        "auto", description="auto: bfloat16, with eight significant bits, where the hardware supports it"
     )
-    compile: bool = Field(False, description="torch.compile the network; pays on a GPU in long runs only")
+    compile: bool = Field(False, description="torch.compile the network; worthwhile only in long runs on a GPU")
 
     def batch_sizes(self, samples: int) -> list[int]:
-        """The sizes of an epoch's batches. A last batch of one sample joins the one before: BatchNorm may refuse it."""
+        """The sizes of an epoch's batches.
+
+        A last batch of one sample joins the one before, since BatchNorm may reject it.
+        """
         whole, rest = divmod(samples, self.batch_size)
         sizes = [self.batch_size] * whole
         if rest and (not self.drop_last or not whole):
@@ -70,7 +73,9 @@ class Recipe(BaseModel):
             return float(self.lr * self.gamma ** sum(epoch >= milestone for milestone in self.milestones))
         total = self.epochs * steps_per_epoch
         rise = max(1, round(self.warmup * total))
-        return self.lr * (step + 1) / rise if step < rise else self.lr * (total - step) / (total - rise + 1)
+        if step < rise:
+            return self.lr * (step + 1) / rise
+        return self.lr * (total - step) / (total - rise + 1)
 
 
 #: The paper's own recipe (released code): 200 epochs at 0.1, divided by 10 at the start of epochs 80 and 160.
@@ -86,8 +91,10 @@ def named_recipe(name: str, architecture: str) -> Mapping[str, Any]:
     """The fields of the recipe called `name`: `default` changes nothing, `paper` is the paper's."""
     if name == "default":
         return {}
-    return {**PAPER, **(PAPER_NIN if architecture == "nin" else {})}
+    if architecture == "nin":
+        return {**PAPER, **PAPER_NIN}
+    return {**PAPER}
 
 
-#: Names that `recipe:` takes in a benchmark file.
+#: Names that `recipe:` accepts in a benchmark file.
 NAMED_RECIPES = ("default", "paper")

@@ -1,4 +1,4 @@
-"""The record of one cell: counts, costs and where they come from."""
+"""The record of one cell: counts, costs and their provenance."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class _Part(BaseModel):
 
 
 class Cost(_Part):
-    """What a stage took: wall-clock seconds and the highest memory of
-    its process (CPU) or of the device (CUDA), in bytes.
+    """The cost of a stage.
+
+    Wall-clock seconds, and the peak memory of its process (CPU) or of the device (CUDA) in bytes.
     """
 
     seconds: float = Field(ge=0, allow_inf_nan=False)
@@ -28,7 +29,7 @@ class Cost(_Part):
 
 
 class AxisValue(_Part):
-    """One component as it took part."""
+    """One component of a cell, with its parameters."""
 
     name: str
     label: str
@@ -39,7 +40,7 @@ class AxisValue(_Part):
 
 
 class Failure(_Part):
-    """Why a cell has no numbers."""
+    """Why a cell has no results."""
 
     type: str
     message: str
@@ -47,7 +48,7 @@ class Failure(_Part):
 
 
 class Record(_Part):
-    """Everything known of one cell. Shares are never stored, only counts."""
+    """All results of one cell; counts are stored, never shares."""
 
     schema_version: Literal[1] = Field(1, alias="schema")
     #: also the name of its file
@@ -84,12 +85,14 @@ class Record(_Part):
     @field_validator("metrics", "extras", "triggers", mode="before")
     @classmethod
     def _finite(cls, values: object) -> object:
-        """Numbers that are not finite become None: JSON has none."""
+        """Replace numbers that are not finite by None, since JSON has no such numbers."""
         if isinstance(values, dict):
             return {name: cls._finite(value) for name, value in values.items()}
         if isinstance(values, list | tuple):
             return [cls._finite(value) for value in values]
-        return None if isinstance(values, float) and not math.isfinite(values) else values
+        if isinstance(values, float) and not math.isfinite(values):
+            return None
+        return values
 
     @classmethod
     def of(cls, cell: Cell, key: str, status: Status, **values: Any) -> Self:

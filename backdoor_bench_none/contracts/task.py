@@ -1,4 +1,4 @@
-"""What both sides of training are given: data, a recipe, and the means to train; and what they are not given."""
+"""The task that attackers who train and defenders share: data, a recipe, and the means to train."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TrainingTask:
     def new_model(self, draw: int = 0) -> nn.Module:
         """An initialised network of the cell's architecture and activation, on the device.
 
-        Draw 0 has the initial weights that every defense and the victim share; other draws have others.
+        Draw 0 gives the initial weights that the victim and every defense share; other draws give others.
         """
         return self.build(draw)
 
@@ -54,18 +54,18 @@ class TrainingTask:
         gradients: Gradients | None = None,
         **recipe: Any,
     ) -> History:
-        """Train `model` in place by the cell's trainer and recipe;
-        keyword arguments change the recipe, as in `epochs=5`.
+        """Train `model` in place by the cell's trainer and recipe.
 
-        `data` (default `train`) is what to train on; `keep` (k,) int64 the indices of its samples to use. `loss` is
-        differentiated; `gradients` computes gradients itself.
+        `data` (default `train`) is the set to train on; `keep` (k,) int64 are the indices of its samples to use. `loss`
+        is differentiated, unless `gradients` computes the gradients itself. Other keyword arguments change the recipe,
+        as in `epochs=5`.
         """
         training_data, changed = self.training_data(data, context), self.changed(recipe)
         task = FitTask(model, training_data, changed, keep, freeze_batchnorm, loss, gradients)
         return self.trainer.fit(task, context)
 
     def changed(self, recipe: dict[str, Any]) -> Recipe:
-        """The cell's recipe with other values of these fields."""
+        """The cell's recipe with these fields changed."""
         return Recipe(**{**self.recipe.model_dump(), **recipe})
 
     def training_data(self, data: ImageSet | None, context: Context) -> TrainingData:
@@ -75,8 +75,9 @@ class TrainingTask:
         return TrainingData.of(data, self.info, context.device)
 
     def predict(self, model: nn.Module, context: Context, data: ImageSet | None = None) -> Tensor:
-        """Logits (N, K) float32 of `data` (default `train`) in its
-        order, in eval mode, without augmentation, in float32.
+        """Logits (N, K) float32 of `data` (default `train`) in its order.
+
+        The model runs in eval mode and in float32, without augmentation.
         """
         prepared = self.training_data(data, context)
         return predict_logits(model, prepared.images.images, prepared.pixels, replace(context, amp=None))

@@ -1,4 +1,4 @@
-"""What a trainer is, and what it is given to fit a network to data."""
+"""Base class of trainers, and the task of fitting a network to data."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from backdoor_bench_none.errors import TrainingError
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's data on the device: normalised `images` (B, C, H, W), `labels` (B,), and their `indices` (B,) in the
-    training set.
+    """The data of one step on the device: normalised `images` (B, C, H, W), `labels` (B,) and `indices` (B,).
+
+    `indices` refer to the training set.
     """
 
     images: Tensor
@@ -74,7 +75,7 @@ class History:
 
 @dataclass(frozen=True)
 class FitTask:
-    """A network to be trained in place, the data and the recipe; the defaults are plain training on all samples."""
+    """A network to train in place, with its data and recipe; by default, plain training on all samples."""
 
     model: nn.Module
     data: TrainingData
@@ -84,14 +85,16 @@ class FitTask:
     #: leave BatchNorm's running statistics as they are (its affine parameters still train)
     freeze_batchnorm: bool = False
     loss: Loss = cross_entropy
-    #: in place of differentiating `loss`
+    #: used instead of differentiating `loss`
     gradients: Gradients | None = None
-    #: how single clients train, by client: fields of the recipe that differ; for trainers with clients only
+    #: the fields of the recipe that differ for single clients, by client; only for trainers with clients
     local: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
     def indices(self) -> Tensor:
         """The indices (k,) int64 of the samples to train on, on the CPU."""
-        return torch.arange(len(self.data.images)) if self.keep is None else self.keep.cpu()
+        if self.keep is None:
+            return torch.arange(len(self.data.images))
+        return self.keep.cpu()
 
 
 class Fitting(Protocol):
@@ -110,38 +113,39 @@ class Fitting(Protocol):
 
 @dataclass(frozen=True)
 class PretrainingTask:
-    """What a trainer with a backbone is given to make it."""
+    """The input of a trainer that pretrains a backbone."""
 
-    #: makes networks for the cell's data set
+    #: builds networks for the cell's data set
     build: ModelBuilder
     #: reads the images to pretrain on, of separate classes where the data set has them, and returns the training task
     open: Callable[[], Fitting]
 
 
 class Trainer(Component):
-    """Base of all trainers: they fit a model to data; a defense trains through one and nothing else.
+    """Base of all trainers, which fit a model to data; a defense trains only through its trainer.
 
-    One that `has_clients` divides the training set among them. One that `has_backbone` gives every network the weights
-    of `pretrain`, except for the layer that makes the logits, and trains that alone.
+    A trainer that `has_clients` divides the training set among clients. A trainer that `has_backbone` gives every
+    network the weights of `pretrain`, except for the layer that makes the logits, and trains only that layer.
     """
 
     has_clients: ClassVar[bool] = False
     has_backbone: ClassVar[bool] = False
 
     def recipe(self) -> Mapping[str, Any]:
-        """The fields of the training recipe that this trainer needs changed."""
+        """The fields of the training recipe that this trainer changes."""
         return {}
 
     def check(self, info: DatasetInfo) -> None:
         """Raise `ConfigError` if this trainer cannot train on that data set."""
 
     def split(self, labels: Tensor, num_classes: int, seed: int) -> Tensor:
-        """The client (N,) int64 of every sample with these clean labels (N,), -1 for none; if it has clients."""
+        """The client (N,) int64 of every sample with these clean labels (N,), -1 for none; if there are clients."""
         raise NotImplementedError
 
     def pretrain(self, task: PretrainingTask, context: Context) -> nn.Module:
-        """The network whose weights, except for the layer that makes the logits, are the frozen backbone; if it has
-        one.
+        """The network whose weights become the frozen backbone; if there is one.
+
+        The layer that makes the logits is not part of the backbone.
         """
         raise NotImplementedError
 

@@ -26,7 +26,8 @@ Stroke = Callable[[NDArray[np.uint8], int], None]
 class Trigger:
     """Eq. 1: `mask` (1|C, H, W) and `pattern` (C, H, W), float in [0, 1]; with a leading N, one trigger per image.
 
-    A binary mask is the paper's (Theorem 3.3 needs it): then stamping is idempotent. Opacity below 1 is a blend.
+    The paper's masks are binary (Theorem 3.3 needs this), which makes stamping idempotent; a mask between 0 and 1
+    blends.
     """
 
     mask: Tensor
@@ -45,12 +46,13 @@ class Trigger:
         return bool(((self.mask == 0) | (self.mask == 1)).all())
 
     def apply(self, images: Tensor) -> Tensor:
-        """Stamp `images` (N, C, H, W), uint8 in 0..255 or float in [0, 1];
-        returns new images of the same type, rounded if uint8.
+        """Stamp `images` (N, C, H, W), uint8 in 0..255 or float in [0, 1].
+
+        Returns new images of the same type, rounded if uint8.
         """
         if images.shape[-2:] != self.mask.shape[-2:]:
             raise ConfigError(
-                f"the trigger is made for images of {tuple(self.mask.shape[-2:])}, not {tuple(images.shape[-2:])}"
+                f"the trigger is for images of {tuple(self.mask.shape[-2:])}, not {tuple(images.shape[-2:])}"
             )
         mask, pattern = self.mask.to(images.device), self.pattern.to(images.device)
         if images.dtype != torch.uint8:
@@ -65,7 +67,7 @@ class Trigger:
 class PlacedTiles:
     """One trigger per image: `tile` (1|C, h, w) in [0, 1] with its top left pixel at `rows` (N,), `columns` (N,).
 
-    It is Eq. 1 with `mask` (N, 1, H, W) and `pattern` (N, C, H, W), which are only made when they are needed.
+    It is Eq. 1 with `mask` (N, 1, H, W) and `pattern` (N, C, H, W), which are computed only on demand.
     """
 
     def __init__(self, shape: Shape, tile: Tensor, rows: Tensor, columns: Tensor, opacity: float = 1.0) -> None:
@@ -78,7 +80,7 @@ class PlacedTiles:
 
     @cached_property
     def pattern(self) -> Tensor:
-        """The tile under itself, 0 elsewhere."""
+        """The tile at its position, 0 elsewhere."""
         down, right = (
             inside.clamp(0, extent - 1) for inside, extent in zip(self._offsets, self.tile.shape[1:], strict=True)
         )
@@ -86,7 +88,7 @@ class PlacedTiles:
         return full[:, down[:, :, None], right[:, None, :]].transpose(0, 1) * self._inside  # (N, C, H, W)
 
     def apply(self, images: Tensor) -> Tensor:
-        """As `Trigger.apply`."""
+        """Stamp `images` as `Trigger.apply` does."""
         if images.dtype != torch.uint8 or self.opacity < 1:
             return Trigger(self.mask, self.pattern).apply(images)
         height, width = self.tile.shape[1:]
@@ -100,7 +102,7 @@ class PlacedTiles:
 
     @property
     def _offsets(self) -> tuple[Tensor, Tensor]:
-        """The row (N, H) and the column (N, W) of every pixel within the tile, also beyond it."""
+        """The row (N, H) and the column (N, W) of every pixel of the image, relative to the tile."""
         return torch.arange(self.shape[1]) - self.rows[:, None], torch.arange(self.shape[2]) - self.columns[:, None]
 
     @cached_property
@@ -111,8 +113,9 @@ class PlacedTiles:
 
 
 def label_consistent_tile(size: int = 3) -> Tensor:
-    """The black and white corner pattern of the label-consistent attack
-    (1, size, size), enlarged from 3x3 to the nearest pixel.
+    """The black and white corner pattern of the label-consistent attack (1, size, size).
+
+    It is enlarged from 3x3 by nearest-neighbour interpolation.
     """
     tile = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
     return F.interpolate(tile[None, None], size=(size, size), mode="nearest")[0]
@@ -121,7 +124,8 @@ def label_consistent_tile(size: int = 3) -> Tensor:
 def solid_tile(size: int, color: Color, channels: int) -> Tensor:
     """A square of one RGB colour in 0..255 (channels, size, size); on one channel, its brightest component."""
     values = torch.tensor(color, dtype=torch.float32) / 255
-    values = values if channels == 3 else values.max().expand(channels)
+    if channels != 3:
+        values = values.max().expand(channels)
     return values[:, None, None].expand(channels, size, size).clone()
 
 
@@ -138,7 +142,7 @@ def place(shape: Shape, tile: Tensor, row: int, column: int, opacity: float = 1.
 
 
 def _inside(shape: Shape, tile: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Non-negative places, checked to keep the tile within the image."""
+    """Non-negative positions, checked to keep the tile within the image."""
     placed = []
     for positions, extent, length in ((rows, shape[1], tile.shape[-2]), (columns, shape[2], tile.shape[-1])):
         start = torch.where(positions < 0, positions + 1 + extent - length, positions)
@@ -149,12 +153,13 @@ def _inside(shape: Shape, tile: Tensor, rows: Tensor, columns: Tensor) -> tuple[
 
 
 def random_places(shape: Shape, size: int, indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Uniform top left places of a `size` x `size` tile for the samples
-    `indices` (N,), each a function of (seed, index) alone.
+    """Uniform top left positions of a `size` x `size` tile for the samples `indices` (N,).
+
+    Each depends on (seed, index) alone.
     """
     if size > min(shape[1:]):
         raise ConfigError(f"a trigger of {size} pixels does not fit into {shape[1]}x{shape[2]} pixels")
-    count = int(indices.max()) + 1 if len(indices) else 0
+    count = max(indices.tolist(), default=-1) + 1
     highest = [shape[1] - size, shape[2] - size]
     drawn = np.random.default_rng(seed).integers(0, highest, size=(count, 2), endpoint=True)
     chosen = torch.from_numpy(drawn)[indices]
@@ -162,8 +167,9 @@ def random_places(shape: Shape, size: int, indices: Tensor, seed: int) -> tuple[
 
 
 def watermark(shape: Shape, opacity: float = 1.0) -> Trigger:
-    """Glyphs of several flat colours across the whole image, drawn
-    with OpenCV, their edges made sharp: binary if opaque.
+    """Glyphs of several flat colours across the whole image, drawn with OpenCV.
+
+    Their edges are sharp, so that the mask is binary if it is opaque.
     """
     channels, height, width = shape
     pattern = np.zeros((height, width, 3), np.uint8)

@@ -1,1 +1,1 @@
-"""Data sets: images as uint8 tensors, their facts, and the loaders of the built-in ones."""
+"""The built-in data sets, and loaders for the user's own images."""

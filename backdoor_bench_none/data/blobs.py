@@ -1,4 +1,4 @@
-"""Five Gaussian blobs in the plane: the two-dimensional world of Figs. 6 and 7."""
+"""Five Gaussian blobs in the plane: the two-dimensional data of Figs. 6 and 7."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ CENTRES = ((0.20, 0.60), (0.80, 0.55), (0.15, 0.15), (0.85, 0.10), (0.50, 0.85))
 class Blobs(Dataset):
     """Points drawn from five isotropic Gaussians, as 1x1 images of two channels: x and y in 0..1, rounded to 1/255.
 
-    Centres, spread and numbers are ours: the paper gives none (section 8.1). Two benign blobs must straddle the height
-    of the trigger, else ten poisoned points suffice for it.
+    Centres, spread and numbers are our choice: the paper gives none (section 8.1). Two benign blobs must straddle the
+    height of the trigger; otherwise ten poisoned points suffice to plant it.
     """
 
     paper: ClassVar[str] = "NONE, section 8.1"
 
-    per_class: int = Field(400, ge=2, le=100_000, description="training points of each blob; as many to test with")
+    per_class: int = Field(400, ge=2, le=100_000, description="training points of each blob, and as many test points")
     spread: float = Field(0.08, gt=0, le=1, description="standard deviation of each coordinate")
-    draw: int = Field(0, ge=0, description="which of many draws of the points")
+    draw: int = Field(0, ge=0, description="seed of the points")
 
     def info(self) -> DatasetInfo:
-        """The facts: coordinates are not normalised."""
+        """The metadata; coordinates are not normalised."""
         return DatasetInfo(
             name="blobs",
             shape=(2, 1, 1),
@@ -44,7 +44,7 @@ class Blobs(Dataset):
         )
 
     def files(self) -> list[Path]:
-        """None: the points are drawn."""
+        """An empty list: the points are drawn."""
         return []
 
     def fingerprint(self) -> str:

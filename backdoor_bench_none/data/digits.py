@@ -1,4 +1,4 @@
-"""Handwritten digits that come with scikit-learn: 1,797 real images, no download."""
+"""The handwritten digits of scikit-learn: 1,797 real images, no download."""
 
 from __future__ import annotations
 
@@ -31,12 +31,15 @@ def stratified_split(labels: NDArray[np.int64], test_size: float) -> tuple[NDArr
 
 
 class Digits(Dataset):
-    """scikit-learn's `load_digits`: 8x8 grey images of ten classes, enlarged; 1,297 to train with, 500 to test with."""
+    """scikit-learn's `load_digits`: 8x8 grey images of ten classes, enlarged; 1,297 for training, 500 for testing."""
 
     image_size: int = Field(default=16, ge=8, le=64, description="side in pixels, enlarged bilinearly from 8")
 
     def info(self) -> DatasetInfo:
-        """The facts; `mean` and `std` hold for the default size. The digits fill the frame: no crop, no flip."""
+        """The metadata; `mean` and `std` hold for the default size.
+
+        The digits fill the frame, so there is no crop and no flip.
+        """
         return DatasetInfo(
             name="digits",
             shape=(1, self.image_size, self.image_size),
@@ -49,7 +52,7 @@ class Digits(Dataset):
         )
 
     def files(self) -> list[Path]:
-        """None: the images are part of scikit-learn."""
+        """An empty list: the images are part of scikit-learn."""
         return []
 
     def fingerprint(self) -> str:
@@ -61,7 +64,7 @@ class Digits(Dataset):
         return digest.hexdigest()
 
     def recipe(self) -> Mapping[str, Any]:
-        """Small batches: 20 steps an epoch."""
+        """Small batches: 20 steps per epoch."""
         return {"epochs": 20, "batch_size": 64}
 
     def load(self) -> tuple[ImageSet, ImageSet]:

@@ -1,4 +1,4 @@
-"""The published data sets that come as one file for each image: GTSRB and Imagenette."""
+"""Published data sets with one file per image: GTSRB and Imagenette."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -27,7 +28,7 @@ Sample = tuple[str, int]
 
 
 class SmallerThanPublishedWarning(UserWarning):
-    """Fewer training images are there than the paper trained on."""
+    """There are fewer training images than the paper trained on."""
 
 
 def read_square(path: str, size: int, mode: str = "RGB") -> NDArray[np.uint8]:
@@ -36,7 +37,7 @@ def read_square(path: str, size: int, mode: str = "RGB") -> NDArray[np.uint8]:
         with Image.open(path) as image:
             return np.asarray(image.convert(mode).resize((size, size), Image.Resampling.BILINEAR))
     except (OSError, SyntaxError, ValueError) as error:
-        raise DatasetError(f"the image {path} cannot be read: {error}", "replace it or take it away") from error
+        raise DatasetError(f"the image {path} cannot be read: {error}", "replace or remove it") from error
 
 
 def read_images(samples: Sequence[Sample], size: int, channels: int = 3) -> ImageSet:
@@ -45,19 +46,19 @@ def read_images(samples: Sequence[Sample], size: int, channels: int = 3) -> Imag
     pixels = images.numpy().transpose(0, 2, 3, 1)
     mode = "RGB" if channels == 3 else "L"
 
-    def place(index: int) -> None:
+    def fill(index: int) -> None:
         pixels[index] = read_square(samples[index][0], size, mode).reshape(size, size, channels)
 
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(place, range(len(samples))):
+        for _ in pool.map(fill, range(len(samples))):
             pass
     return ImageSet(images, torch.tensor([label for _, label in samples], dtype=torch.int64))
 
 
 def keep_classes(samples: Sequence[Sample], classes: Sequence[int]) -> list[Sample]:
     """The samples of these labels, which become 0, 1, ... in the order of `classes`."""
-    places = {label: place for place, label in enumerate(classes)}
-    return [(path, places[label]) for path, label in samples if label in places]
+    new_labels = {label: new for new, label in enumerate(classes)}
+    return [(path, new_labels[label]) for path, label in samples if label in new_labels]
 
 
 def others(count: int, classes: Sequence[int]) -> list[int]:
@@ -66,25 +67,24 @@ def others(count: int, classes: Sequence[int]) -> list[int]:
 
 
 class _ImageFiles(TorchvisionSet):
-    """Base of the sets that come as one file for each image."""
+    """Base of data sets with one file per image."""
 
     image_size: int = Field(default=32, ge=16, le=224, description="side in pixels that the images are resized to")
 
     published: ClassVar[int]
 
     def prepare(self) -> None:
-        """As for every set; warn when fewer training images are there than the paper trained on."""
+        """Prepare the files, and warn if there are fewer training images than the paper trained on."""
         super().prepare()
-        found = self._train_size()
-        if found < self.published:
-            message = (
-                f"{self.title}: {found:,} training images found, {self.published:,} in the paper{self._shortage()}"
-            )
+        size = self._train_size()
+        if size < self.published:
+            message = f"{self.title}: {size:,} training images found, {self.published:,} in the paper{self._shortage()}"
             warnings.warn(message, SmallerThanPublishedWarning, stacklevel=2)
 
     def files(self) -> list[Path]:
         """The image files of both parts."""
-        return [Path(path) for part in self._samples() for path, _ in part]
+        train, test = self._samples()
+        return [Path(path) for path, _ in (*train, *test)]
 
     def _shortage(self) -> str:
         return ""
@@ -101,7 +101,9 @@ class _ImageFiles(TorchvisionSet):
             raise DatasetError(f"{self.title} in {self.folder()} is incomplete: {error}", self._hint()) from error
 
     def _train_size(self) -> int:
-        return self.published if self._missing() else len(self._samples()[0])
+        if self._missing():
+            return self.published
+        return len(self._samples()[0])
 
     def _read(self) -> tuple[ImageSet, ImageSet]:
         train, test = self._samples()
@@ -111,7 +113,7 @@ class _ImageFiles(TorchvisionSet):
 class GTSRB(_ImageFiles):
     """German traffic signs, 43 classes: 39,209 training and 12,630 test images, resized to squares.
 
-    torchvision's training archive holds 26,640 images, not the paper's 39,209: `prepare` warns of it.
+    torchvision's training archive holds 26,640 images, not the paper's 39,209; `prepare` warns about it.
     """
 
     title: ClassVar[str] = "GTSRB"
@@ -119,7 +121,10 @@ class GTSRB(_ImageFiles):
     published: ClassVar[int] = 39_209
 
     def info(self) -> DatasetInfo:
-        """The facts; mean and std are NONE's. Its augmentation is unpublished: crop 4, no flip as in BackdoorBench."""
+        """The metadata; mean and std are NONE's.
+
+        The augmentation of the paper is unpublished; this one, crop 4 without flip, is that of BackdoorBench.
+        """
         return DatasetInfo(
             name="gtsrb",
             shape=(3, self.image_size, self.image_size),
@@ -169,7 +174,7 @@ class GTSRB(_ImageFiles):
         tv.GTSRB(folder, split="test", download=True)
 
     def _list(self) -> tuple[list[Sample], list[Sample]]:
-        # The labels are the folders' numbers: torchvision's class would count through whatever folders there are.
+        # The labels are the folders' numbers: torchvision's class would number whatever folders there are.
         labels = {f"{label:05d}": label for label in range(43)}
         train = list(make_dataset(str(self._training()), class_to_idx=labels, extensions=(".ppm",)))
         with self._table().open(newline="") as table:
@@ -182,9 +187,9 @@ class GTSRB(_ImageFiles):
 
 
 class Imagenette(_ImageFiles):
-    """Ten ImageNet classes, full size pictures: 9,469 training and 3,925 test images, resized whole to squares.
+    """Ten ImageNet classes, full-size pictures: 9,469 training and 3,925 test images, resized whole to squares.
 
-    The paper's "ImageNet-10". Classes are in the order of their WordNet ids: 0 tench to 9 parachute.
+    The paper calls it "ImageNet-10". Classes are in the order of their WordNet ids: 0 tench to 9 parachute.
     """
 
     image_size: int = Field(default=224, ge=16, le=224, description="side in pixels that the images are resized to")
@@ -208,12 +213,15 @@ class Imagenette(_ImageFiles):
     )
 
     def info(self) -> DatasetInfo:
-        """The facts; mean and std are NONE's. Its augmentation is unpublished: here crop by 4, and flip."""
+        """The metadata; mean and std are NONE's.
+
+        The augmentation of the paper is unpublished; this one crops by 4 and flips.
+        """
         return DatasetInfo(
             name="imagenette",
             shape=(3, self.image_size, self.image_size),
             num_classes=len(self._kept),
-            train_size=self._train_size() if self.classes is None else self._kept_size(),
+            train_size=self._kept_size(),
             mean=(0.485, 0.456, 0.406),
             std=(0.229, 0.224, 0.225),
             crop_padding=4,
@@ -226,7 +234,7 @@ class Imagenette(_ImageFiles):
     @classmethod
     def _distinct(cls, classes: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if classes is not None and len(set(classes)) < len(classes):
-            raise ValueError("a class stands there twice")
+            raise ValueError("a class appears twice")
         return classes
 
     def load_for_pretraining(self) -> tuple[ImageSet, int]:
@@ -236,10 +244,14 @@ class Imagenette(_ImageFiles):
 
     @property
     def _kept(self) -> tuple[int, ...]:
-        return tuple(range(10)) if self.classes is None else self.classes
+        if self.classes is None:
+            return tuple(range(10))
+        return self.classes
 
     def _kept_size(self) -> int:
-        """The number of training images of the classes; a share of the published number while they are not there."""
+        """The number of training images of the chosen classes; a share of the published number if they are missing."""
+        if self.classes is None:
+            return self._train_size()
         if self._missing():
             return self.published * len(self._kept) // 10
         return len(keep_classes(self._samples()[0], self._kept))
@@ -252,7 +264,7 @@ class Imagenette(_ImageFiles):
         return self.folder() / "imagenette2" / name
 
     def _needed(self) -> list[Path]:
-        return [self._part(part) / wnid for part in ("train", "val") for wnid in self.wnids]
+        return [self._part(part) / wnid for part, wnid in product(("train", "val"), self.wnids)]
 
     def _advice(self) -> str:
         return (
@@ -264,7 +276,7 @@ class Imagenette(_ImageFiles):
         return "; the rest of an interrupted download looks like this"
 
     def _fetch(self, folder: str) -> None:
-        # Some versions of torchvision refuse a folder that exists, some take it as it is: both end in a `DatasetError`.
+        # Some versions of torchvision reject a folder that exists, some accept it as is: both end in a `DatasetError`.
         tv.Imagenette(folder, split="train", size="full", download=True)
 
     def _list(self) -> tuple[list[Sample], list[Sample]]:

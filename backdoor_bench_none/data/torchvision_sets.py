@@ -1,7 +1,7 @@
-"""The published data sets, fetched and laid out by `torchvision.datasets`.
+"""Published data sets, downloaded and laid out by `torchvision.datasets`.
 
-The folder is `root`, else the environment variable BBN_DATA, else `~/.cache/backdoor-bench-none/data`.
-Where there is no network, the files are put there by hand: every `DatasetError` says which and where.
+The folder is `root`, else the environment variable BBN_DATA, else `~/.cache/backdoor-bench-none/data`. Without a
+network the files must be put there by hand; every `DatasetError` says which files go where.
 """
 
 from __future__ import annotations
@@ -42,22 +42,20 @@ _READ_FAULTS = (OSError, RuntimeError, ValueError, TypeError, LookupError, Asser
 
 
 class TorchvisionSet(Dataset):
-    """Base of the published data sets: finds, downloads and checks the files below one folder."""
+    """Base of published data sets: finds, downloads and checks the files below one folder."""
 
     root: Annotated[Path | None, Incidental] = Field(
         default=None,
         description="folder of the data sets; default: the environment variable BBN_DATA, else a folder in ~/.cache",
     )
-    download: Annotated[bool, Incidental] = Field(
-        default=True, description="whether absent files are fetched from the network"
-    )
+    download: Annotated[bool, Incidental] = Field(default=True, description="whether missing files are downloaded")
 
     title: ClassVar[str]
     #: passes of the default recipe
     epochs: ClassVar[int] = 30
 
     def recipe(self) -> Mapping[str, Any]:
-        """A short schedule that trains the networks here to their plateau."""
+        """A short schedule that trains the built-in networks to their plateau."""
         return {"epochs": self.epochs}
 
     def folder(self) -> Path:
@@ -65,15 +63,17 @@ class TorchvisionSet(Dataset):
         if self.root is not None:
             return self.root.expanduser()
         named = os.environ.get("BBN_DATA")
-        return Path(named).expanduser() if named else Path.home() / ".cache" / "backdoor-bench-none" / "data"
+        if named:
+            return Path(named).expanduser()
+        return Path.home() / ".cache" / "backdoor-bench-none" / "data"
 
     def prepare(self) -> None:
-        """Return at once when the files are there; else unpack or download them, or say what to put where."""
+        """Unpack or download the files unless they are there; `DatasetError` says what to put where."""
         if self._missing():
             self._obtain()
         locked = next((path for path in self.files() if not os.access(path, os.R_OK)), None)
         if locked is not None:
-            raise DatasetError(f"{self.title}: {locked} cannot be read", "give yourself the right to read it")
+            raise DatasetError(f"{self.title}: {locked} cannot be read", "give yourself permission to read it")
         if not self._intact():
             self._obtain()
 
@@ -89,11 +89,11 @@ class TorchvisionSet(Dataset):
         return parts
 
     def _needed(self) -> list[Path]:
-        """The files and folders without which the set is not there."""
+        """The files and folders that the data set consists of."""
         raise NotImplementedError
 
     def _advice(self) -> str:
-        """What to put where."""
+        """Which files to put where."""
         raise NotImplementedError
 
     def _fetch(self, folder: str) -> None:
@@ -106,10 +106,10 @@ class TorchvisionSet(Dataset):
         return True
 
     def _unpack(self) -> None:
-        """Make use of what lies there packed."""
+        """Unpack the archives that are already there."""
 
     def _missing(self) -> list[Path]:
-        # os.path says False where pathlib raises: a folder that may not be searched.
+        # os.path returns False where pathlib raises: in a folder without permission to search it.
         return [path for path in self._needed() if not os.path.exists(path)]
 
     def _obtain(self) -> None:
@@ -133,17 +133,19 @@ class TorchvisionSet(Dataset):
         folder = self.folder()
         if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
             raise DatasetError(
-                f"{self.title}: the folder {folder} cannot be read", "give yourself the right to read it"
+                f"{self.title}: the folder {folder} cannot be read", "give yourself permission to read it"
             )
         if os.path.isfile(folder):
             raise DatasetError(f"{self.title}: {folder} is a file", "`root` or BBN_DATA must name a folder")
         raise DatasetError(f"{self.title} is not there: {missing[0]} is missing", self._hint())
 
     def _hint(self) -> str:
-        present = len(self._missing()) < len(self._needed())
-        rest = "; take away the rest of an interrupted download first" if present else ""
-        switch = "" if self.download else ", or set `download: true`"
-        return f"{self._advice()}{switch}{rest}; `root` or BBN_DATA names another folder"
+        hint = self._advice()
+        if not self.download:
+            hint += ", or set `download: true`"
+        if len(self._missing()) < len(self._needed()):
+            hint += "; remove the rest of an interrupted download first"
+        return f"{hint}; `root` or BBN_DATA names another folder"
 
     def _check(self, part: ImageSet) -> None:
         info = self.info()
@@ -168,7 +170,7 @@ class MNIST(TorchvisionSet):
     source: ClassVar[Any] = tv.MNIST
 
     def info(self) -> DatasetInfo:
-        """The facts; `train_size` is the one that the label file states."""
+        """The metadata; `train_size` is read from the label file."""
         return DatasetInfo(
             name="mnist",
             shape=(1, 28, 28),
@@ -221,7 +223,7 @@ class MNIST(TorchvisionSet):
         return int(size)
 
     def _read(self) -> tuple[ImageSet, ImageSet]:
-        # Not through torchvision's class: it prefers a legacy `processed` folder, which the fingerprint does not see.
+        # Not through torchvision's class: it prefers a legacy `processed` folder, which the fingerprint does not cover.
         return self._part("train"), self._part("t10k")
 
     def _part(self, name: str) -> ImageSet:
@@ -238,7 +240,7 @@ class FashionMNIST(MNIST):
     source: ClassVar[Any] = tv.FashionMNIST
 
     def info(self) -> DatasetInfo:
-        """The facts; the paper has no word on this set, so target and trigger are those of MNIST."""
+        """The metadata; the paper does not use this set, so target and trigger are those of MNIST."""
         return DatasetInfo(
             name="fashion_mnist",
             shape=(1, 28, 28),
@@ -254,15 +256,15 @@ class FashionMNIST(MNIST):
 class CIFAR10(TorchvisionSet):
     """Krizhevsky's CIFAR-10: 50,000 training and 10,000 test images (3, 32, 32).
 
-    The batches are pickles. They are opened only after torchvision has found the md5 sums of the published files,
-    so nothing that comes from elsewhere is ever unpickled.
+    The batches are pickles. They are opened only after torchvision has verified the md5 sums of the published files, so
+    that no other file is ever unpickled.
     """
 
     title: ClassVar[str] = "CIFAR-10"
     source: ClassVar[Any] = tv.CIFAR10
 
     def info(self) -> DatasetInfo:
-        """The facts; mean, std and augmentation are those of NONE's code."""
+        """The metadata; mean, std and augmentation are those of NONE's code."""
         return DatasetInfo(
             name="cifar10",
             shape=(3, 32, 32),

@@ -1,4 +1,4 @@
-"""The user's own images: a folder for each class, or four arrays in one .npz file."""
+"""The user's own images: one folder per class, or four arrays in one .npz file."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _NPZ_FAULTS = (OSError, RuntimeError, ValueError, LookupError, EOFError, zipfile
 
 
 class ImageFolder(Dataset):
-    """Image files in one folder for each class, whose sorted names are the labels 0 to K - 1, resized to squares.
+    """Image files in one folder per class, whose sorted names are the labels 0 to K - 1, resized to squares.
 
-    `root` holds `train` and `test` (or `val`) folders of class folders, or the class folders themselves: then a
-    fixed, stratified share `test_fraction` is the test set.
+    `root` holds `train` and `test` (or `val`) folders of class folders, or the class folders themselves; in the latter
+    case a fixed, stratified share `test_fraction` is the test set.
     """
 
     root: Annotated[Path, Incidental] = Field(description="folder of class folders, or of train and test (or val)")
@@ -41,13 +41,13 @@ class ImageFolder(Dataset):
         default=None, min_length=2, description="only these folders, which become 0, 1, ...; default: all, sorted"
     )
     test_fraction: float = Field(
-        default=0.2, gt=0, lt=1, description="share of the images to test with, where `root` has no test or val folder"
+        default=0.2, gt=0, lt=1, description="share of test images, where `root` has no test or val folder"
     )
     flip: bool = Field(default=False, description="whether images are mirrored at random in training")
     crop_padding: int = Field(default=0, ge=0, description="pixels by which images are shifted at random in training")
 
     def info(self) -> DatasetInfo:
-        """The facts, from the names of the files."""
+        """The metadata, from the names of the files."""
         classes, train, _ = self._samples()
         return DatasetInfo(
             name="image_folder",
@@ -77,7 +77,7 @@ class ImageFolder(Dataset):
     def load_for_pretraining(self) -> tuple[ImageSet, int]:
         """The training images of the folders that `classes` leaves out; all of them if it leaves out none."""
         names, train, _ = self._every_sample()
-        left = others(len(names), [] if self.classes is None else [names.index(name) for name in self.classes])
+        left = others(len(names), [names.index(name) for name in self.classes or ()])
         return read_images(keep_classes(train, left), self.image_size, self.channels), len(left)
 
     def _samples(self) -> tuple[list[str], list[Sample], list[Sample]]:
@@ -86,9 +86,13 @@ class ImageFolder(Dataset):
         if self.classes is None:
             return names, train, test
         unknown = [name for name in self.classes if name not in names]
-        if unknown or len(set(self.classes)) < len(self.classes):
-            what = f"there is no class {unknown[0]!r}" if unknown else "a class stands twice in `classes`"
-            raise DatasetError(f"image_folder: {what}", f"the classes of {self.root} are {_shown(names)}")
+        fault = None
+        if unknown:
+            fault = f"there is no class {unknown[0]!r}"
+        elif len(set(self.classes)) < len(self.classes):
+            fault = "a class appears twice in `classes`"
+        if fault is not None:
+            raise DatasetError(f"image_folder: {fault}", f"the classes of {self.root} are {_shown(names)}")
         kept = [names.index(name) for name in self.classes]
         return list(self.classes), keep_classes(train, kept), keep_classes(test, kept)
 
@@ -118,21 +122,24 @@ class ImageFolder(Dataset):
         except ValueError as error:
             raise DatasetError(
                 f"image_folder: test_fraction {self.test_fraction} cannot divide {len(samples)} images: {error}",
-                "add images, change `test_fraction`, or make the folders train and test yourself",
+                "add images, change `test_fraction`, or create the folders train and test yourself",
             ) from error
         return [samples[i] for i in train], [samples[i] for i in test]
 
 
 def _shown(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    shown = ", ".join(names[:10])
+    if len(names) > 10:
+        shown += f" and {len(names) - 10} more"
+    return shown
 
 
 def _listed(folder: Path) -> tuple[list[str], list[Sample]]:
     try:
-        found = tv.ImageFolder(str(folder))
+        images = tv.ImageFolder(str(folder))
     except OSError as error:
         raise DatasetError(f"image_folder: {folder}: {error}", "it must hold one folder of images per class") from error
-    return list(found.classes), list(found.samples)
+    return list(images.classes), list(images.samples)
 
 
 def _require_agreement(train: list[str], test: list[str], folder: Path) -> None:
@@ -148,7 +155,7 @@ class Npz(Dataset):
     """Arrays `x_train`, `y_train`, `x_test` and `y_test` in one .npz file, which is never unpickled.
 
     Images are uint8 and square: (N, H, W), (N, H, W, C) or (N, C, H, W) with C of 1 or 3; a last axis of 1 or 3 is
-    taken for the channels. Labels are integers (N,) from 0 to K - 1, each of which occurs in `y_train`.
+    taken to be the channels. Labels are integers (N,) from 0 to K - 1, each of which occurs in `y_train`.
     """
 
     path: Annotated[Path, Incidental] = Field(description="the .npz file")
@@ -158,7 +165,7 @@ class Npz(Dataset):
     crop_padding: int = Field(default=0, ge=0, description="pixels by which images are shifted at random in training")
 
     def info(self) -> DatasetInfo:
-        """The facts, from the headers of the arrays and from the labels."""
+        """The metadata, from the headers of the arrays and from the labels."""
         shape, train, _ = self._inspected()
         return DatasetInfo(
             name="npz",
@@ -176,7 +183,7 @@ class Npz(Dataset):
         self._inspected()
 
     def files(self) -> list[Path]:
-        """The one file."""
+        """The .npz file."""
         path = self.path.expanduser()
         if not os.path.isfile(path):
             raise DatasetError(f"npz: there is no file {path}", "`path` must name a file written by numpy.savez")
@@ -204,7 +211,7 @@ class Npz(Dataset):
             raise DatasetError(f"npz: {key} in {path} cannot be read: {error}", "write the file again") from error
 
     def _inspected(self) -> tuple[tuple[int, int, int], NDArray[np.int64], NDArray[np.int64]]:
-        """The shape (C, H, W) of the images and the labels of both parts, all found in order."""
+        """The shape (C, H, W) of the images and the labels of both parts, after all checks."""
         headers = self._headers()
         for key in _KEYS:
             _require_dtype(key, headers[key][1])
@@ -241,7 +248,7 @@ class Npz(Dataset):
 def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
     with archive.open(name) as member:
         version = npy.read_magic(member)
-        # Version 3.0 serves structured arrays only, which are no images.
+        # Version 3.0 is for structured arrays only, which cannot be images.
         if version == (1, 0):
             shape, _, dtype = npy.read_array_header_1_0(member)
         elif version == (2, 0):
@@ -255,14 +262,16 @@ def _require_dtype(key: str, dtype: np.dtype[np.generic]) -> None:
     if dtype.hasobject:
         raise DatasetError(
             f"npz: {key} is an array of Python objects, which are never unpickled",
-            "make all images of one size, and save plain uint8 images and integer labels",
+            "give all images one size, and save plain uint8 images and integer labels",
         )
     if key.startswith("y") and dtype.kind not in "iu":
         raise DatasetError(
             f"npz: {key} is {dtype}, not integers", f"save {key}.astype('int64'), with labels 0 to K - 1"
         )
     if key.startswith("x") and dtype != np.uint8:
-        cure = "multiply by 255 and cast to uint8 (if the values are 0 to 1)" if dtype.kind == "f" else "cast to uint8"
+        cure = "cast to uint8"
+        if dtype.kind == "f":
+            cure = "multiply by 255 and cast to uint8 (if the values are 0 to 1)"
         raise DatasetError(f"npz: {key} is {dtype}, not uint8", f"{cure}; the values must be 0 to 255")
 
 
@@ -301,11 +310,13 @@ def _require_classes(train: NDArray[np.generic], test: NDArray[np.generic]) -> N
         raise DatasetError(f"npz: the labels in y_train are {_some(classes)}", hint)
     if len(classes) < 2:
         raise DatasetError("npz: y_train has one class only", "two or more are needed")
-    strange = np.setdiff1d(test, classes)
-    if len(strange):
-        raise DatasetError(f"npz: y_test has labels that y_train lacks: {_some(strange)}", hint)
+    unknown = np.setdiff1d(test, classes)
+    if len(unknown):
+        raise DatasetError(f"npz: y_test has labels that y_train lacks: {_some(unknown)}", hint)
 
 
 def _some(values: NDArray[np.generic]) -> str:
     shown = ", ".join(str(value) for value in values[:8])
-    return f"{shown}, …" if len(values) > 8 else shown
+    if len(values) > 8:
+        shown += ", …"
+    return shown

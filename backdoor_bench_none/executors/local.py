@@ -1,5 +1,6 @@
-"""One process per job on this machine: a crash, a hang or a leak of
-one job harms no other, and its peak memory is its own.
+"""Runs each job in a separate process on this machine.
+
+A crash, a hang or a leak of one job harms no other, and its peak memory can be measured.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from backdoor_bench_none.system import block_interrupts, count_cores, has_fork_s
 
 #: seconds a job may run past its own deadline before it is killed
 GRACE = 10.0
-#: what every fresh process has imported already
+#: what the process server imports before it forks
 PRELOAD = [
     "torch._dynamo",  # the first optimizer imports it, which takes seconds
     "backdoor_bench_none.cli.main",
@@ -39,13 +40,13 @@ PRELOAD = [
 
 
 class Local(Executor):
-    """Processes on this machine. On a CPU, one slot per core with one thread each; with CUDA, one slot per GPU."""
+    """Processes on this machine: on a CPU one slot per core, with one thread each, with CUDA one slot per GPU."""
 
     slots: PositiveInt | Literal["auto"] = Field("auto", description="jobs at the same time")
 
     @contextmanager
     def open(self, settings: Settings) -> Iterator[Pool]:
-        """Processes are forked from a server that has imported torch, which takes 0.1 s each instead of seconds."""
+        """A pool of processes, forked from a server that has imported torch: a start takes 0.1 s instead of seconds."""
         pool = _LocalPool(settings, self.slots)
         try:
             yield pool
@@ -67,9 +68,11 @@ class _LocalPool:
     def __init__(self, settings: Settings, slots: int | Literal["auto"]) -> None:
         self._settings = settings
         self._devices = _devices(settings.device)
-        automatic = len(self._devices) if _is_cuda(self._devices) else count_cores()
-        self.slots = automatic if slots == "auto" else slots
-        self._threads = None if _is_cuda(self._devices) else max(1, count_cores() // self.slots)
+        is_cuda = self._devices[0].startswith("cuda")
+        if slots == "auto":
+            slots = len(self._devices) if is_cuda else count_cores()
+        self.slots = slots
+        self._threads = None if is_cuda else max(1, count_cores() // slots)
         self._context = start_process_server()
         self._running: list[_Running] = []
 
@@ -82,19 +85,25 @@ class _LocalPool:
         process.start()
         theirs.close()
         timeout = self._settings.timeout
-        kill_at = None if timeout is None else time.monotonic() + timeout + GRACE
+        kill_at = None
+        if timeout is not None:
+            kill_at = time.monotonic() + timeout + GRACE
         self._running.append(_Running(job, process, ours, device, kill_at))
 
     def wait(self, timeout: float) -> list[Event]:
-        deadlines = [r.kill_at for r in self._running if r.kill_at is not None]
-        patience = min([timeout, *(max(0.0, at - time.monotonic()) for at in deadlines)])
-        wait([r.connection for r in self._running] + [r.process.sentinel for r in self._running], patience)
-        events = [event for running in list(self._running) for event in self._news(running)]
+        now = time.monotonic()
+        left = [max(0.0, running.kill_at - now) for running in self._running if running.kill_at is not None]
+        messages = [running.connection for running in self._running]
+        ends = [running.process.sentinel for running in self._running]
+        wait([*messages, *ends], min([timeout, *left]))
+        events: list[Event] = []
+        for running in self._running:
+            events += self._events_of(running)
         self._running = [running for running in self._running if running.outcome is None]
         return events
 
-    def _news(self, running: _Running) -> Iterator[Event]:
-        alive = running.process.is_alive()  # read before the pipe, so that nothing sent before the end is lost
+    def _events_of(self, running: _Running) -> Iterator[Event]:
+        alive = running.process.is_alive()  # before the pipe is read, so that nothing sent before the end is lost
         with suppress(EOFError, OSError):
             while running.connection.poll():
                 message = running.connection.recv()
@@ -104,13 +113,13 @@ class _LocalPool:
                     yield Event(running.job.id, done=message[0], total=message[1])
         if running.outcome is None and running.kill_at is not None and time.monotonic() > running.kill_at:
             running.process.kill()
-            limit = f"the time limit of {self._settings.timeout:g} s and {GRACE:g} s to end by itself have passed"
+            limit = f"the time limit of {self._settings.timeout:g} s has passed, and {GRACE:g} s to stop by itself"
             running.outcome = Outcome("timeout", "Timeout", limit, kind=running.job.kind)
         elif running.outcome is None and not alive:
-            running.outcome = Outcome("failed", "ProcessDied", _death(running.process), kind=running.job.kind)
+            running.outcome = Outcome("failed", "ProcessDied", _describe_end(running.process), kind=running.job.kind)
         if running.outcome is not None:
             running.process.join(GRACE)
-            running.process.kill()  # a thread that a defense left behind would keep it alive
+            running.process.kill()  # a thread that a defense started would keep it alive
             running.process.join()
             running.connection.close()
             yield Event(running.job.id, outcome=running.outcome)
@@ -126,26 +135,27 @@ class _LocalPool:
 def _work(job: Job, settings: Settings, device: str, threads: int | None, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     limit_memory(settings.memory if device == "cpu" else None)
-    threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
     connection.send(run_job(job, settings, device, threads, lambda done, total: connection.send((done, total))))
 
 
-def _die_with_parent(connection: Connection) -> None:
-    """The parent never sends: the pipe becomes readable when the parent is gone, and then nobody waits for this job."""
+def _end_with_parent(connection: Connection) -> None:
+    """End this process when its parent ends: the parent never sends, so the pipe becomes readable when it is closed."""
     with suppress(EOFError, OSError):
         connection.recv()
     os._exit(1)
 
 
 def start_process_server() -> BaseContext:
-    """The way to start processes: forked from a server that has imported what they need, and that Ctrl-C does not
-    reach.
+    """A context whose processes are forked from a server that has imported what they need.
+
+    The server and its processes do not receive Ctrl-C. Where there is no such server, processes are spawned.
     """
     if not has_fork_server():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    resource_tracker.ensure_running()  # it would lift the block below when it starts
+    resource_tracker.ensure_running()  # its start would lift the block below
     with block_interrupts():
         forkserver.ensure_running()
     return context
@@ -156,17 +166,19 @@ def _devices(device: str) -> list[str]:
         return [device]
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return [f"cuda:{index}" for index in range(count)] or ["cpu" if device == "auto" else device]
+    if torch.cuda.is_available() and torch.cuda.device_count() > 0:
+        return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if device == "auto":
+        return ["cpu"]
+    return [device]
 
 
-def _is_cuda(devices: list[str]) -> bool:
-    return devices[0].startswith("cuda")
-
-
-def _death(process: BaseProcess) -> str:
+def _describe_end(process: BaseProcess) -> str:
     code = process.exitcode or 0
     if code < 0:
         name = signal.Signals(-code).name
-        return f"the process was ended by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
+        reason = f"the process was ended by {name}"
+        if name == "SIGKILL":
+            reason += ", perhaps for lack of memory"
+        return reason
     return f"the process ended with exit code {code}"

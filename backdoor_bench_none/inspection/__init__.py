@@ -1,1 +1,1 @@
-"""Looking into networks: their neurons, their features and the outputs of their modules."""
+"""Inspection of networks: their neurons, their features and the outputs of their modules."""

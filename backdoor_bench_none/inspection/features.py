@@ -1,4 +1,4 @@
-"""What the last layer of a network sees: the features that clustering, spectral and pruning defenses work on."""
+"""The input of a network's last layer: the features that clustering, spectral and pruning defenses work on."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from backdoor_bench_none.contracts.network import Pixels, find_logits_layer, ite
 
 
 class FeatureTap:
-    """Within a `with` block: calls a network in eval mode and returns the input of the layer that makes the logits.
+    """Runs a network in eval mode, inside a `with` block, and returns the input of the layer that makes the logits.
 
-    `example` (1, C, H, W) is normalised; features (N, D) are averaged over places if they are a map, and
-    differentiable.
+    `example` (1, C, H, W) is normalised. Features (N, D) are differentiable, and averaged over positions if they are a
+    map.
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
@@ -37,18 +37,22 @@ class FeatureTap:
         return self._features
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._features = inputs[0].flatten(2).mean(2) if inputs[0].ndim > 2 else inputs[0].clone()
+        features = inputs[0]
+        if features.ndim > 2:
+            self._features = features.flatten(2).mean(2)
+        else:
+            self._features = features.clone()
 
 
 @torch.no_grad()
 def collect_features(model: nn.Module, images: Tensor, pixels: Pixels, context: Context) -> Tensor:
-    """The input of the layer that makes the logits (N, D) float32, averaged over places if it is a map.
+    """The input of the layer that makes the logits (N, D) float32, averaged over positions if it is a map.
 
     One float32 pass over `images` (N, C, H, W) uint8, in order, in eval mode.
     """
     images = images.to(context.device)
     with FeatureTap(model, pixels.normalize(images[:1])) as tap:
-        found = torch.cat([tap(batch) for batch in iterate_normalized(images, pixels)])
-    if not bool(torch.isfinite(found).all()):
+        features = torch.cat([tap(batch) for batch in iterate_normalized(images, pixels)])
+    if not bool(torch.isfinite(features).all()):
         raise ValueError("the network's last hidden activations are not finite: it did not train")
-    return found
+    return features

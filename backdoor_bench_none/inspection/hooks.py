@@ -16,10 +16,10 @@ def record_outputs(
     modules: Mapping[str, str],
     reduce: Callable[[nn.Module, Tensor], Tensor] = lambda module, output: output,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yields a dictionary that every forward pass fills: under each key
-    of `modules`, `reduce` of that module and its output.
+    """Yield a dictionary that every forward pass fills with the outputs of `modules`.
 
-    It is reduced inside the hook, before an activation in place overwrites the output.
+    Under each key of `modules` it holds `reduce` of that module and its output. Outputs are reduced inside the hook,
+    before an activation in place overwrites them.
     """
     outputs: dict[str, Tensor] = {}
     known = dict(model.named_modules())

@@ -1,7 +1,7 @@
 """The neurons of any network: where their values can be read, and which weights make and use them.
 
 A neuron is an output channel of a convolution or of a hidden linear layer; its value on an image is the largest over
-the places of its map (released code).
+the positions of its map (released code).
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ POOLS = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
     nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
 )  # fmt: skip
-#: Modules, functions and methods that treat every channel on its own; the shape tells what a reduction or reshaping
-#: does.
+#: Modules, functions and methods that treat every channel separately; the shapes show what a reduction or reshape does.
 CHANNELWISE_MODULES = (
     *NORMS, *ACTIVATIONS, *POOLS, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten,
     nn.Softmax, nn.LogSoftmax, nn.Threshold, nn.Hardsigmoid, nn.LocalResponseNorm, nn.Upsample,
@@ -58,11 +57,10 @@ class Consumer:
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or hidden linear layer by module name, the norm right
-    behind it, and the layers that read its output and nobody else's.
+    """A convolution or hidden linear layer, the norm right behind it, and the layers that read its output alone.
 
-    `consumers` is None where the network could not be traced. Channels that are added to others (a residual stream)
-    have no consumers of their own.
+    All are given by module name. `consumers` is None where the network could not be traced. Channels that are added to
+    others (a residual stream) have no consumers.
     """
 
     name: str
@@ -73,14 +71,14 @@ class Layer:
     activation_module: nn.Module | None = field(default=None, compare=False, repr=False)
 
     def tap(self, kind: Tap) -> str:
-        """The module whose output is read: the norm behind the layer if
-        there is one (`pre_activation`), or the layer itself.
-        """
-        return self.norm if kind == "pre_activation" and self.norm else self.name
+        """The module whose output is read: the norm behind the layer, if any, for `pre_activation`, else the layer."""
+        if kind == "pre_activation" and self.norm:
+            return self.norm
+        return self.name
 
 
 class _Tracer(fx.Tracer):
-    """Leaves layers, norms and activations whole, those of a user's subclasses too."""
+    """Keeps layers, norms and activations whole, including the user's subclasses of them."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (*WEIGHTED, *NORMS, *ACTIVATIONS)) or super().is_leaf_module(m, module_qualified_name)
@@ -97,13 +95,13 @@ def find_layers(model: nn.Module, example: Tensor) -> list[Layer]:
         traced = fx.GraphModule(model, _Tracer().trace(model))
         with torch.no_grad():
             ShapeProp(traced).propagate(example)
-    except Exception:  # fx refuses control flow that depends on data, and many other things
+    except Exception:  # fx rejects control flow that depends on data, and much else
         return _find_by_execution(model, example, last)
     return _Graph(traced).layers(last)
 
 
 class _Graph:
-    """A traced network whose nodes know the shapes of their values."""
+    """A traced network with the shape of every value."""
 
     def __init__(self, traced: fx.GraphModule) -> None:
         self.modules = dict(traced.named_modules())
@@ -113,7 +111,9 @@ class _Graph:
                 self.calls.setdefault(str(node.target), []).append(node)
 
     def module(self, node: fx.Node) -> nn.Module | None:
-        return self.modules.get(str(node.target)) if node.op == "call_module" else None
+        if node.op != "call_module":
+            return None
+        return self.modules.get(str(node.target))
 
     def layers(self, without: Collection[str]) -> list[Layer]:
         return [self.layer(name, nodes) for name, nodes in self.calls.items() if name not in without]
@@ -125,7 +125,9 @@ class _Graph:
 
     def norm_behind(self, node: fx.Node) -> str | None:
         users = _users(node)
-        return str(users[0].target) if len(users) == 1 and isinstance(self.module(users[0]), NORMS) else None
+        if len(users) == 1 and isinstance(self.module(users[0]), NORMS):
+            return str(users[0].target)
+        return None
 
     def activation_behind(self, node: fx.Node) -> tuple[str | None, nn.Module | None]:
         """The first activation that the output of `node` passes, through norms and sums: its name and its module.
@@ -144,12 +146,11 @@ class _Graph:
         return None, None
 
     def consumers(self, start: fx.Node) -> tuple[Consumer, ...] | None:
-        """The layers that read `start` alone; None where that cannot be told."""
+        """The layers that read `start` alone; None where this cannot be determined."""
         module = self.module(start)
-        neurons, found = _neurons_of(module), []
-        waiting = [
-            (user, 1) for user in _users(start)
-        ]  # columns: how many values of a consumer's input a channel fills
+        neurons, consumers = _neurons_of(module), []
+        # with the number of columns: how many values of a consumer's input a channel fills
+        waiting = [(user, 1) for user in _users(start)]
         if _shape(start)[1] != neurons:
             return None
         while waiting:
@@ -158,18 +159,18 @@ class _Graph:
             if isinstance(module, WEIGHTED):
                 if len(self.calls[str(node.target)]) > 1 or getattr(module, "groups", 1) != 1:
                     return None
-                found.append(Consumer(str(node.target), columns))
+                consumers.append(Consumer(str(node.target), columns))
             elif isinstance(module, CHANNELWISE_MODULES) or _function(node) in CHANNELWISE:
                 if (columns_after := _columns_after(node, neurons, columns)) is None:
                     return None
                 waiting += [(user, columns_after) for user in _users(node)]
             elif _function(node) not in ADDITIONS:
                 return None
-        return tuple(found)
+        return tuple(consumers)
 
 
 def _stand_in(node: fx.Node) -> nn.Module | None:
-    """The module that does what a call of an activation function does; None for arguments it does not know."""
+    """The module equivalent to a call of an activation function; None for arguments that it does not take."""
     try:
         options = {name: value for name, value in node.kwargs.items() if name not in ("input", "inplace")}
         return FUNCTIONAL[_function(node)](*node.args[1:], **options)
@@ -178,7 +179,7 @@ def _stand_in(node: fx.Node) -> nn.Module | None:
 
 
 def _users(node: fx.Node) -> list[fx.Node]:
-    """The nodes that take the value of `node`, not only its shape, or that return it."""
+    """The nodes that use the value of `node`, not only its shape, or that return it."""
     return [user for user in node.users if user.op == "output" or "tensor_meta" in user.meta]
 
 
@@ -188,31 +189,35 @@ def _shape(node: fx.Node) -> torch.Size:
 
 
 def _columns_after(node: fx.Node, neurons: int, columns: int) -> int | None:
-    """The columns of a channel behind a channelwise node; None if the channels are no longer told apart."""
+    """The columns of a channel behind a channelwise node; None if the channels are no longer separate."""
     before, after = _shape(node.all_input_nodes[0]), _shape(node)
     if len(after) < 2 or after[0] != before[0]:
         return None
     if after[1] == before[1] and len(after) in (2, len(before)):
         return columns
-    flattened = len(after) == 2 and after[1] == before[1:].numel()
-    return after[1] // neurons if flattened else None
+    if len(after) == 2 and after[1] == before[1:].numel():  # flattened
+        return after[1] // neurons
+    return None
 
 
 def _neurons_of(module: nn.Module | None) -> int:
-    neurons = module.out_features if isinstance(module, nn.Linear) else getattr(module, "out_channels", 0)
-    return int(neurons)
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    return int(getattr(module, "out_channels", 0))
 
 
 def _function(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if isinstance(node.target, str):
+        return node.target
+    return getattr(node.target, "__name__", "")
 
 
 def _find_by_execution(model: nn.Module, example: Tensor, without: Collection[str]) -> list[Layer]:
-    """Run the network and watch which norm takes a layer's very output."""
+    """The layers in the order in which they run, and the norms that take their unchanged output."""
     order: list[str] = []
     norms: dict[str, str] = {}
     made_by: dict[tuple[int, int], str] = {}
-    kept: list[Tensor] = []  # keeps ids from being reused
+    kept: list[Tensor] = []  # keeps the outputs alive, so that their ids are not reused
 
     def watch(name: str) -> Hook:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -240,10 +245,10 @@ def _find_by_execution(model: nn.Module, example: Tensor, without: Collection[st
 def collect_activations(
     model: nn.Module, layers: list[Layer], tap: Tap, images: Tensor, pixels: Pixels, context: Context
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """One float32 pass over `images` (N, C, H, W) uint8, in order, in eval mode.
+    """The neurons' values and the network's probabilities, in one float32 pass over `images` (N, C, H, W) uint8.
 
-    Returns per layer name the neurons' values (neurons, N) float32, the largest over each map, and the probabilities
-    (N, K).
+    The pass is in order and in eval mode. Returns per layer name the values (neurons, N) float32, the largest over each
+    map, and the probabilities (N, K).
     """
     model.eval()
     images = images.to(context.device)
@@ -262,20 +267,21 @@ def collect_activations(
 
 
 def _largest_over_map(module: nn.Module, output: Tensor) -> Tensor:
-    """(B, C, ...) -> (B, C), a tensor of its own; of a linear layer over tokens, (B, T, C) -> (B, C)."""
+    """(B, C, ...) -> (B, C), as a new tensor; for a linear layer over tokens, (B, T, C) -> (B, C)."""
     if output.ndim == 2:
         return output.clone()
-    by_tokens = isinstance(module, nn.Linear | nn.LayerNorm)
-    return output.amax(dim=tuple(range(1, output.ndim - 1)) if by_tokens else tuple(range(2, output.ndim)))
+    positions = range(2, output.ndim)
+    if isinstance(module, nn.Linear | nn.LayerNorm):  # channels last
+        positions = range(1, output.ndim - 1)
+    return output.amax(dim=tuple(positions))
 
 
 @torch.no_grad()
 def prune_neurons(model: nn.Module, layer: Layer, neurons: Tensor) -> None:
-    """Set the weights that make `neurons` (k,) and those that read them to
-    zero, and the norm's scale and shift: they never answer again.
+    """Set the weights that make and read `neurons` (k,), and their norm's scale and shift, to zero.
 
-    With an activation that is zero at zero their gradients are exactly zero too, except in a residual stream, where the
-    norm's shift can return.
+    The neurons are silent from then on. With an activation that is zero at zero their gradients are exactly zero too,
+    except in a residual stream, where the norm's shift can return.
     """
     modules = dict(model.named_modules())
     for parameter in _rows(modules, layer):
@@ -291,9 +297,7 @@ def prune_neurons(model: nn.Module, layer: Layer, neurons: Tensor) -> None:
 
 @torch.no_grad()
 def reinitialize_neurons(model: nn.Module, layer: Layer, neurons: Tensor, fresh: nn.Module) -> None:
-    """Give `neurons` (k,) the weights they have in `fresh`, a newly
-    built network of the same kind (Algorithm 1, line 20).
-    """
+    """Give `neurons` (k,) their weights in `fresh`, a newly built network of the same kind (Algorithm 1, line 20)."""
     for old, new in zip(
         _rows(dict(model.named_modules()), layer), _rows(dict(fresh.named_modules()), layer), strict=True
     ):
@@ -305,7 +309,7 @@ def reestimate_norms(
 ) -> None:
     """Measure BatchNorm's running statistics of re-initialised channels on `images`; those of all others stay.
 
-    `resets` has the channels (k,) by the name of the norm.
+    `resets` holds the channels (k,) by the name of the norm.
     """
     modules = dict(model.named_modules())
     norms = {name: module for name in resets if isinstance(module := modules[name], nn.modules.batchnorm._BatchNorm)}
@@ -331,5 +335,7 @@ def reestimate_norms(
 
 def _rows(modules: Mapping[str, nn.Module], layer: Layer) -> list[Tensor]:
     """The parameters with one row per neuron of `layer`: weight, bias, and its norm's scale and shift."""
-    owners = [modules[layer.name]] + ([modules[layer.norm]] if layer.norm else [])
-    return [p for owner in owners for p in (owner.weight, owner.bias) if isinstance(p, Tensor)]
+    parameters = [modules[layer.name].weight, modules[layer.name].bias]
+    if layer.norm:
+        parameters += [modules[layer.norm].weight, modules[layer.norm].bias]
+    return [parameter for parameter in parameters if isinstance(parameter, Tensor)]

@@ -1,1 +1,1 @@
-"""The leaderboard: tracks with rules, submissions whose numbers can be computed again, and the site made of them."""
+"""The leaderboard: tracks with rules, submissions whose numbers can be recomputed, and the site made of them."""

@@ -1,4 +1,4 @@
-"""The site: one page per track, one per submission, CSV and JSON; static, and complete without a network."""
+"""The leaderboard site: a page for each track and each submission, CSV and JSON; static, and usable offline."""
 
 from __future__ import annotations
 
@@ -19,34 +19,46 @@ from backdoor_bench_none.registry.plugins import own_version
 from backdoor_bench_none.report.escape import escape_csv
 from backdoor_bench_none.results.metrics import METRICS
 from backdoor_bench_none.results.rows import Row
+from backdoor_bench_none.words import plural
 
-#: tells our pages from others
+#: marks the pages of this package: only folders with such a page are overwritten
 MARK = '<meta name="generator" content="backdoor-bench-none">'
 
 
 def build_site(paths: Sequence[Path], output: Path, verifications: Path) -> tuple[list[Entry], list[Refused]]:
-    """Write the site of all submissions at or below `paths` into `output`, in place of an older site.
+    """Write the site of all submissions at or below `paths` into `output`, replacing an older site.
 
-    What cannot be read is refused, with its reason on the page of the track list. An `output` that holds anything else
-    than an older site is left alone, with an error.
+    Submissions that cannot be read are refused, with the reason on the front page. `BenchError` if `output` holds
+    anything but an older site; it is then left unchanged.
     """
     entries, refused = read_entries(paths, verifications)
+    by_track, strays = _split_by_track(entries)
+    pages: dict[str, str] = {}
+    standings = []
+    listed: list[Entry] = []
+    for name in track_names():
+        track, ranked = read_track(name), rank_entries(by_track.get(name, []))
+        standings.append((track, ranked))
+        listed += ranked
+        pages |= _track_pages(track, ranked)
+    refused += strays
+    pages["index.html"] = _render("index.html.jinja", tracks=standings, refused=refused, root=".", title="Leaderboard")
+    _write(pages, output)
+    return listed, refused
+
+
+def _split_by_track(entries: Sequence[Entry]) -> tuple[dict[str, list[Entry]], list[Refused]]:
+    """The entries of each track, and those refused because their track, or its version, does not exist here."""
+    refused: list[Refused] = []
     by_track: dict[str, list[Entry]] = {}
     for entry in entries:
         name = entry.submission.track
         if name in track_names() and entry.submission.track_sha256 == read_track(name).sha256:
             by_track.setdefault(name, []).append(entry)
         else:
-            refused.append(Refused(entry.submission.title, f"it is made for a track '{name}' that is not the one here"))
-    pages: dict[str, str] = {}
-    tracks = []
-    for name in track_names():
-        track, ranked = read_track(name), rank_entries(by_track.get(name, []))
-        tracks.append((track, ranked))
-        pages |= _track_pages(track, ranked)
-    pages["index.html"] = _render("index.html.jinja", tracks=tracks, refused=refused, root=".", title="Leaderboard")
-    _write(pages, output)
-    return [entry for _, ranked in tracks for entry in ranked], refused
+            reason = f"it was made for a track '{name}' that is unknown here, or for another version of it"
+            refused.append(Refused(entry.submission.title, reason))
+    return by_track, refused
 
 
 def _track_pages(track: Track, entries: Sequence[Entry]) -> dict[str, str]:
@@ -69,7 +81,7 @@ def _track_pages(track: Track, entries: Sequence[Entry]) -> dict[str, str]:
 
 
 def _is_same_defense(one: Entry, other: Entry) -> bool:
-    """Other versions and parameters of a defense are its history."""
+    """Whether two entries are versions of one defense: the same name from the same package."""
     first, second = one.submission, other.submission
     return (first.defense.name, first.source.distribution) == (second.defense.name, second.source.distribution)
 
@@ -79,19 +91,23 @@ def _render(template: str, **values: Any) -> str:
         loader=PackageLoader("backdoor_bench_none.leaderboard"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.globals.update(show=show, show_row=show_row, is_link=is_link, version=own_version(), METRICS=METRICS)
+    environment.globals.update(
+        show=show, show_row=show_row, is_link=is_link, plural=plural, version=own_version(), METRICS=METRICS
+    )
     return environment.get_template(template).render(**values)
 
 
 def show_row(row: Row, metric: str) -> str:
     """The mean of a row and its interval."""
     facts, interval = METRICS[metric], row.intervals.get(metric)
-    value = facts.show(getattr(row, metric))
-    return value if interval is None else f"{value} [{facts.show(interval.low)}, {facts.show(interval.high)}]"
+    mean = facts.show(getattr(row, metric))
+    if interval is None:
+        return mean
+    return f"{mean} [{facts.show(interval.low)}, {facts.show(interval.high)}]"
 
 
 def is_link(text: str) -> bool:
-    """Whether a stranger's text may become a link: the web, and nothing that a browser would run."""
+    """Whether a third-party text may become a link: an https address that a browser cannot run as code."""
     return text.startswith("https://") and not any(c.isspace() or ord(c) < 32 or c in "\"'<>`" for c in text)
 
 
@@ -101,14 +117,16 @@ def _csv(table: Sequence[Mapping[str, Any]]) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, list(table[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows([{name: escape_csv(value) for name, value in line.items()} for line in table])
+    for line in table:
+        writer.writerow({name: escape_csv(value) for name, value in line.items()})
     return out.getvalue()
 
 
 def _write(pages: Mapping[str, str], output: Path) -> None:
-    """Write all pages beside `output`, and then put them in its place."""
+    """Write all pages beside `output`, then rename: a failed build leaves the older site unchanged."""
     if output.exists() and not _is_site(output):
-        raise BenchError(f"'{output}' is there already and is no site of ours", "choose another folder with --output")
+        message = f"'{output}' exists already and is not a leaderboard site"
+        raise BenchError(message, "choose another folder with --output")
     draft = output.with_name(f".{output.name}.partial")
     try:
         shutil.rmtree(draft, ignore_errors=True)
@@ -123,7 +141,7 @@ def _write(pages: Mapping[str, str], output: Path) -> None:
 
 
 def _is_site(folder: Path) -> bool:
-    """Whether it may be replaced: an empty folder, or one with a page of ours."""
+    """Whether a folder may be replaced: it is empty, or its front page carries `MARK`."""
     if not folder.is_dir():
         return False
     index = folder / "index.html"

@@ -1,4 +1,4 @@
-"""What a track's submissions come to: one entry each, with claimed, submitted and verified numbers apart."""
+"""The standings of a track: an entry for each submission, with claimed, submitted and verified numbers apart."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from backdoor_bench_none.results.measurement import Measurement
 from backdoor_bench_none.results.metrics import METRICS
 from backdoor_bench_none.results.rows import Row, rows_of_measurements
 
-#: whose no_defense is the baseline of a track
+#: the distribution whose no_defense is the baseline of a track
 OWN = "backdoor-bench-none"
 #: the metrics of a standing, in its order; ranks are by the first
 SCORED = ("der", "asr", "ba", "ra", "cost_ratio")
@@ -34,45 +34,47 @@ SCORED = ("der", "asr", "ba", "ra", "cost_ratio")
 
 @dataclass
 class Entry:
-    """One submission of a track. `submitted` and `verified` are spreads over seeds of the means over attacked cells;
-    `verified` has counts that a verifier computed from the weights. `rank` is by the mean of DER.
+    """One submission of a track.
+
+    `submitted` and `verified` are spreads over seeds of the means over attacked cells; `verified` rests on the counts
+    that a verifier computed from the weights. `rank` is by the mean of DER.
     """
 
     submission: Submission
     records: Mapping[str, Record]
     verification: Verification | None
-    #: of its manifest
+    #: the hash of its manifest
     sha256: str
     submitted: dict[str, Spread] = field(default_factory=dict)
     verified: dict[str, Spread] = field(default_factory=dict)
     clean_ba: Spread | None = None
     rank: float | None = None
-    #: not distinguishable from the best of its track, None if it cannot be told
+    #: whether it is not distinguishable from the best of its track; None if that cannot be tested
     is_close: bool | None = None
     rows: list[Row] = field(default_factory=list)
 
     @property
     def slug(self) -> str:
-        """The name of its page; no two submissions have the same."""
+        """The name of its page, which is unique: it ends in part of the manifest's hash."""
         parts = (self.submission.defense.name, self.submission.source.distribution, self.submission.source.version)
         words = re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")[:60]
         return f"{words}-{self.sha256[:8]}"
 
     @property
     def status(self) -> str:
-        """`unverified`, or what the verification says."""
+        """`unverified`, or the verdict of the verification."""
         return "unverified" if self.verification is None else self.verification.verdict
 
     @property
     def competes(self) -> bool:
-        """Not the baseline, not told the truth, and its models were evaluated by somebody else than its authors."""
+        """Whether it is ranked: its models were evaluated by a verifier, and it is no baseline and no oracle."""
         baseline = self.submission.defense.name == "no_defense"
         return not baseline and not self.submission.sees_ground_truth and self.status in ("verified", "reevaluated")
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A submission that cannot even be read, and why."""
+    """A submission that is not listed, and the reason."""
 
     name: str
     reason: str
@@ -80,17 +82,17 @@ class Refused:
 
 def find_submissions(paths: Sequence[Path]) -> list[Path]:
     """The submissions at or below `paths`: folders with submission.json, and zip archives."""
-    found: list[Path] = []
+    submissions: list[Path] = []
     for path in paths:
         if path.is_file() or (path / MANIFEST).is_file():
-            found.append(path)
+            submissions.append(path)
         else:
-            found += sorted({*(p.parent for p in path.rglob(MANIFEST)), *path.rglob("*.zip")})
-    return found
+            submissions += sorted({*(p.parent for p in path.rglob(MANIFEST)), *path.rglob("*.zip")})
+    return submissions
 
 
 def read_entries(paths: Sequence[Path], verifications: Path) -> tuple[list[Entry], list[Refused]]:
-    """Every submission, read without trust, with its verification in the folder `verifications`; and the refused."""
+    """All submissions that can be read, each with its verification from the folder `verifications`; and the others."""
     entries: list[Entry] = []
     refused: list[Refused] = []
     for path in find_submissions(paths):
@@ -102,7 +104,7 @@ def read_entries(paths: Sequence[Path], verifications: Path) -> tuple[list[Entry
             refused.append(Refused(path.name, str(error).partition("\n")[0]))
             continue
         if any(entry.sha256 == sha256 for entry in entries):
-            refused.append(Refused(path.name, "the same submission stands here twice"))
+            refused.append(Refused(path.name, "the same submission is listed already"))
             continue
         verification = read_verification(verification_path(verifications, sha256), sha256)
         entries.append(Entry(submission, records, verification, sha256))
@@ -110,26 +112,26 @@ def read_entries(paths: Sequence[Path], verifications: Path) -> tuple[list[Entry
 
 
 def read_verification(path: Path, submission_sha256: str) -> Verification | None:
-    """The verification in a file, if there is one, of this very submission."""
+    """The verification in a file; None unless it is a readable one of the submission with this hash."""
     if not path.is_file() or path.is_symlink():
         return None
     try:
-        found = Verification.model_validate(read_json(path))
+        verification = Verification.model_validate(read_json(path))
     except (ValidationError, BenchError):
         return None
-    return found if found.submission_sha256 == submission_sha256 else None
+    return verification if verification.submission_sha256 == submission_sha256 else None
 
 
 def rank_entries(entries: Sequence[Entry]) -> list[Entry]:
-    """Score the entries of one track, pair each with the submitted baseline, and sort them by rank."""
-    rows = _rows_of(entries, verified=False)
-    checked = _rows_of(entries, verified=True)
-    for index, entry in enumerate(entries):
-        entry.rows = rows[index]
-        entry.submitted = _score(rows[index])
-        entry.verified = _score(checked[index]) if entry.verification and entry.verification.reevaluated else {}
+    """Score the entries of one track against the submitted baseline, and sort them by rank."""
+    submitted = _rows_as_submitted(entries)
+    verified = _rows_as_verified(entries)
+    for entry, rows, verified_rows in zip(entries, submitted, verified, strict=True):
+        entry.rows = rows
+        entry.submitted = _score(rows)
+        entry.verified = _score(verified_rows)
         entry.verified.pop("cost_ratio", None)  # seconds are those of the submitter's machine
-        clean = [row for row in rows[index] if row.asr is None and row.ba is not None]
+        clean = [row for row in rows if row.asr is None and row.ba is not None]
         entry.clean_ba = _means_over_seeds(clean, "ba")
     competing = [entry for entry in entries if entry.competes and "der" in entry.submitted]
     ranks = rank_with_ties([_best_known(entry).mean for entry in competing], higher_is_better=True)
@@ -145,29 +147,50 @@ def _best_known(entry: Entry) -> Spread:
     return entry.verified.get("der") or entry.submitted["der"]
 
 
-def _rows_of(entries: Sequence[Entry], *, verified: bool) -> list[list[Row]]:
-    """The rows of each entry, with DER against the no_defense of the track."""
+def _rows_as_submitted(entries: Sequence[Entry]) -> list[list[Row]]:
+    """The rows of each entry, by the counts in its records."""
+    return _make_rows(entries, [list(entry.records.values()) for entry in entries])
+
+
+def _rows_as_verified(entries: Sequence[Entry]) -> list[list[Row]]:
+    """The rows of each entry, by the counts that a verifier computed; none for cells that were not evaluated."""
+    records: list[list[Record]] = []
+    for entry in entries:
+        recounted: list[Record] = []
+        if entry.verification is not None:
+            counts = entry.verification.reevaluated
+            recounted = [
+                record.model_copy(update={"counts": counts[key]})
+                for key, record in entry.records.items()
+                if key in counts
+            ]
+        records.append(recounted)
+    return _make_rows(entries, records)
+
+
+def _make_rows(entries: Sequence[Entry], records: Sequence[Sequence[Record]]) -> list[list[Row]]:
+    """The rows of each entry's records, with DER against the no_defense of the track.
+
+    Every entry becomes a defense labelled with its index: two submissions of one defense are then two rows, and only
+    the chosen baseline counts as no_defense.
+    """
     baseline = choose_baseline(entries)
     measured: list[Measurement] = []
     for index, entry in enumerate(entries):
-        counts = entry.verification.reevaluated if verified and entry.verification else {}
-        for key, record in entry.records.items():
-            if verified and key not in counts:
-                continue
-            shown = record.model_copy(update={"counts": counts[key]}) if verified else record
-            axes = dict(shown.axes)
-            name = "no_defense" if entry is baseline else f"entry {index}"
+        name = "no_defense" if entry is baseline else f"entry {index}"
+        for record in records[index]:
+            axes = dict(record.axes)
             axes["defense"] = axes["defense"].model_copy(update={"label": str(index), "name": name})
-            measured.append(Measurement.of(shown.model_copy(update={"axes": axes})))
-    found: list[list[Row]] = [[] for _ in entries]
+            measured.append(Measurement.of(record.model_copy(update={"axes": axes})))
+    rows: list[list[Row]] = [[] for _ in entries]
     for row in rows_of_measurements(measured):
-        found[int(row.defense)].append(row)
-    return found
+        rows[int(row.defense)].append(row)
+    return rows
 
 
 def choose_baseline(entries: Sequence[Entry]) -> Entry | None:
-    """The no_defense that all others are measured against: ours, not refused, and the best verified one."""
-    order = ("verified", "reevaluated", "unverified")
+    """The no_defense that all others are measured against: this package's own with the best verification status."""
+    order = ("verified", "reevaluated", "unverified")  # a refused one is none
     own = [
         entry
         for entry in entries
@@ -186,6 +209,7 @@ def _score(rows: Sequence[Row]) -> dict[str, Spread]:
 
 
 def _means_over_seeds(rows: Sequence[Row], metric: str) -> Spread | None:
+    """The spread over seeds of the means over rows; None where no row has a number."""
     by_seed: dict[int, list[float]] = {}
     for row in rows:
         for seed, value in zip(row.seeds, row.per_seed.get(metric, ()), strict=False):
@@ -199,19 +223,21 @@ def _means_over_seeds(rows: Sequence[Row], metric: str) -> Spread | None:
 
 
 def _is_close(best: Entry, other: Entry) -> bool | None:
-    """Whether a paired t test over seeds and cells cannot tell the two DERs apart."""
+    """Whether a paired t test over seeds and cells cannot tell the two DERs apart; None where it cannot be made."""
     values: dict[tuple[object, int], list[float | None]] = {}
     for side, entry in enumerate((best, other)):
         for row in entry.rows:
             for seed, value in zip(row.seeds, row.per_seed.get("der", ()), strict=False):
                 values.setdefault((row.rest, seed), [None, None])[side] = value
     pairs = [pair for pair in values.values() if None not in pair]
-    found = compare_paired([float(a or 0) for a, _ in pairs], [float(b or 0) for _, b in pairs]).distinguishable
-    return None if found is None else not found
+    comparison = compare_paired([float(a or 0) for a, _ in pairs], [float(b or 0) for _, b in pairs])
+    if comparison.distinguishable is None:
+        return None
+    return not comparison.distinguishable
 
 
 def as_table(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """One flat mapping per entry, for CSV and JSON: claimed, submitted and verified numbers apart."""
+    """One flat mapping for each entry, for CSV and JSON: claimed, submitted and verified numbers apart."""
     return [_flat(entry) for entry in entries]
 
 
@@ -227,9 +253,10 @@ def _flat(entry: Entry) -> dict[str, Any]:
         line[f"claimed_{name}"] = submission.claims.get(name)  # type: ignore[call-overload]
         for source in ("submitted", "verified"):
             spread: Spread | None = getattr(entry, source).get(name)
+            interval = spread and spread.interval
             line[f"{source}_{name}"] = spread and spread.mean
-            line[f"{source}_{name}_low"] = spread.interval.low if spread and spread.interval else None
-            line[f"{source}_{name}_high"] = spread.interval.high if spread and spread.interval else None
+            line[f"{source}_{name}_low"] = interval and interval.low
+            line[f"{source}_{name}_high"] = interval and interval.high
     return line
 
 

@@ -1,4 +1,8 @@
-"""A submission: submission.json, a record and the defended weights of every cell of a track, each with its hash."""
+"""The format of a submission: submission.json, and a record and the defended weights of every cell of a track.
+
+Submissions are third-party data. Everything here reads them within limits on size, depth and names, and executes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import tempfile
 import unicodedata
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from lzma import LZMAError
@@ -25,27 +30,33 @@ from backdoor_bench_none.contracts.record import AxisValue, Record
 from backdoor_bench_none.errors import BenchError
 
 MANIFEST = "submission.json"
-#: all that a submission may hold; hexadecimal keys are those of cells
+#: the files that a submission may hold; the hexadecimal keys are those of its cells
 ALLOWED = re.compile(r"submission\.json|records/[0-9a-f]{16}\.json|weights/[0-9a-f]{16}\.safetensors")
 SCHEMA = 1
 LARGEST_JSON = 8 * 2**20
 LARGEST_SUBMISSION = 16 * 2**30
 MOST_FILES = 20_000
-#: arrays and objects of JSON inside one another, and digits of an integer
+#: the depth of nested JSON arrays and objects, and the digits of an integer
 DEEPEST = 32
 MOST_DIGITS = 20
 LONGEST_LABEL = 200
-#: seconds, and bytes, that a stage may be said to have taken
+#: the most seconds and bytes that a record may state for a stage
 LONGEST_STAGE = 1e9
 LARGEST_MEMORY = 2**60
-#: Unicode categories that a terminal or a page obeys instead of showing them
+#: Unicode categories that a terminal or a browser interprets instead of showing
 CONTROLS = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def as_plain(text: str, longest: int = 500) -> str:
-    """A stranger's text for a terminal or a log: no control characters, and not too long."""
-    shown = "".join("\ufffd" if unicodedata.category(character) in CONTROLS else character for character in text)
-    return shown if len(shown) <= longest else f"{shown[:longest]}…"
+    """A third-party text for a terminal or a log: without control characters, and not too long."""
+    shown = "".join(map(_as_visible, text))
+    if len(shown) > longest:
+        return f"{shown[:longest]}…"
+    return shown
+
+
+def _as_visible(character: str) -> str:
+    return "\ufffd" if unicodedata.category(character) in CONTROLS else character
 
 
 def _require_plain(text: str) -> str:
@@ -59,7 +70,7 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class SubmissionError(BenchError):
-    """A submission is not what it should be."""
+    """A submission breaks a rule of its format or its track."""
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(as_plain(message), hint)
@@ -83,7 +94,10 @@ class Source(BaseModel):
 
 
 class Submission(BaseModel):
-    """What submission.json says. `claims` are the authors' own means, as fractions of 1; `files` are sha256 by path."""
+    """The content of submission.json.
+
+    `claims` are the authors' own means, as fractions of 1; `files` are sha256 hashes by path.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -109,30 +123,31 @@ class Submission(BaseModel):
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401
-    """The JSON in a file: UTF-8, not too large or too deep, no key twice, no number that is not finite or too long."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
-            raise ValueError(f"the key {twice!r} stands twice")
-        return found
-
-    def refuse(constant: str) -> float:
-        raise ValueError(f"{constant} is no number of JSON")
-
+    """The JSON in a file: UTF-8, of limited size and depth, with unique keys and finite numbers of limited length."""
     if path.stat().st_size > LARGEST_JSON:
         raise SubmissionError(f"'{path.name}' is larger than {LARGEST_JSON} bytes")
     try:
-        found = json.loads(
-            path.read_text(encoding="utf-8"), object_pairs_hook=once, parse_constant=refuse, parse_float=_finite,
+        value = json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite,
             parse_int=_short,
         )  # fmt: skip
-        _check_depth(found)
-        json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        _check_depth(value)
+        json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair, which cannot be written again
     except (ValueError, RecursionError) as error:
-        raise SubmissionError(f"'{path.name}' is no valid JSON: {error}") from error
-    return found
+        raise SubmissionError(f"'{path.name}' is not valid JSON: {error}") from error
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    counts = Counter(key for key, _ in pairs)
+    for key, count in counts.items():
+        if count > 1:
+            raise ValueError(f"the key {key!r} occurs twice")
+    return dict(pairs)
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no number in JSON")
 
 
 def _check_depth(value: object) -> None:
@@ -140,8 +155,13 @@ def _check_depth(value: object) -> None:
     for _ in range(DEEPEST):
         if not level:
             return
-        inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
-        level = [part for parts in inner for part in parts]
+        inner: list[object] = []
+        for part in level:
+            if isinstance(part, dict):
+                inner += part.values()
+            elif isinstance(part, list):
+                inner += part
+        level = inner
     raise ValueError(f"it is nested deeper than {DEEPEST}")
 
 
@@ -160,7 +180,7 @@ def _finite(text: str) -> float:
 
 @contextmanager
 def open_submission(path: Path) -> Iterator[Path]:
-    """The folder of a submission; an archive is unpacked into a temporary one, after every name in it was checked."""
+    """The folder of a submission; an archive is unpacked into a temporary one after every name in it was checked."""
     if path.is_dir():
         yield path
         return
@@ -182,7 +202,7 @@ def _unpack(path: Path, folder: Path) -> None:
                 with archive.open(part) as source, target.open("wb") as file:
                     _copy(source, file, part)
     except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, ValueError, zlib.error, LZMAError) as error:
-        raise SubmissionError(f"'{path}' is no readable zip archive: {error}") from error
+        raise SubmissionError(f"'{path}' is not a readable zip archive: {error}") from error
 
 
 def _check_archive(parts: list[zipfile.ZipInfo], path: Path) -> None:
@@ -197,11 +217,11 @@ def _check_archive(parts: list[zipfile.ZipInfo], path: Path) -> None:
             raise SubmissionError(f"'{path}': {part.filename!r} is larger than {LARGEST_JSON} bytes")
     names = [part.filename for part in parts]
     if len(set(names)) < len(names):
-        raise SubmissionError(f"'{path}': a file stands twice")
+        raise SubmissionError(f"'{path}': a file occurs twice")
 
 
 def _copy(source: Any, file: Any, part: zipfile.ZipInfo) -> None:  # noqa: ANN401
-    """Unpack no more than the size that was declared and checked."""
+    """Unpack at most the declared size: the directory of an archive may understate it."""
     left = part.file_size
     while chunk := source.read(min(2**20, left + 1)):
         left -= len(chunk)
@@ -211,10 +231,11 @@ def _copy(source: Any, file: Any, part: zipfile.ZipInfo) -> None:  # noqa: ANN40
 
 
 def read_submission(folder: Path) -> tuple[Submission, dict[str, Record]]:
-    """The manifest and the records by key of an unpacked submission; every file is there, and has its hash."""
+    """The manifest and the records by key of an unpacked submission, after all files and hashes were checked."""
     path = folder / MANIFEST
     if not path.is_file() or path.is_symlink():
-        raise SubmissionError(f"'{folder}' is no submission: it has no {MANIFEST}", "`bbn leaderboard pack` makes one")
+        message = f"'{folder}' is not a submission: it has no {MANIFEST}"
+        raise SubmissionError(message, "`bbn leaderboard pack` makes one")
     raw = read_json(path)
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
@@ -233,7 +254,7 @@ def read_submission(folder: Path) -> tuple[Submission, dict[str, Record]]:
 
 
 def _check_record(record: Record, name: str) -> None:
-    """What a record may say and a site can show: all axes, and numbers that can be averaged."""
+    """Raise `SubmissionError` for a record that a site cannot show: axes are missing, or numbers are out of range."""
     faults: list[str] = []
     if set(record.axes) != set(AXES):
         faults.append(f"axes: {', '.join(sorted(record.axes))} are not {', '.join(sorted(AXES))}")
@@ -245,10 +266,6 @@ def _check_record(record: Record, name: str) -> None:
     for stage, cost in record.costs.items():
         if not 0 <= cost.seconds <= LONGEST_STAGE or not 0 <= (cost.peak_memory or 0) <= LARGEST_MEMORY:
             faults.append(f"costs.{stage}: {cost.seconds:g} s and {cost.peak_memory} bytes cannot be")
-    found = record.detection
-    shares = {"clean_fraction": record.clean_fraction}
-    shares |= {name: share for name in ("auroc", "tpr_at_1_fpr") if (share := getattr(found, name, None)) is not None}
-    faults += [f"{name}: {share:g} is no share" for name, share in shares.items() if not 0 <= share <= 1]
     if faults:
         raise SubmissionError(f"{name}: {faults[0]}")
 
@@ -259,23 +276,22 @@ def validate(model: Any, raw: object, name: str) -> Any:  # noqa: ANN401
         return model.model_validate(raw)
     except ValidationError as error:
         fault = error.errors()[0]
-        place = ".".join(map(str, fault["loc"])) or "-"
-        raise SubmissionError(f"{name}: {place}: {fault['msg']}") from error
+        location = ".".join(map(str, fault["loc"])) or "-"
+        raise SubmissionError(f"{name}: {location}: {fault['msg']}") from error
 
 
 def _check_files(folder: Path, files: Mapping[str, str]) -> None:
-    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
-    there -= {MANIFEST}
-    if odd := sorted((there | set(files)) - (there & set(files))):
-        raise SubmissionError(f"{odd[0]!r} is {'not listed in' if odd[0] in there else 'missing beside'} {MANIFEST}")
+    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
+    present -= {MANIFEST}
+    if odd := sorted(present.symmetric_difference(files)):
+        fault = "not listed in" if odd[0] in present else "missing beside"
+        raise SubmissionError(f"{odd[0]!r} is {fault} {MANIFEST}")
     for name, wanted in files.items():
         path = folder / name
         if not ALLOWED.fullmatch(name) or path.is_symlink() or path.parent.is_symlink():
             raise SubmissionError(f"{name!r} does not belong in a submission")
         if hash_file(path) != wanted:
-            raise SubmissionError(
-                f"{name!r} does not have the hash that {MANIFEST} says", "it was changed after packing"
-            )
+            raise SubmissionError(f"{name!r} does not have the hash in {MANIFEST}", "it was changed after packing")
 
 
 def hash_file(path: Path) -> str:
@@ -297,5 +313,5 @@ def write_json(path: Path, model: BaseModel) -> None:
 
 def write_archive(folder: Path, path: Path) -> None:
     """The submission in `folder` as a zip archive."""
-    made = shutil.make_archive(str(path.with_suffix("")), "zip", folder)
-    Path(made).replace(path)
+    archive = shutil.make_archive(str(path.with_suffix("")), "zip", folder)
+    Path(archive).replace(path)  # make_archive ends every name in .zip

@@ -1,4 +1,4 @@
-"""Tracks: versioned matrices with rules; a defense is submitted to all cells of one."""
+"""Tracks: versioned matrices with rules, to whose cells a defense is submitted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent / "tracks"
 
 
 class TrackFile(BaseModel):
-    """What a track's YAML says."""
+    """The content of a track's YAML file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,7 +32,7 @@ class TrackFile(BaseModel):
 
 @dataclass(frozen=True)
 class Track:
-    """A track, and the sha256 of its file: submissions are bound to it."""
+    """A track, and the sha256 of its file, which every submission states."""
 
     name: str
     title: str
@@ -42,7 +42,7 @@ class Track:
     sha256: str
 
     def benchmark_text(self, defense: str | None = None, params: dict[str, Any] | None = None) -> str:
-        """Its benchmark file, with `defense` beside no_defense if one is named."""
+        """Its benchmark file, with `defense` beside no_defense if one is given."""
         matrix = dict(self.benchmark["matrix"])
         if defense is not None and (defense != "no_defense" or params):
             matrix["defense"] = ["no_defense", {"name": defense, "params": params or {}}]
@@ -50,7 +50,7 @@ class Track:
         return text
 
     def commented_text(self) -> str:
-        """Its benchmark file for a person: title and rules above it."""
+        """Its benchmark file with the title and the rules in comments above it."""
         rules = "".join(f"# - {rule}\n" for rule in self.rules.splitlines())
         return (
             f"# {self.title}. Add your defense to `defense`, and change nothing else.\n{rules}{self.benchmark_text()}"
@@ -65,7 +65,7 @@ class Track:
 
 
 def track_names() -> list[str]:
-    """All tracks."""
+    """The names of all tracks."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
@@ -74,8 +74,6 @@ def read_track(name: str) -> Track:
     if name not in track_names():
         raise ConfigError(f"there is no track '{name}'", did_you_mean(name, track_names()))
     data = (FOLDER / f"{name}.yaml").read_bytes()
-    found = TrackFile.model_validate(yaml.safe_load(data))
-    return Track(
-        found.track, found.title, found.rules, found.highest_clean_fraction, found.benchmark,
-        hashlib.sha256(data).hexdigest(),
-    )  # fmt: skip
+    file = TrackFile.model_validate(yaml.safe_load(data))
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Track(file.track, file.title, file.rules, file.highest_clean_fraction, file.benchmark, sha256)

@@ -1,5 +1,7 @@
-"""What a verifier found. It stands in a folder of the verifier's own, under the hash of the submission: what comes
-with a submission is its author's word.
+"""The result of verifying a submission.
+
+It is kept in the verifier's own folder under the hash of the submission; results in a submission are the author's
+claim.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ Verdict = Literal["verified", "reevaluated", "refused"]
 
 
 class Finding(BaseModel):
-    """What was found out about one cell, or the whole (`cell` is empty)."""
+    """The outcome of one check of one cell, or of the whole submission (`cell` is empty)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,8 +31,10 @@ class Finding(BaseModel):
 
 
 class Verification(BaseModel):
-    """What `verify` writes. `verified`: every model evaluated and a sample run again; `reevaluated`: every model
-    evaluated, nothing run again since the code is a stranger's; `refused`: something does not hold.
+    """What `verify` writes.
+
+    The verdict is `verified` if every model was evaluated and a sample of cells run again, `reevaluated` if every
+    model was evaluated but nothing run again because the code is third-party, and `refused` if a check failed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -44,19 +48,19 @@ class Verification(BaseModel):
     reevaluated: dict[str, Counts]
     #: counts of the cells that were run again
     repeated: dict[str, Counts]
-    #: what the cells to run again were drawn with
+    #: the seed of the sample of cells to run again
     seed: int
     core_version: str
     device: str
 
 
 def verification_path(folder: Path, submission_sha256: str) -> Path:
-    """Where the verification of a submission stands, by the sha256 of its submission.json."""
+    """The file of a submission's verification, by the sha256 of its submission.json."""
     return folder / f"{submission_sha256}.json"
 
 
 def write_verification(path: Path, verification: Verification) -> None:
-    """Write a verification in place of an older one; a link that stands there is replaced, not followed."""
+    """Write a verification, replacing an older one; a link with its name is replaced, not followed."""
     text = json.dumps(verification.model_dump(mode="json"), indent=1, ensure_ascii=False)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:

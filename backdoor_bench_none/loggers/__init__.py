@@ -1,4 +1,7 @@
-"""Loggers: finished cells go to TensorBoard and MLflow, whichever `BBN_LOGGERS` names, separated by commas."""
+"""Loggers, which send finished cells to TensorBoard or MLflow.
+
+The environment variable `BBN_LOGGERS` names them, separated by commas.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ LOGGERS = ("tensorboard", "mlflow")
 
 @hookimpl
 def bbn_cell_finished(record: Record) -> None:
-    """Give `record` to each logger; one that fails does not stop the next."""
+    """Pass `record` to each logger; one that fails does not stop the next."""
     names = [name.strip() for name in os.environ.get("BBN_LOGGERS", "").split(",")]
     errors = [error for name in dict.fromkeys(names) if name and (error := _log(name, record))]
     if len(errors) > 1:
@@ -64,7 +67,10 @@ def epoch_losses(record: Record) -> Iterator[tuple[int, float]]:
 
 
 def chosen_parameters(record: Record) -> dict[str, str]:
-    """What makes the cell, by dotted name: `attack`, `attack.poison_rate`, `recipe.lr`, `seed`; words of YAML."""
+    """The parameters of the cell by dotted name, in the words of YAML.
+
+    Examples are `attack`, `attack.poison_rate`, `recipe.lr` and `seed`.
+    """
     parameters: dict[str, str] = {}
     for axis, value in record.axes.items():
         parameters |= {axis: value.name} | _flatten(axis, value.params)
@@ -75,8 +81,11 @@ def chosen_parameters(record: Record) -> dict[str, str]:
 def _flatten(prefix: str, values: Mapping[str, object]) -> dict[str, str]:
     flat: dict[str, str] = {}
     for name, value in values.items():
+        dotted = f"{prefix}.{name}"
         if isinstance(value, Mapping) and value:
-            flat |= _flatten(f"{prefix}.{name}", value)
+            flat |= _flatten(dotted, value)
+        elif isinstance(value, str):
+            flat[dotted] = value
         else:
-            flat[f"{prefix}.{name}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            flat[dotted] = json.dumps(value, ensure_ascii=False)
     return flat

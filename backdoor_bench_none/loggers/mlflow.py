@@ -1,4 +1,4 @@
-"""MLflow: a run per finished cell, where MLflow's own environment variables say."""
+"""MLflow logger: one run per finished cell, on the server that MLflow's environment variables name."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 VALUE_LENGTH = 500
 #: MLflow's limit on names of parameters and metrics
 NAME_LENGTH = 250
-#: MLflow's words for ours
+#: MLflow's status for each status of a cell
 STATUSES = {"done": "FINISHED", "failed": "FAILED", "timeout": "FAILED", "skipped": "KILLED"}
 
 
 def log_record(record: Record) -> None:
-    """Make a run of `record`; a cell that runs again gets a further one of the same tag `key`."""
+    """Create a run for `record`; a cell that runs again gets another run with the same tag `key`."""
     client = MlflowClient()
     now = int(time.time() * 1000)
     measured = [Metric(safe_name(name), value, now, 0) for name, value in measured_values(record).items()]
@@ -46,27 +46,29 @@ def log_record(record: Record) -> None:
 
 
 def _experiment_id(client: MlflowClient) -> str:
-    """The experiment that MLflow's environment variables name, made if need be; otherwise the default one."""
+    """The experiment that MLflow's environment variables name, created if necessary, or the default one."""
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME")
     if not name:
         return os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         try:
             return str(client.create_experiment(name))
         except MlflowException:  # another process may have been faster
-            found = client.get_experiment_by_name(name)
-            if found is None:
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
                 raise
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)
 
 
 def safe_name(name: str) -> str:
-    """`name` with what MLflow refuses in names, which it may take for paths, made harmless."""
+    """`name` with the characters and path segments that MLflow rejects replaced or removed."""
     parts = re.sub(r"[^\w.\- /]", "_", name).split("/")
     return "/".join(part for part in parts if part not in ("", ".", ".."))[:NAME_LENGTH].rstrip("/") or "_"
 
 
 def shorten(value: str) -> str:
     """`value` within MLflow's limit."""
-    return value if len(value) <= VALUE_LENGTH else f"{value[: VALUE_LENGTH - 1]}…"
+    if len(value) <= VALUE_LENGTH:
+        return value
+    return f"{value[: VALUE_LENGTH - 1]}…"

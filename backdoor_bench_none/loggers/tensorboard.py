@@ -1,4 +1,4 @@
-"""TensorBoard: a run folder per cell below `BBN_TENSORBOARD_DIR`, by default `runs`."""
+"""TensorBoard logger: one run folder per cell below `BBN_TENSORBOARD_DIR`, by default `runs`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from backdoor_bench_none.loggers import chosen_parameters, epoch_losses, measure
 if TYPE_CHECKING:
     from backdoor_bench_none.contracts.record import Record
 
-#: ends the names of our event files
+#: suffix of the event files written here
 SUFFIX = ".bbn"
 
 
 def log_record(record: Record) -> None:
-    """Write the event file of a cell, in place of an older one."""
+    """Write the event file of a cell, replacing an older one."""
     folder = Path(os.environ.get("BBN_TENSORBOARD_DIR") or "runs") / run_name(record)
     older = [*folder.glob(f"events.out.tfevents.*{SUFFIX}")]
     writer = EventFileWriter(str(folder), filename_suffix=SUFFIX)
@@ -40,13 +40,13 @@ def log_record(record: Record) -> None:
 
 
 def run_name(record: Record) -> str:
-    """A folder name that holds the key and what is harmless of the title."""
+    """A folder name of the safe characters of the title and of the key."""
     title = re.sub(r"[^\w.-]+", "-", record.title.replace("/", "-"), flags=re.ASCII).strip(".-")[:150]
     return f"{title}-{re.sub(r'[^0-9A-Za-z]', '', record.key)}"
 
 
 def _summaries(record: Record) -> list[tuple[int, Summary]]:
-    """What is shown, each with its step."""
+    """The summaries of a record, each with its step."""
     parameters = chosen_parameters(record)
     measured = [Summary.Value(tag=tag, simple_value=value) for tag, value in measured_values(record).items()]
     losses = [
@@ -59,7 +59,7 @@ def _summaries(record: Record) -> list[tuple[int, Summary]]:
 
 
 def _text(tag: str, values: dict[str, str]) -> Summary.Value:
-    """A Markdown table."""
+    """A Markdown table of `values`."""
     rows = [f"| {_cell_text(name)} | {_cell_text(value)} |" for name, value in values.items()]
     table = "\n".join(["| name | value |", "| --- | --- |", *rows]).encode(errors="replace")
     tensor = TensorProto(dtype=DT_STRING, string_val=[table])

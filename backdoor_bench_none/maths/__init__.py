@@ -1,1 +1,1 @@
-"""Numerical methods that know nothing of the project."""
+"""Numerical methods that are independent of the project."""

@@ -1,5 +1,6 @@
-"""The exact two-class natural break of many rows of numbers: Jenks with two classes, Otsu's threshold and optimal
-one-dimensional 2-means are one and the same.
+"""The exact two-class natural break of many rows of numbers.
+
+Jenks with two classes, Otsu's threshold and optimal one-dimensional 2-means are one and the same.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ CHUNK = 32
 
 @dataclass(frozen=True)
 class Breaks:
-    """Per row: the lower class is x <= threshold, the upper x > threshold;
-    `gvf` in [0, 1] is the goodness of variance fit, B / TSS.
+    """The split of each row in two: the lower class is x <= threshold, the upper x > threshold.
 
-    A constant row has no upper class: its threshold is the constant, its gvf 0.
+    `gvf` in [0, 1] is the goodness of variance fit, B / TSS. A constant row has no upper class: its threshold is the
+    constant, its gvf 0.
     """
 
     thresholds: NDArray[np.float64]  # (R,)
@@ -28,13 +29,12 @@ class Breaks:
 
 
 def find_breaks(rows: ArrayLike, split: Split = "exact") -> Breaks:
-    """The cut of each row of `rows` (R, N) that maximises the variance between two classes; among equal cuts the
-    lowest, as jenkspy.
+    """The cut of each row of `rows` (R, N) that maximises the variance between two classes.
 
-    `split` chooses the computation: `exact`, in O(N log N) per row, or `jenkspy`, by the library of that name, the
-    reference implementation, in O(N**2). Exact means: with sorted centred values x and S_k = x_1 + ... + x_k, the
-    variance between the classes of a cut after k is S_k**2 * N / (k * (N - k)), and a cut never splits equal values.
-    Raises `ValueError` for values that are not finite.
+    Among equal cuts it is the lowest, as in jenkspy. `split` chooses the computation: `exact`, in O(N log N) per row,
+    or `jenkspy`, by the library of that name, the reference implementation, in O(N**2). Exact means: with sorted
+    centred values x and S_k = x_1 + ... + x_k, the variance between the classes of a cut after k is S_k**2 * N / (k *
+    (N - k)), and a cut never splits equal values. Raises `ValueError` for values that are not finite.
     """
     values = np.atleast_2d(np.asarray(rows))
     if not np.isfinite(values).all():
@@ -48,16 +48,18 @@ def find_breaks(rows: ArrayLike, split: Split = "exact") -> Breaks:
 def _find_chunk(rows: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     ordered = np.sort(rows, axis=1).astype(np.float64)  # (R, N)
     count = ordered.shape[1]
+    if count < 2:
+        return ordered[:, -1], np.zeros(len(rows))
     centred = ordered - ordered.mean(axis=1, keepdims=True)  # without it, a large offset cancels all digits
     lower = np.arange(1, count)  # sizes of the lower class
     between = np.square(np.cumsum(centred, axis=1)[:, :-1]) * (count / (lower * (count - lower)))
     between[ordered[:, :-1] == ordered[:, 1:]] = -1.0
     total = np.square(centred).sum(axis=1)
-    best = between.argmax(axis=1) if count > 1 else np.zeros(len(rows), np.int64)
-    at = np.arange(len(rows))
+    best = between.argmax(axis=1)
+    each = np.arange(len(rows))
     split = ordered[:, 0] < ordered[:, -1]
-    thresholds = np.where(split, ordered[at, best], ordered[:, -1])
-    gvf = np.divide(between[at, best] if count > 1 else 0.0, total, out=np.zeros(len(rows)), where=split)
+    thresholds = np.where(split, ordered[each, best], ordered[:, -1])
+    gvf = np.divide(between[each, best], total, out=np.zeros(len(rows)), where=split)
     return thresholds, gvf
 
 

@@ -1,4 +1,4 @@
-"""What numbers over images and over seeds can tell: intervals, paired comparisons, ranks, and TPR at a fixed FPR.
+"""Statistics over images and over seeds: intervals, paired comparisons, ranks, and TPR at a fixed FPR.
 
 An interval over images covers the sampling of the test set only, one over seeds covers training too; a table gives
 both.
@@ -28,8 +28,9 @@ class Interval:
 
 @dataclass(frozen=True)
 class Spread:
-    """A measurement over `count` seeds, in its own unit: mean, sample standard deviation (n - 1 below), and Student's
-    t interval of the mean; deviation and interval are None for a single seed.
+    """A measurement over `count` seeds, in its own unit: mean, standard deviation, and t interval of the mean.
+
+    The deviation is that of a sample (n - 1 below), the interval is Student's; both are None for a single seed.
     """
 
     mean: float
@@ -42,7 +43,7 @@ class Spread:
 class Comparison:
     """The mean of `pairs` paired differences, its t interval, and the two-sided p-value, 0 to 1, of no difference.
 
-    `difference` is None without pairs; the interval, the p-value and `distinguishable` are None (cannot be told) with
+    `difference` is None without pairs; the interval, the p-value and `distinguishable` are None (undecidable) with
     fewer than two.
     """
 
@@ -55,7 +56,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class McNemar:
-    """How many images only the first and only the second got, and McNemar's exact two-sided p-value, 0 to 1."""
+    """How many images are hits of only the first and only the second, and McNemar's exact two-sided p-value, 0 to 1."""
 
     only_first: int
     only_second: int
@@ -73,7 +74,7 @@ def wilson_interval(hits: int, total: int, confidence: float = 0.95) -> Interval
     scale = 1 + z * z / total
     center = (share + z * z / (2 * total)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    # 0 of n begins at 0 and n of n ends at 1 on paper: rounding must not leave the share outside
+    # exactly, 0 of n begins at 0 and n of n ends at 1: rounding must not leave the share outside
     return Interval(low=max(0.0, min(share, center - half)), high=min(1.0, max(share, center + half)))
 
 
@@ -90,17 +91,19 @@ def spread_over_seeds(values: Sequence[float], confidence: float = 0.95) -> Spre
 
 
 def compare_paired(first: Sequence[float], second: Sequence[float], alpha: float = 0.05) -> Comparison:
-    """The two-sided paired t test of `first` - `second`, pair by pair, with the interval of confidence 1 - `alpha`;
-    distinguishable where the p-value is below `alpha`.
+    """The two-sided paired t test of `first` - `second`, pair by pair, with the interval of confidence 1 - `alpha`.
 
-    Differences that are all equal, up to rounding, give p 1 if they are zero and p 0 otherwise.
+    They are distinguishable where the p-value is below `alpha`. Differences that are all equal, up to rounding, give p
+    1 if they are zero and p 0 otherwise.
     """
     _require_fraction("alpha", alpha)
     if len(first) != len(second):
         raise ValueError(f"first has {len(first)} values, second {len(second)}: give one of each per seed")
     differences = _require_finite("first - second", [float(a) - float(b) for a, b in zip(first, second, strict=True)])
-    if len(differences) < 2:
-        return Comparison(differences[0] if differences else None, None, None, len(differences), None)
+    if not differences:
+        return Comparison(None, None, None, 0, None)
+    if len(differences) == 1:
+        return Comparison(differences[0], None, None, 1, None)
     (center, deviation), pairs = _mean_and_deviation(differences), len(differences)
     # 0.1 + 0.2 against 0.3 on every seed must not become a difference without variance, hence with p 0
     rounding = max(8 * sys.float_info.epsilon * max(map(abs, [*first, *second])), sys.float_info.min)
@@ -132,7 +135,7 @@ def pack_outcomes(outcomes: NDArray[np.bool_]) -> str:
 
 
 def unpack_outcomes(text: str, count: int) -> NDArray[np.bool_]:
-    """The `count` outcomes that `pack_outcomes` put into `text`; any other text is a ValueError."""
+    """The `count` outcomes that `pack_outcomes` put into `text`; `ValueError` for any other text."""
     if count < 0:
         raise ValueError(f"count is {count}: give the number of images")
     try:
@@ -150,12 +153,17 @@ def unpack_outcomes(text: str, count: int) -> NDArray[np.bool_]:
 
 
 def rank_with_ties(values: Sequence[float | None], higher_is_better: bool) -> list[float | None]:
-    """Ranks from 1, the best; equal values share the average of their ranks, and None stays None and takes no rank."""
+    """Ranks from 1, the best; equal values share the mean of their ranks, and None stays None and takes no rank."""
     numbers = np.array(_require_finite("values", [value for value in values if value is not None]), dtype=np.float64)
-    _, groups, sizes = np.unique(-numbers if higher_is_better else numbers, return_inverse=True, return_counts=True)
+    if higher_is_better:
+        numbers = -numbers
+    _, groups, sizes = np.unique(numbers, return_inverse=True, return_counts=True)
     averages = np.cumsum(sizes) - (sizes - 1) / 2
-    ranks = iter(averages[groups].tolist())
-    return [None if value is None else next(ranks) for value in values]
+    ranks: list[float | None] = [None] * len(values)
+    ranked = [index for index, value in enumerate(values) if value is not None]
+    for index, rank in zip(ranked, averages[groups].tolist(), strict=True):
+        ranks[index] = rank
+    return ranks
 
 
 def tpr_at_fpr(scores: NDArray[np.floating], positives: NDArray[np.bool_], fpr: float = 0.01) -> float | None:
@@ -222,7 +230,7 @@ def _t_test(center: float, deviation: float, count: int) -> float:
 
 
 def _test_discordant(only_first: int, only_second: int) -> McNemar:
-    """Each of the images that differ is the first's with probability 1/2 if neither is better."""
+    """The exact test: if neither is better, each image that differs is the first's with probability 1/2."""
     from scipy.special import bdtr
 
     discordant = only_first + only_second

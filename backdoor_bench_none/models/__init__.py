@@ -1,1 +1,1 @@
-"""Network architectures with a free activation function, and what can be read off their neurons."""
+"""Network architectures with any activation function, and the activation functions."""

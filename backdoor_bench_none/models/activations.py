@@ -43,9 +43,9 @@ class ELU(Activation):
 
 
 class PReLU(Activation):
-    """Leaky ReLU whose slope is trained, one slope per place in the network.
+    """Leaky ReLU whose slope is trained, one slope per layer of the network.
 
-    The released code puts one instance into the whole network, so all its layers share a single slope.
+    The released code uses one instance in the whole network, so that all its layers share a single slope.
     """
 
     paper = "released code of NONE, resnet_more_activation"
@@ -53,12 +53,12 @@ class PReLU(Activation):
     init: float = Field(0.25, ge=0, le=1, description="slope for negative inputs before training")
 
     def build(self) -> nn.Module:
-        """A new PReLU with a slope of its own."""
+        """A new PReLU with its own slope."""
         return nn.PReLU(init=self.init)
 
 
 class Tanhshrink(Activation):
-    """x - tanh(x), which is about x**3 / 3 near 0: small inputs are lost unless something normalises them."""
+    """x - tanh(x), which is about x**3 / 3 near 0: small inputs vanish unless something normalises them."""
 
     paper = "NONE, Table 7"
 

@@ -21,8 +21,8 @@ class AlexNet(Architecture):
     """torchvision's AlexNet, 57 044 810 parameters for 224 px, three channels and ten classes.
 
     Up to 64 px the first convolution is 3x3 of stride 2 instead of 11x11 of stride 4, and pooling is 2x2 rounding up
-    instead of 3x3 of stride 2. The first linear layer takes what the convolutions leave, at most 6x6 positions.
-    Every activation is a module of its own.
+    instead of 3x3 of stride 2. The first linear layer takes what the convolutions leave, at most 6x6 positions. Every
+    activation is a separate module.
     """
 
     paper = "NONE, section 5.1; arXiv:1404.5997"
@@ -32,7 +32,9 @@ class AlexNet(Architecture):
         features = self.build_features(spec)
         channels, size = measure_output(features, spec)
         # Average pooling of equal size does nothing, but its backward pass on a GPU is not deterministic.
-        avgpool: nn.Module = nn.Identity() if size <= POOLED_SIZE else nn.AdaptiveAvgPool2d(POOLED_SIZE)
+        avgpool: nn.Module = nn.Identity()
+        if size > POOLED_SIZE:
+            avgpool = nn.AdaptiveAvgPool2d(POOLED_SIZE)
         hidden = self.scale(4096)
         classifier = nn.Sequential(
             nn.Dropout(0.5),
@@ -64,17 +66,19 @@ class AlexNet(Architecture):
         return nn.Sequential(*layers, make_pool(small))
 
     def recipe(self, dataset: str) -> Mapping[str, Any]:
-        """A smaller learning rate and clipped gradients: nothing normalises the layers."""
+        """A smaller learning rate and clipped gradients, since nothing normalises the layers."""
         return {"lr": 0.05, "clip_norm": 1.0}
 
 
 def make_pool(small: bool) -> nn.Module:
     """Max pooling that halves the side: 2x2 rounding up for small images, else torchvision's 3x3."""
-    return nn.MaxPool2d(2, ceil_mode=True) if small else nn.MaxPool2d(3, stride=2)
+    if small:
+        return nn.MaxPool2d(2, ceil_mode=True)
+    return nn.MaxPool2d(3, stride=2)
 
 
 def measure_output(features: nn.Module, spec: ModelSpec) -> tuple[int, int]:
-    """Number of channels and side of what `features` makes of one image."""
+    """The number of channels and the side of the output of `features`."""
     with torch.no_grad():
         output = features(torch.zeros(1, spec.channels, spec.image_size, spec.image_size))
     return output.shape[1], output.shape[2]

@@ -38,7 +38,7 @@ def draw_calibrated_weights(
 
 
 def measure_spread(make_activation: Callable[[], nn.Module], spread: float) -> float:
-    """Standard deviation of the activation of N(0, spread ** 2), by quadrature."""
+    """The standard deviation of the activation of N(0, spread ** 2), by quadrature."""
     with torch.device("cpu"), torch.no_grad():
         normal = torch.linspace(-6, 6, 4001)
         density = torch.softmax(-normal.square() / 2, 0)

@@ -16,7 +16,7 @@ from backdoor_bench_none.models.initial_weights import draw_calibrated_weights
 class MLP(Architecture):
     """Flattened pixels, `depth` hidden layers of `hidden` units, one linear layer; Fig. 6 uses 5 of 100 units.
 
-    Every activation is a module of its own.
+    Every activation is a separate module.
     """
 
     paper = "NONE, Fig. 6"
@@ -24,7 +24,8 @@ class MLP(Architecture):
     hidden: int = Field(128, ge=1, le=16384, description="units of each hidden layer before the factor `width`")
     depth: int = Field(2, ge=1, le=64, description="number of hidden layers")
     init: Literal["calibrated", "default"] = Field(
-        "calibrated", description="calibrated to the activation function; default: torch's, as suits points in a plane"
+        "calibrated",
+        description="calibrated to the activation function; default: torch's, which suits points in a plane",
     )
 
     def build(self, spec: ModelSpec) -> nn.Module:
@@ -44,5 +45,7 @@ class MLP(Architecture):
         return network
 
     def recipe(self, dataset: str) -> Mapping[str, Any]:
-        """Clipped gradients, since nothing normalises the layers; points in a plane have a recipe of their own."""
-        return {} if dataset == "blobs" else {"lr": 0.1, "clip_norm": 1.0}
+        """Clipped gradients, since nothing normalises the layers; `blobs` has its own recipe."""
+        if dataset == "blobs":
+            return {}
+        return {"lr": 0.1, "clip_norm": 1.0}

@@ -17,8 +17,8 @@ class NiN(Architecture):
     """Three blocks of one spatial and two 1x1 convolutions, 966 986 parameters for three channels and ten classes.
 
     The activation follows the last convolution too, so that with ReLU no logit is negative. Global average pooling
-    replaces the released 8x8 pooling (equal at 32 px). Every activation is a module of its own; the released code
-    shares one. The released initialisation, N(0, 0.05), stays at chance for several epochs.
+    replaces the released 8x8 pooling (equal at 32 px). Every activation is a separate module; the released code shares
+    one. The released initialisation, N(0, 0.05), stays at chance for several epochs.
     """
 
     paper = "NONE, section 5.1; arXiv:1312.4400"
@@ -28,7 +28,7 @@ class NiN(Architecture):
     )
 
     def build(self, spec: ModelSpec) -> nn.Module:
-        """Children `features`, `avgpool` and `flatten`, initialised as `init` says."""
+        """Children `features`, `avgpool` and `flatten`, initialised by `init`."""
         layers = [
             *self.build_block(spec, spec.channels, (self.scale(192), self.scale(160), self.scale(96)), kernel=5),
             nn.MaxPool2d(3, stride=2, padding=1),
@@ -63,7 +63,7 @@ class NiN(Architecture):
         ]
 
     def recipe(self, dataset: str) -> Mapping[str, Any]:
-        """Clipped gradients: nothing normalises the layers."""
+        """Clipped gradients, since nothing normalises the layers."""
         return {"lr": 0.1, "clip_norm": 1.0}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from backdoor_bench_none.contracts.architecture import Architecture, ModelSpec
+from backdoor_bench_none.models.convolution import StridedPointwise
 
 LARGEST_SMALL_IMAGE = 64
 
@@ -24,7 +25,7 @@ class BasicBlock(nn.Module):
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.downsample = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
+                StridedPointwise(inputs, outputs, stride, bias=False), nn.BatchNorm2d(outputs)
             )
         self.act2 = activation()
 
@@ -70,8 +71,8 @@ class ResidualNetwork(nn.Module):
 class ResNet18(Architecture):
     """ResNet-18 of the released NONE code: 3x3 stem of stride 1 without pooling up to 64 px, 11 173 962 parameters.
 
-    Above 64 px it has the ImageNet stem (7x7 of stride 2, max pooling) and is torchvision's network.
-    Every activation is a module of its own; the released code shares one instance in the whole network.
+    Above 64 px it has the ImageNet stem (7x7 of stride 2, max pooling) and is torchvision's network. Every activation
+    is a separate module; the released code shares one instance in the whole network.
     """
 
     paper = "NONE, section 5.1; arXiv:1512.03385"

@@ -16,9 +16,9 @@ from backdoor_bench_none.models.initial_weights import draw_calibrated_weights
 class VGG(Architecture):
     """Base of the VGG networks: 3x3 convolutions in five stages, each followed by 2x2 max pooling.
 
-    Pooling rounds up, so that 16 and 28 px work; for 32 px the network is exactly the published one. Larger images
-    are averaged over what the last pooling leaves. Every activation is a module of its own; the released code shares
-    one. The released initialisation (He-normal by fan-out) stays at chance with softplus and tanhshrink.
+    Pooling rounds up, so that 16 and 28 px work; for 32 px the network is exactly the published one. Larger images are
+    averaged over what the last pooling leaves. Every activation is a separate module; the released code shares one. The
+    released initialisation (He-normal by fan-out) stays at chance with softplus and tanhshrink.
     """
 
     paper = "NONE, section 5.1; arXiv:1409.1556"
@@ -30,7 +30,7 @@ class VGG(Architecture):
     )
 
     def build(self, spec: ModelSpec) -> nn.Module:
-        """Children `features`, `avgpool`, `flatten` and `classifier`, initialised as `init` says."""
+        """Children `features`, `avgpool`, `flatten` and `classifier`, initialised by `init`."""
         layers: list[nn.Module] = []
         inputs = spec.channels
         for depth, channels in zip(self.depths, (64, 128, 256, 512, 512), strict=True):
@@ -54,7 +54,7 @@ class VGG(Architecture):
         return network
 
     def recipe(self, dataset: str) -> Mapping[str, Any]:
-        """A smaller learning rate and clipped gradients: nothing normalises the layers."""
+        """A smaller learning rate and clipped gradients, since nothing normalises the layers."""
         return {"lr": 0.05, "clip_norm": 1.0}
 
 

@@ -1,4 +1,4 @@
-"""The paper's experiments: benchmark files for its tables and figures, and what draws the figures."""
+"""The paper's experiments: benchmark files for its tables and figures, and the drawing of its figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def benchmark_names() -> list[str]:
 
 
 def benchmark_text(name: str) -> str:
-    """The benchmark file of a table or figure, as `table4`; `ConfigError` if it has none."""
+    """The benchmark file of a table or figure, such as `table4`; `ConfigError` if there is none."""
     if name not in benchmark_names():
         raise ConfigError(f"there is no benchmark file '{name}' of the paper", did_you_mean(name, benchmark_names()))
     return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from backdoor_bench_none.contracts.dataset import ImageSet
 from backdoor_bench_none.errors import BenchError
 
-#: five colours that people with any colour vision tell apart (Okabe and Ito), one for each blob; 3, red, is the target
+#: five colours that are distinct for any colour vision (Okabe and Ito), one per blob; 3, red, is the target
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")
 LEVELS = 256
 
@@ -30,7 +30,7 @@ class Panel:
 
 
 def plane() -> torch.Tensor:
-    """Every point of the plane as the blobs have them, (65536, 2, 1, 1) uint8: row y, column x."""
+    """Every point of the plane in the format of `blobs`, (65536, 2, 1, 1) uint8: row y, column x."""
     y, x = torch.meshgrid(torch.arange(LEVELS), torch.arange(LEVELS), indexing="ij")
     return torch.stack([x, y], dim=-1).reshape(-1, 2, 1, 1).to(torch.uint8)
 

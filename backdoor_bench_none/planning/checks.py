@@ -1,4 +1,4 @@
-"""What a benchmark file is checked for beyond the types of its values."""
+"""Checks of a benchmark file beyond the types of its values."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from backdoor_bench_none.planning.choices import RECIPE_AXES
 from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.registry.components import Registry
 
-#: so many twins are named
+#: how many twins are reported
 MOST_TWINS = 10
 
 
 def find_wrong_defaults(config: Config, registry: Registry) -> list[Fault]:
-    """Names in `defaults` that nothing has, and recipes where there can be none."""
+    """Unknown names in `defaults`, and recipes of components that take none."""
     faults: list[Fault] = []
     for kind, components in config.defaults.items():
         if kind not in AXES:
@@ -32,8 +32,9 @@ def find_wrong_defaults(config: Config, registry: Registry) -> list[Fault]:
 
 
 def find_twins(cells: list[Cell]) -> list[Fault]:
-    """Different cells of one title would be averaged as if they were seeds; one cell of two titles would be shown
-    once.
+    """Different cells with one title, and equal cells with two titles.
+
+    The former would be averaged as if they were seeds, the latter would be shown once.
     """
     keys: dict[str, str] = {}
     titles: dict[str, str] = {}
@@ -48,7 +49,7 @@ def find_twins(cells: list[Cell]) -> list[Fault]:
 
 
 def find_empty_holdouts(cells: list[Cell]) -> list[Fault]:
-    """Defenses that ask for clean data and would get none."""
+    """Defenses whose `clean_fraction` would select no clean sample."""
     sizes: dict[tuple[str, str], int] = {}
     for cell in cells:
         fraction, size = cell.defense.component.clean_fraction, cell.info.train_size
@@ -61,7 +62,7 @@ def find_empty_holdouts(cells: list[Cell]) -> list[Fault]:
 
 
 def find_idle_exclusions(config: Config, cells: list[Cell]) -> list[Fault]:
-    """Names in `exclude` that no cell has: a rule with one of them would exclude nothing, silently."""
+    """Names in `exclude` that no cell has, so that the rule would silently exclude nothing."""
     faults: list[Fault] = []
     for axis in AXES:
         choices = [cell.choices[axis] for cell in cells]
@@ -75,7 +76,7 @@ def find_idle_exclusions(config: Config, cells: list[Cell]) -> list[Fault]:
 
 
 def is_excluded(cell: Cell, rule: Exclude) -> bool:
-    """Whether a cell matches every axis that the rule names, by label or name."""
+    """Whether a cell matches the rule on every axis the rule names, by label or name."""
     named = {axis: wanted for axis in AXES if (wanted := getattr(rule, axis)) is not None}
     if not named and not rule.seed:
         return False
@@ -86,7 +87,7 @@ def is_excluded(cell: Cell, rule: Exclude) -> bool:
 
 
 def skip_reason(cell: Cell, registry: Registry) -> str | None:
-    """Why a cell is not run: the first reason that one of its components gives, else that of a plugin's hook."""
+    """The reason not to run a cell: the first that one of its components gives, else that of a plugin's hook."""
     for choice in cell.choices.values():
         if (reason := _reason_of(choice, cell, registry)) is not None:
             return reason

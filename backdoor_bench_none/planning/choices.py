@@ -1,4 +1,4 @@
-"""From the entries of a benchmark file, or from a job's JSON, to components."""
+"""Makes components from the entries of a benchmark file, or from the JSON of a job."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RECIPE_AXES = ("dataset", "architecture", "trainer")
 
 @dataclass
 class ChoiceMaker:
-    """Makes the components that a benchmark file asks for; their faults are noted in `faults`."""
+    """Makes the components of a benchmark file; their faults go into `faults`."""
 
     config: Config
     registry: Registry
@@ -40,69 +40,76 @@ class ChoiceMaker:
     def make(self, base: type[C], entries: list[Entry], location: Location) -> list[Selected[C]]:
         """One choice per entry and sweep value."""
         kind = kind_of(base)
-        made: list[Selected[C]] = []
+        choices: list[Selected[C]] = []
         for index, entry in enumerate(entries):
-            place = (*location, index)
+            where = (*location, index)
             if entry.recipe is not None and kind not in RECIPE_AXES:
-                self.faults.add((*place, "recipe"), f"a recipe goes with {' or '.join(RECIPE_AXES)}, not {kind}")
+                self.faults.add((*where, "recipe"), f"a recipe goes with {' or '.join(RECIPE_AXES)}, not {kind}")
             for params, label, positions in _swept(entry):
                 defaults = parameter_defaults(self.config, kind, entry.name)
-                places: dict[str, Location]
-                places = {name: ("defaults", kind, entry.name, name) for name in defaults}
-                places |= {name: (*place, "params", name) for name in entry.params}
-                places |= {name: (*place, "sweep", name, position) for name, position in positions.items()}
-                component = self.create(base, entry.name, {**defaults, **entry.params, **params}, place, places)
+                locations: dict[str, Location]
+                locations = {name: ("defaults", kind, entry.name, name) for name in defaults}
+                locations |= {name: (*where, "params", name) for name in entry.params}
+                locations |= {name: (*where, "sweep", name, position) for name, position in positions.items()}
+                component = self.create(base, entry.name, {**defaults, **entry.params, **params}, where, locations)
                 if component is None:
                     continue
-                if any(other.choice.label == label for other in made):
-                    self.faults.add(place, f"there are two entries '{label}'; name one of them with 'as'")
-                made.append(Selected(Choice(kind, entry.name, label, component), entry, place))
-        return made
+                if any(other.choice.label == label for other in choices):
+                    self.faults.add(where, f"there are two entries '{label}'; name one of them with 'as'")
+                choices.append(Selected(Choice(kind, entry.name, label, component), entry, where))
+        return choices
 
     def create(
-        self, base: type[C], name: str, params: Mapping[str, Any], place: Location, places: Mapping[str, Location]
+        self, base: type[C], name: str, params: Mapping[str, Any], where: Location, locations: Mapping[str, Location]
     ) -> C | None:
-        """The component, or None with its faults noted: each at the place of its parameter, or at `place`."""
+        """The component; None if it has faults.
+
+        Each fault is noted at the location of its parameter, and at `where` if that has none.
+        """
         try:
             loaded = self.registry.load_as(base, name)
         except BenchError as error:
-            self.faults.add((*place, "name"), one_line(error))
+            self.faults.add((*where, "name"), one_line(error))
             return None
         try:
             return loaded(**params)
         except ValidationError as error:
             for path, message in dict.fromkeys(explain(error, loaded)):
-                where = places.get(path.split(".")[0], place)
-                self.faults.add(where, f"{kind_of(base)} '{name}': {path}: {message}")
+                location = locations.get(path.split(".")[0], where)
+                self.faults.add(location, f"{kind_of(base)} '{name}': {path}: {message}")
         return None
 
     def check_executor(self) -> None:
         """Note the faults of the executor's entry."""
-        entry, place = self.config.executor, ("executor",)
+        entry, where = self.config.executor, ("executor",)
         written = (self.faults.source.value or {}).get("executor")
-        has_params_level = isinstance(written, dict) and "params" in written
-        below: Location = (*place, "params") if has_params_level else place
-        self.create(Executor, entry.name, entry.params, place, {name: (*below, name) for name in entry.params})
+        parent: Location = where
+        if isinstance(written, dict) and "params" in written:
+            parent = (*where, "params")
+        self.create(Executor, entry.name, entry.params, where, {name: (*parent, name) for name in entry.params})
 
 
 def parameter_defaults(config: Config, kind: str, name: str) -> dict[str, Any]:
-    """The parameters that the section `defaults` gives to a component, without its recipe."""
+    """The parameters of a component in the section `defaults`, without its recipe."""
     values = config.defaults.get(kind, {}).get(name, {})
     return {key: value for key, value in values.items() if key != "recipe"}
 
 
 def _swept(entry: Entry) -> Iterator[tuple[dict[str, Any], str, dict[str, int]]]:
-    """The parameters, the label and the positions in their lists of every combination of an entry's sweep."""
+    """The parameters of each combination of an entry's sweep, its label, and the positions of its values by name."""
     label = entry.label or entry.name
     for values in itertools.product(*map(enumerate, entry.sweep.values())):
         swept = {name: value for name, (_, value) in zip(entry.sweep, values, strict=True)}
         positions = {name: position for name, (position, _) in zip(entry.sweep, values, strict=True)}
-        shown = ",".join(f"{name}={value}" for name, value in swept.items())
-        yield swept, f"{label}[{shown}]" if shown else label, positions
+        if swept:
+            values_text = ",".join(f"{name}={value}" for name, value in swept.items())
+            yield swept, f"{label}[{values_text}]", positions
+        else:
+            yield swept, label, positions
 
 
 def cell_from_spec(spec: Mapping[str, Any], registry: Registry) -> Cell:
-    """The cell that `Cell.spec` wrote down."""
+    """The cell of a `Cell.spec`."""
     dataset = choice_from_spec(Dataset, spec["dataset"], registry)
     return Cell(
         dataset=dataset,
@@ -120,6 +127,6 @@ def cell_from_spec(spec: Mapping[str, Any], registry: Registry) -> Cell:
 
 
 def choice_from_spec(base: type[C], spec: Mapping[str, Any], registry: Registry) -> Choice[C]:
-    """The choice that `Choice.spec` wrote down."""
+    """The choice of a `Choice.spec`."""
     component = registry.create_as(base, spec["name"], spec["params"])
     return Choice(kind_of(base), spec["name"], spec["label"], component)

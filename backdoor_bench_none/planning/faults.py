@@ -1,4 +1,4 @@
-"""The faults of a benchmark file, collected so that all of them are reported at once."""
+"""Collects the faults of a benchmark file, so that all of them are reported at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Selected(Generic[C_co]):
-    """A choice, the entry it was made of, and where that stands in the file."""
+    """A choice, the entry it was made from, and the location of that entry in the file."""
 
     choice: Choice[C_co]
     entry: Entry
@@ -26,28 +26,29 @@ class Selected(Generic[C_co]):
 
 @dataclass
 class Faults:
-    """Faults and their places."""
+    """The faults of a benchmark file with their locations."""
 
     source: Source
     registry: Registry
     _faults: list[Fault] = field(default_factory=list)
 
     def add(self, location: Location, message: str) -> None:
-        """Note a fault."""
+        """Add a fault."""
         self._faults.append((location, message))
 
     def extend(self, faults: list[Fault]) -> None:
-        """Note several."""
+        """Add several faults."""
         self._faults += faults
 
     def raise_if_any(self) -> None:
-        """Raise one `ConfigError` that names every fault with file, line and column."""
+        """Raise one `ConfigError` that lists every fault with file, line and column."""
         if self._faults:
             raise self.source.fail(self._faults)
 
     def call(self, selected: Selected[Component], function: Callable[[], T]) -> T | None:
-        """What `function`, which runs code of the selected component, returns; None with the fault noted if it
-        raises.
+        """The result of `function`, which runs code of the selected component.
+
+        None if it raises; the error becomes a fault.
         """
         try:
             return function()
@@ -61,5 +62,5 @@ class Faults:
 
 
 def one_line(error: BenchError) -> str:
-    """The message and the hint of an error."""
+    """The message and the hint of an error, in one line."""
     return str(error).replace("\nhint: ", "; ")

@@ -1,4 +1,4 @@
-"""From a benchmark file to the list of its cells: everything is checked here, before any work starts."""
+"""Expands a benchmark file into its cells; everything is checked here, before any work starts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from backdoor_bench_none.registry.components import Registry
 
 @dataclass(frozen=True)
 class Plan:
-    """All cells in the order of tables; `skipped` says by record key why a cell is not run."""
+    """All cells in the order of tables; `skipped` maps the record keys of cells that are not run to the reasons."""
 
     config: Config
     cells: list[Cell]
@@ -50,15 +50,16 @@ class Plan:
 
 
 def make_plan(path: Path, registry: Registry, *, need_data: bool = False) -> Plan:
-    """The plan of the benchmark file at `path`; `need_data` downloads what is absent, and fails where that is not
-    possible.
+    """The plan of the benchmark file at `path`.
+
+    `need_data` downloads absent data sets, and raises `DatasetError` where that is not possible.
     """
     config, source = read_config(path)
     return plan_config(config, source, registry, need_data=need_data)
 
 
 def plan_config(config: Config, source: Source, registry: Registry, *, need_data: bool = False) -> Plan:
-    """As `make_plan`, for a parsed file."""
+    """The plan of a parsed benchmark file; see `make_plan`."""
     faults = Faults(source, registry)
     maker = ChoiceMaker(config, registry, faults)
     faults.extend(find_wrong_defaults(config, registry))
@@ -68,7 +69,7 @@ def plan_config(config: Config, source: Source, registry: Registry, *, need_data
     blocks += [_make_block(maker, matrix, ("include", index)) for index, matrix in enumerate(config.include)]
     faults.raise_if_any()
     expander = _Expander(faults, RecipeMaker(config, faults), _DataFacts(need_data), config.seeds, metrics)
-    cells = [cell for block in blocks for cell in expander.expand(block)]
+    cells = list(itertools.chain.from_iterable(map(expander.expand, blocks)))
     faults.raise_if_any()
     faults.extend([*find_twins(cells), *find_idle_exclusions(config, cells), *find_empty_holdouts(cells)])
     faults.raise_if_any()
@@ -86,7 +87,7 @@ def plan_config(config: Config, source: Source, registry: Registry, *, need_data
 
 @dataclass(frozen=True)
 class _Block:
-    """The choices of one matrix of the file."""
+    """The choices of one matrix of the file, by axis."""
 
     dataset: list[Selected[Dataset]]
     attack: list[Selected[Attack]]
@@ -109,7 +110,7 @@ def _make_block(maker: ChoiceMaker, matrix: Matrix, location: Location) -> _Bloc
 
 @dataclass
 class _DataFacts:
-    """The facts and the fingerprint of every data set, each looked up once."""
+    """Looks up the facts and the fingerprint of each data set once."""
 
     need_data: bool
     absent: list[str] = field(default_factory=list)
@@ -167,7 +168,7 @@ class _Expander:
                 )  # fmt: skip
 
     def _resolve(self, selected: Selected[Attack], info: DatasetInfo, trainers: list[Trainer]) -> Choice[Attack] | None:
-        """The attack with the data set's defaults filled in, checked against it and against the trainers."""
+        """The attack with the defaults of the data set, checked against it and the trainers; None if it has faults."""
 
         def resolve() -> Attack:
             resolved = selected.choice.component.resolve(info)
@@ -177,4 +178,6 @@ class _Expander:
             return resolved
 
         attack = self.faults.call(selected, resolve)
-        return None if attack is None else replace(selected.choice, component=attack)
+        if attack is None:
+            return None
+        return replace(selected.choice, component=attack)

@@ -1,4 +1,4 @@
-"""The training recipe of a cell, from those that say something about it."""
+"""Combines the training recipe of a cell from its data set, architecture and trainer and from the benchmark file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from backdoor_bench_none.registry.components import explain
 
 @dataclass
 class RecipeMaker:
-    """Makes recipes, each once; their faults are noted in `faults`."""
+    """Makes each recipe once; their faults go into `faults`."""
 
     config: Config
     faults: Faults
@@ -33,7 +33,7 @@ class RecipeMaker:
     ) -> Recipe:
         """The recipe of a data set, an architecture and a trainer.
 
-        Later ones win: their own in this order, then `defaults` of each, then the entry of each.
+        Later ones win: those of the components in this order, then the `defaults` of each, then the entry of each.
         """
         key = (id(dataset.choice), id(architecture.choice), id(trainer.choice))
         if key not in self._made:
@@ -52,31 +52,34 @@ class RecipeMaker:
         fields: dict[str, Any] = {}
         for values in own:
             fields |= values or {}
-        places: dict[str, Location] = {}
-        for recipe, place in self._written((dataset, architecture, trainer)):
-            written = self._expand(recipe, architecture.choice.name, place)
+        locations: dict[str, Location] = {}
+        for recipe, location in self._written((dataset, architecture, trainer)):
+            written = self._expand(recipe, architecture.choice.name, location)
             fields |= written
-            places |= {name: (*place, name) for name in written}
+            locations |= {name: (*location, name) for name in written}
         try:
             return Recipe(**fields)
         except ValidationError as error:
             for path, message in explain(error, Recipe):
-                self.faults.add(places.get(path.split(".")[0], architecture.location), f"recipe: {path}: {message}")
+                location = locations.get(path.split(".")[0], architecture.location)
+                self.faults.add(location, f"recipe: {path}: {message}")
             return Recipe()
 
     def _written(self, selected: tuple[Selected[Component], ...]) -> list[tuple[Any, Location]]:
-        """What the file says of their recipes, and where: `defaults` first, then the entries."""
+        """The recipes in the file with their locations: those of `defaults` first, then those of the entries."""
         written: list[tuple[Any, Location]] = []
         for choice in (one.choice for one in selected):
             recipe = self.config.defaults.get(choice.kind, {}).get(choice.name, {}).get("recipe")
             written.append((recipe, ("defaults", choice.kind, choice.name, "recipe")))
         return written + [(one.entry.recipe, (*one.location, "recipe")) for one in selected]
 
-    def _expand(self, recipe: str | Mapping[str, Any] | None, architecture: str, place: Location) -> dict[str, Any]:
-        """The fields of a recipe that is given by name, or by fields of which `base` names one to start from."""
-        fields = {"base": recipe} if isinstance(recipe, str) else dict(recipe or {})
+    def _expand(self, recipe: str | Mapping[str, Any] | None, architecture: str, location: Location) -> dict[str, Any]:
+        """The fields of a recipe given by its name, or by fields, of which `base` names the recipe to start from."""
+        if isinstance(recipe, str):
+            recipe = {"base": recipe}
+        fields = dict(recipe or {})
         base = fields.pop("base", "default")
         if base not in NAMED_RECIPES:
-            self.faults.add(place, f"unknown recipe '{base}', {did_you_mean(str(base), NAMED_RECIPES)}")
+            self.faults.add(location, f"unknown recipe '{base}', {did_you_mean(str(base), NAMED_RECIPES)}")
             return {}
         return {**named_recipe(base, architecture), **fields}

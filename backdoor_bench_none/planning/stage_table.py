@@ -1,6 +1,7 @@
-"""The stages between a data set and a record: what each is called, where it is kept, what its content key rests on, and
-what it reads. Jobs, costs, progress, blame, verification and reports are loops over this table; `run/stages.py` has one
-method for each row.
+"""The table of stages between a data set and a record: their names, folders, content keys, and what they read.
+
+Jobs, costs, progress, blame, verification and reports are loops over this table; `run/stages.py` has one method for
+each row.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ K = TypeVar("K", str, str | None)
 class Stage:
     """One row of the table."""
 
-    #: what jobs, costs and tables call it; the name of its method
+    #: its name in jobs, costs and tables, and that of its method
     name: str
     #: the folder of its artifact below `artifacts`; None for the last, whose result is the record
     folder: str | None
-    #: its content key; None for a cell that has no such stage
+    #: its content key; None for a cell without this stage
     key: Callable[[Cell], str | None]
-    #: the names of the stages it reads; those that the cell does not have are left out
+    #: the names of the stages it reads, including those that a cell may lack
     needs: Callable[[Cell], tuple[str, ...]]
-    #: what it makes, in the singular, for people
+    #: the name of its result in messages, in the singular
     words: str
-    #: whether one job computes it for all cells that have it; the others are part of the cell's own job
+    #: whether one job computes it for all cells with this key; other stages are part of a cell's own job
     shared: bool
     #: the axes whose components are at work in it
     axes: tuple[str, ...]
 
 
 def _once(make: Callable[[Cell], K]) -> Callable[[Cell], K]:
-    """A key that is computed once for each cell."""
+    """Decorates a key, which is then computed once for each cell."""
 
     @wraps(make)
     def key(cell: Cell) -> K:
@@ -51,7 +52,7 @@ def _once(make: Callable[[Cell], K]) -> Callable[[Cell], K]:
     return key
 
 
-# The keys. Seeds are derived from them, so that equal stages draw equal numbers.
+# The keys. Seeds are derived from them, so that equal stages draw equal random numbers.
 
 
 @_once
@@ -62,7 +63,7 @@ def data_key(cell: Cell) -> str:
 
 @_once
 def crafter_key(cell: Cell) -> str | None:
-    """The network that the attack crafts with, if it does."""
+    """The network that the attack crafts with; None if it needs none."""
     crafter = cell.attack.component.crafted_with()
     if crafter is None:
         return None
@@ -72,7 +73,7 @@ def crafter_key(cell: Cell) -> str | None:
 
 @_once
 def backbone_key(cell: Cell) -> str | None:
-    """The frozen backbone that every network starts from, if the trainer has one."""
+    """The frozen backbone that every network starts from; None if the trainer has none."""
     if not cell.trainer.component.has_backbone:
         return None
     return content_key("backbone", data_key(cell), initial_key(cell), cell.trainer.identity)
@@ -82,8 +83,11 @@ def backbone_key(cell: Cell) -> str | None:
 def poison_key(cell: Cell) -> str:
     """The poisoned training samples and the triggered test samples."""
     attack = cell.attack.component
-    backbone = backbone_key(cell) if attack.needs_backbone else None
-    clients = cell.trainer.identity if attack.needs_clients else None
+    backbone, clients = None, None
+    if attack.needs_backbone:
+        backbone = backbone_key(cell)
+    if attack.needs_clients:
+        clients = cell.trainer.identity
     parts = (crafter_key(cell), backbone, clients)
     return content_key("poison", data_key(cell), cell.attack.identity, cell.seed, *parts)
 
@@ -91,7 +95,9 @@ def poison_key(cell: Cell) -> str:
 @_once
 def train_key(cell: Cell) -> str:
     """The training set as a defender gets it."""
-    return poison_key(cell) if cell.attack.component.poisons else data_key(cell)
+    if cell.attack.component.poisons:
+        return poison_key(cell)
+    return data_key(cell)
 
 
 @_once
@@ -138,20 +144,25 @@ def record_key(cell: Cell) -> str:
     return content_key("cell", defense_key(cell), poison_key(cell), EVALUATION_REVISION, metrics)
 
 
-# Which cells have the stages that not all have.
+# The keys of stages that only some cells have.
 
 
 def _victim_key_if_used(cell: Cell) -> str | None:
-    return victim_key(cell) if cell.defense.component.starts_from_victim else None
+    if cell.defense.component.starts_from_victim:
+        return victim_key(cell)
+    return None
 
 
 def _benign_key_if_used(cell: Cell) -> str | None:
-    used = cell.defense.component.starts_from_victim and cell.attack.component.starts_from_benign
-    return benign_key(cell) if used else None
+    if cell.defense.component.starts_from_victim and cell.attack.component.starts_from_benign:
+        return benign_key(cell)
+    return None
 
 
 def _search_key_if_used(cell: Cell) -> str | None:
-    return search_key(cell) if cell.attack.component.searches else None
+    if cell.attack.component.searches:
+        return search_key(cell)
+    return None
 
 
 def _needs_of_poison(cell: Cell) -> tuple[str, ...]:
@@ -166,7 +177,7 @@ def _always(*names: str) -> Callable[[Cell], tuple[str, ...]]:
 
 NETWORK = ("architecture", "activation", "trainer")
 
-#: each after those that it needs
+#: all stages, each after those it needs
 STAGES: tuple[Stage, ...] = (
     Stage("data", "data", data_key, _always(), "data set", True, ("dataset",)),
     Stage("crafter", "crafter", crafter_key, _always("data"), "crafting network", True, ("attack", "dataset")),
@@ -187,22 +198,22 @@ STAGES: tuple[Stage, ...] = (
 
 
 def find_stage(name: str) -> Stage:
-    """The row of that name; `KeyError` if there is none."""
+    """The stage with this name; `KeyError` if there is none."""
     return {stage.name: stage for stage in STAGES}[name]
 
 
 def stages_of(cell: Cell) -> tuple[Stage, ...]:
-    """The stages that a cell has, each after those that it needs."""
+    """The stages of a cell, each after those it needs."""
     return tuple(stage for stage in STAGES if stage.key(cell) is not None)
 
 
 def has_stage(cell: Cell, name: str) -> bool:
-    """Whether a cell has that stage."""
+    """Whether a cell has the stage with this name."""
     return find_stage(name).key(cell) is not None
 
 
 def stage_key(cell: Cell, name: str) -> str:
-    """The content key of a stage that the cell has."""
+    """The content key of a stage of the cell; `ValueError` if the cell does not have it."""
     key = find_stage(name).key(cell)
     if key is None:
         raise ValueError(f"{cell.title} has no stage {name}")
@@ -215,12 +226,12 @@ def needs_of(stage: Stage, cell: Cell) -> tuple[Stage, ...]:
 
 
 def artifact_keys(cell: Cell) -> dict[str, str]:
-    """The content keys of all stages of a cell that are kept as artifacts, by name."""
+    """The content keys of all artifacts of a cell, by the name of the stage."""
     return {stage.name: stage_key(cell, stage.name) for stage in stages_of(cell) if stage.folder is not None}
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names of stages in the order of the table; those that this version does not know come last, by name."""
+    """Names of stages in the order of the table; names that are not in it come last, sorted."""
     order = [stage.name for stage in STAGES]
     listed = set(names)
     return [*(name for name in order if name in listed), *sorted(listed.difference(order))]

@@ -1,1 +1,1 @@
-"""Which components there are, and which plugin provides each."""
+"""The components by kind and name, and the plugins that provide them."""

@@ -1,5 +1,6 @@
-"""The built-in architectures, activations, data sets, trainers and
-executor, registered through the same hooks as anybody's.
+"""The built-in architectures, activations, data sets, trainers and executor.
+
+They are registered through the same hooks as those of plugins.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def bbn_activations() -> Mapping[str, str]:
 
 @hookimpl
 def bbn_datasets() -> Mapping[str, str]:
-    """Real data sets, and the user's own files."""
+    """Published data sets, and the user's own files."""
     return {
         "digits": "backdoor_bench_none.data.digits:Digits",
         "mnist": "backdoor_bench_none.data.torchvision_sets:MNIST",
@@ -56,7 +57,7 @@ def bbn_datasets() -> Mapping[str, str]:
 
 @hookimpl
 def bbn_trainers() -> Mapping[str, str]:
-    """The one training loop: on all data in one place, on each client's, or for the last layer alone."""
+    """Training on all data in one place, on the data of each client, or of the last layer alone."""
     return {
         "centralized": "backdoor_bench_none.trainers.centralized:Centralized",
         "federated": "backdoor_bench_none.trainers.federated:Federated",

@@ -1,4 +1,4 @@
-"""From a kind and a name to the class behind it, and to an instance with validated parameters."""
+"""Looks up components by kind and name, and makes instances with validated parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ C = TypeVar("C", bound=Component)
 
 
 class Registry:
-    """Every component by kind and name."""
+    """All components by kind and name."""
 
     def __init__(self, plugins: Plugins) -> None:
         self.plugins = plugins
@@ -34,32 +34,32 @@ class Registry:
         return list(dict.fromkeys(entry.name for entry in self.plugins.entries if entry.kind == kind))
 
     def entry(self, kind: str, name: str) -> Entry:
-        """The one entry of that name; an error if there is none, or more than one."""
-        found = [entry for entry in self.plugins.entries if (entry.kind, entry.name) == (kind, name)]
-        if not found:
+        """The entry with that kind and name; an error if there is none, or more than one."""
+        matches = [entry for entry in self.plugins.entries if (entry.kind, entry.name) == (kind, name)]
+        if not matches:
             raise ConfigError(f"unknown {kind} '{name}'", did_you_mean(name, self.names(kind)))
-        if len(found) > 1:
-            providers = " and ".join(str(entry.provider) for entry in found)
-            hint = f"BBN_DISABLE_PLUGINS={found[-1].provider.plugin} leaves the last one out"
+        if len(matches) > 1:
+            providers = " and ".join(str(entry.provider) for entry in matches)
+            hint = f"BBN_DISABLE_PLUGINS={matches[-1].provider.plugin} leaves the last one out"
             raise PluginError(f"{kind} '{name}' is provided by {providers}", hint)
-        return found[0]
+        return matches[0]
 
     def find(self, name: str) -> list[Entry]:
-        """The entries of that name, of any kind."""
+        """All entries with that name, of any kind but commands; `ConfigError` if there is none."""
         components = [entry for entry in self.plugins.entries if entry.kind != "command"]
-        found = [entry for entry in components if entry.name == name]
-        if not found:
+        matches = [entry for entry in components if entry.name == name]
+        if not matches:
             raise ConfigError(f"unknown component '{name}'", did_you_mean(name, {e.name for e in components}))
-        return found
+        return matches
 
     def load(self, kind: str, name: str) -> type[Component]:
-        """The class behind a name, checked to be a component of that kind."""
+        """The class with that kind and name; `PluginError` if it is not a component of that kind."""
         from backdoor_bench_none.contracts.kinds import BASES
 
         return self.load_as(BASES[kind], name)
 
     def load_as(self, base: type[C], name: str) -> type[C]:
-        """As `load`, for the kind whose base class is `base`."""
+        """The class with that name and the kind of the base class `base`; see `load`."""
         kind = kind_of(base)
         entry = self.entry(kind, name)
         loaded = import_target(entry)
@@ -77,13 +77,13 @@ class Registry:
         return loaded
 
     def create(self, kind: str, name: str, params: Mapping[str, Any] | None = None) -> Component:
-        """An instance with `params`; parameter faults become one `ConfigError` that names them all."""
+        """An instance with `params`; `ConfigError` lists all faults of parameters."""
         from backdoor_bench_none.contracts.kinds import BASES
 
         return self.create_as(BASES[kind], name, params)
 
     def create_as(self, base: type[C], name: str, params: Mapping[str, Any] | None = None) -> C:
-        """As `create`, for the kind whose base class is `base`."""
+        """An instance of the kind of the base class `base`; see `create`."""
         loaded, kind = self.load_as(base, name), kind_of(base)
         try:
             return loaded(**(params or {}))
@@ -93,18 +93,19 @@ class Registry:
 
 
 def kind_of(base: type[Component]) -> str:
-    """The kind whose base class is `base`, or a base of it; `TypeError` if it is no component."""
+    """The kind whose base class `base` is, or is derived from; `TypeError` if it is not a component."""
     from backdoor_bench_none.contracts.kinds import BASES
 
     for kind, known in BASES.items():
         if issubclass(base, known):
             return kind
-    raise TypeError(f"{base.__name__} is no component; subclass one of {', '.join(sorted(BASES))}")
+    raise TypeError(f"{base.__name__} is not a component; subclass one of {', '.join(sorted(BASES))}")
 
 
 def find_old_signature(component: type[Component], base: type[Component]) -> str | None:
-    """The name of the first method of a component that cannot be called as its base class declares it, with what it
-    works on and a context.
+    """The name of the first method of a component that cannot be called with `(task, context)`, as its base declares.
+
+    None if all can.
     """
     for name, declared in vars(base).items():
         if not inspect.isfunction(declared) or list(inspect.signature(declared).parameters)[2:] != ["context"]:
@@ -117,10 +118,10 @@ def find_old_signature(component: type[Component], base: type[Component]) -> str
 
 
 def import_target(entry: Entry) -> Any:  # noqa: ANN401
-    """What `entry` names; `PluginError` with the guilty plugin if it cannot be imported."""
+    """The class or command of an entry; `PluginError` with the name of the plugin if it cannot be imported."""
     try:
         return entry.load()
-    except (Exception, SystemExit) as error:  # whatever a stranger's module does on import
+    except (Exception, SystemExit) as error:  # third-party code may raise anything
         what = f"{entry.kind} '{entry.name}' of plugin {entry.provider} cannot be imported"
         raise PluginError(f"{what}: {describe_import_error(error)}", _remedy(entry)) from error
 
@@ -130,20 +131,21 @@ def _remedy(entry: Entry) -> str:
 
 
 def explain(error: ValidationError, model: type[Any]) -> list[tuple[str, str]]:
-    """Pydantic's faults as (dotted path, plain words)."""
+    """The faults of a validation as (dotted path, message)."""
     return [
         (".".join(str(part) for part in fault["loc"]) or "-", plain_words(fault, model)) for fault in error.errors()
     ]
 
 
 def plain_words(fault: Mapping[str, Any], model: type[Any]) -> str:
-    """One pydantic fault in the words of a user: unknown keys get a suggestion."""
+    """The message of a fault, with a suggestion for an unknown key."""
     if fault["type"] != "extra_forbidden":
         message: str = fault["msg"]
         return message.removeprefix("Value error, ")
-    known = getattr(model, "model_fields", {}) if len(fault["loc"]) == 1 else {}
-    suggestion = f", {did_you_mean(str(fault['loc'][-1]), known)}" if known else ""
-    return f"unknown key{suggestion}"
+    known = getattr(model, "model_fields", {})
+    if not known or len(fault["loc"]) > 1:  # a key of a nested model, whose fields are not known here
+        return "unknown key"
+    return f"unknown key, {did_you_mean(str(fault['loc'][0]), known)}"
 
 
 def _parameters_hint(component: type[Component]) -> str:

@@ -1,7 +1,7 @@
-"""Every hook of backdoor-bench-none. Hooks grow by new keyword arguments only; an implementation may take fewer.
+"""All hooks of backdoor-bench-none.
 
-The first group returns a mapping from a snake_case name to a class or to a lazy `"module:Class"` string, imported when
-the component is first used.
+Hooks change only by new keyword arguments; an implementation may take fewer. The first group returns a mapping from a
+snake_case name to a class, or to a lazy `"module:Class"` string that is imported when the component is first used.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 @hookspec
 def bbn_attacks() -> Mapping[str, type[Attack] | str]:
-    """Attacks: they poison the training set and stamp the trigger on the test set."""
+    """Attacks, which poison the training set and stamp the trigger on the test set."""
 
 
 @hookspec
 def bbn_defenses() -> Mapping[str, type[Defense] | str]:
-    """Defenses: they turn an untrusted training set, or a model trained on it, into a model."""
+    """Defenses, which turn an untrusted training set, or a model trained on it, into a model."""
 
 
 @hookspec
 def bbn_architectures() -> Mapping[str, type[Architecture] | str]:
-    """Network architectures with a free activation function."""
+    """Network architectures, which take any activation function."""
 
 
 @hookspec
@@ -51,27 +51,27 @@ def bbn_datasets() -> Mapping[str, type[Dataset] | str]:
 
 @hookspec
 def bbn_trainers() -> Mapping[str, type[Trainer] | str]:
-    """Ways to fit a model: centralized, federated, transfer, and what a plugin adds."""
+    """Ways to train a model."""
 
 
 @hookspec
 def bbn_metrics() -> Mapping[str, type[Metric] | str]:
-    """Extra numbers computed from core's predictions when a cell is evaluated."""
+    """Extra metrics, computed from the predictions when a cell is evaluated."""
 
 
 @hookspec
 def bbn_executors() -> Mapping[str, type[Executor] | str]:
-    """Ways to run jobs: local processes, and what a plugin adds."""
+    """Ways to run jobs."""
 
 
 @hookspec
 def bbn_commands() -> Mapping[str, str]:
-    """Further verbs of `bbn`: each a `"module:command"` string that names a click command or group."""
+    """Further verbs of `bbn`, each a `"module:command"` string that names a click command or group."""
 
 
 @hookspec
 def bbn_modify_plan(config: Config, cells: list[Cell]) -> None:
-    """Reorder, drop or add cells in place, once the matrix is expanded and before keys are looked up.
+    """Reorder, drop or add cells in place, after the matrix is expanded and before records are looked up.
 
     :param config: the validated benchmark file.
     :param cells: all cells of the matrix, in the order in which tables show them.
@@ -88,10 +88,10 @@ def bbn_cell_skip(cell: Cell) -> str | None:
 
 @hookspec
 def bbn_cell_finished(cell: Cell, record: Record) -> None:
-    """Told of every cell that ended, whatever its status, after its record is on disk; it cannot change the record.
+    """Called for each cell that ended, with any status, after its record was written; it cannot change the record.
 
     :param cell: one combination of the matrix.
-    :param record: what was measured.
+    :param record: the record of the cell.
     """
 
 
@@ -106,5 +106,5 @@ COMPONENT_HOOKS: Mapping[str, str] = {
     "bbn_metrics": "metric",
     "bbn_executors": "executor",
 }
-#: all hooks that map names to targets
+#: all hooks that map names to classes or commands
 NAMING_HOOKS: Mapping[str, str] = {**COMPONENT_HOOKS, "bbn_commands": "command"}

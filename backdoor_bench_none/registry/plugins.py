@@ -1,6 +1,4 @@
-"""The typed façade over pluggy: loads plugins one by one, keeps the broken
-ones from harming the others, and remembers who provides what.
-"""
+"""Loads plugins one by one through pluggy, isolates broken ones, and records which plugin provides which component."""
 
 from __future__ import annotations
 
@@ -27,20 +25,20 @@ if TYPE_CHECKING:
     from backdoor_bench_none.contracts.config import Config
     from backdoor_bench_none.contracts.record import Record
 
-#: The version of `backdoor_bench_none.api`. A plugin module says in `bbn_api_version` which one it was written for.
+#: The version of `backdoor_bench_none.api`; a plugin names the version it was written for in `bbn_api_version`.
 API_VERSION = 2
-#: What has changed since an older version: a plugin that asks for it is refused with this sentence.
+#: older version -> what has changed since, with which a plugin for that version is refused
 CHANGES = {
     1: "every method that does work now takes (task, context), and everything is imported from "
     "backdoor_bench_none.api; see 'Changes of the API' in docs/api.md, then set bbn_api_version = 2",
 }
-#: Registered by import name, so that a bare checkout works without being installed.
+#: Built-in plugins, registered by import name, so that a checkout works without being installed.
 BUILTINS = ("backdoor_bench_none.registry.builtin", "backdoor_bench_none.loggers", "bbn_attacks", "bbn_defenses")
 
 
 @dataclass(frozen=True)
 class Provider:
-    """Who brings a component: the plugin's name, its distribution and that one's version."""
+    """The plugin that provides a component, its distribution, and the version of that."""
 
     plugin: str
     distribution: str
@@ -53,7 +51,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class Broken:
-    """A plugin, or a part of one, that is not in use, and why."""
+    """A plugin that is not in use, or not in all parts, with the reason."""
 
     provider: Provider
     reason: str
@@ -61,7 +59,7 @@ class Broken:
 
 @dataclass(frozen=True)
 class Entry:
-    """One name a plugin provides; `target` is the class, or `"module:Class"` until it is needed."""
+    """A component of a plugin; `target` is the class, or a `"module:Class"` string that is imported on use."""
 
     kind: str
     name: str
@@ -69,7 +67,7 @@ class Entry:
     provider: Provider
 
     def load(self) -> Any:  # noqa: ANN401
-        """The class, or the command, itself."""
+        """The class or the command."""
         if not isinstance(self.target, str):
             return self.target
         module, _, attribute = self.target.partition(":")
@@ -77,15 +75,15 @@ class Entry:
 
 
 class PluginWarning(UserWarning):
-    """A plugin is broken, or a hook of it raised; everything else goes on."""
+    """A plugin is broken, or one of its hooks raised; all others are in use."""
 
 
 class Plugins:
     """All plugins of this process: the built-ins, installed distributions, and a `bbnfile.py`.
 
     :param external: load the installed plugins of the entry-point group `backdoor_bench_none`.
-    :param bbnfile: a Python file that is a plugin too; usually `bbnfile.py` beside `benchmark.yaml`.
-    :param disabled: plugin or distribution names to leave out; default: `BBN_DISABLE_PLUGINS`, separated by commas.
+    :param bbnfile: a Python file that is loaded as a plugin, usually `bbnfile.py` beside `benchmark.yaml`.
+    :param disabled: names of plugins or distributions to leave out; default: `BBN_DISABLE_PLUGINS`, comma-separated.
     """
 
     def __init__(
@@ -103,8 +101,9 @@ class Plugins:
         self._disabled = {name.strip() for name in disabled}
         for module in BUILTINS:
             self._add(_own_provider(module), partial(importlib.import_module, module))
-        for point in _external_points() if external else ():
-            self._add(_provider_of(point), point.load)
+        if external:
+            for point in _external_points():
+                self._add(_provider_of(point), point.load)
         if bbnfile is not None:
             self._add(Provider("bbnfile", str(bbnfile), "-"), lambda: _import_file(bbnfile))
 
@@ -117,7 +116,7 @@ class Plugins:
             _check_api_version(module)
             self._register(module, provider.plugin)
             entries = list(self._entries_of(provider))
-        except (Exception, SystemExit) as error:  # whatever a stranger's module does on import
+        except (Exception, SystemExit) as error:  # third-party code may raise anything
             if provider.builtin:
                 raise
             self._drop(provider, module, describe_import_error(error))
@@ -131,7 +130,7 @@ class Plugins:
         self._manager.check_pending()
         for caller in self._manager.get_hookcallers(module) or ():
             if any(i.plugin is module and (i.wrapper or i.hookwrapper) for i in caller.get_hookimpls()):
-                raise TypeError(f"{caller.name} is a wrapper; hooks here are called one by one, and cannot be wrapped")
+                raise TypeError(f"{caller.name} is a wrapper; hooks are called one by one here and cannot be wrapped")
 
     def _drop(self, provider: Provider, module: object, reason: str) -> None:
         if module is not None and self._manager.is_registered(module):
@@ -148,15 +147,13 @@ class Plugins:
                 if not isinstance(provided, Mapping):
                     raise TypeError(f"{hook} returned {type(provided).__name__}, not a mapping of names to classes")
                 for name, target in provided.items():
-                    if not isinstance(name, str):
-                        raise TypeError(f"{hook}: the name {name!r} is not a string")
-                    if not isinstance(target, str if kind == "command" else (str, type)):
-                        raise TypeError(f"{hook}: '{name}' is neither a class nor a 'module:Class' string")
+                    _check_target(hook, kind, name, target)
                     yield Entry(kind, name, target, provider)
 
     def _add_entry(self, entry: Entry) -> None:
-        """Keep `entry` unless its name is taken by a built-in; two
-        strangers' equal names are both kept, and refused on use.
+        """Keep `entry` unless a built-in component has its name.
+
+        Equal names of two third-party plugins are both kept, and refused on use.
         """
         taken = next((e.provider for e in self.entries if (e.kind, e.name) == (entry.kind, entry.name)), None)
         if taken is not None:
@@ -168,19 +165,19 @@ class Plugins:
                 return
         self.entries.append(entry)
 
-    # The lifecycle hooks, with types; a stranger's exception becomes a warning.
+    # The lifecycle hooks, with types; an exception of a plugin becomes a warning.
 
     def modify_plan(self, config: Config, cells: list[Cell]) -> None:
-        """Let every plugin reorder, drop or add cells in place."""
+        """Call every plugin to reorder, drop or add cells in place."""
         for _ in self._each("bbn_modify_plan", config=config, cells=cells):
             pass
 
     def cell_skip(self, cell: Cell) -> str | None:
-        """The first reason a plugin gives to skip `cell`."""
+        """The first reason that a plugin gives to skip `cell`; None if there is none."""
         return next((reason for reason in self._each("bbn_cell_skip", cell=cell) if reason is not None), None)
 
     def cell_finished(self, cell: Cell, record: Record) -> None:
-        """Tell every plugin that `cell` ended."""
+        """Call every plugin with a cell that ended, and its record."""
         for _ in self._each("bbn_cell_finished", cell=cell, record=record):
             pass
 
@@ -194,17 +191,24 @@ class Plugins:
 
 
 def describe_import_error(error: BaseException) -> str:
-    """What a plugin raised, in one line; a module of this package that has moved since gets the sentence of
-    `CHANGES`.
-    """
+    """The error of an import in one line, with the text of `CHANGES` if a module of this package is missing."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if isinstance(error, ImportError) and (error.name or "").startswith(PROJECT):
         return f"{text}: it was written for an older version of the API: {CHANGES[1]}"
     return text
 
 
+def _check_target(hook: str, kind: str, name: object, target: object) -> None:
+    """Raise `TypeError` if a naming hook returned a name or a target of a wrong type."""
+    if not isinstance(name, str):
+        raise TypeError(f"{hook}: the name {name!r} is not a string")
+    is_class = isinstance(target, type) and kind != "command"
+    if not isinstance(target, str) and not is_class:
+        raise TypeError(f"{hook}: '{name}' is neither a class nor a 'module:Class' string")
+
+
 def _check_api_version(module: object) -> None:
-    """Refuse a plugin that was written for another version of the API, and say what to do."""
+    """Raise `RuntimeError` with the remedy if a plugin was written for another version of the API."""
     wanted: int = getattr(module, "bbn_api_version", API_VERSION)
     if wanted > API_VERSION:
         raise RuntimeError(
@@ -220,7 +224,7 @@ def _own_provider(module: str) -> Provider:
 
 
 def own_version() -> str:
-    """The version of this distribution; `0+checkout` where it is used without being installed."""
+    """The version of this distribution; `0+checkout` if it is not installed."""
     try:
         return version("backdoor-bench-none")
     except PackageNotFoundError:

@@ -1,1 +1,1 @@
-"""Tables for people and for programs."""
+"""Tables, reports and pictures of results."""

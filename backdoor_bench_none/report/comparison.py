@@ -1,4 +1,4 @@
-"""Two defenses side by side: paired over seeds, over cells, and over the images of single cells."""
+"""Two defenses compared: paired over seeds, over cells, and over the images of single cells."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from backdoor_bench_none.contracts.cell import AXES
 from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.errors import ConfigError, did_you_mean
 from backdoor_bench_none.maths.statistics import (
@@ -20,12 +19,12 @@ from backdoor_bench_none.maths.statistics import (
     pool_mcnemar,
     unpack_outcomes,
 )
-from backdoor_bench_none.report.pivot import paired_values
+from backdoor_bench_none.report.pivot import paired_values, varying_axes
 from backdoor_bench_none.results.metrics import METRICS, Metric
 from backdoor_bench_none.results.rows import Row
 
 COMPARED = ("ba", "asr")
-#: metric -> what records keep of every image
+#: metric -> the outcomes and the count that a record keeps of it
 OUTCOMES = {"ba": ("benign", "benign_accuracy"), "asr": ("attacked", "attack_success_rate")}
 
 
@@ -40,7 +39,7 @@ class Table:
 
 
 def compare_defenses(rows: Sequence[Row], first: str, second: str, results: Path) -> Table:
-    """One line for each combination of the other axes and metric, and one over all of them."""
+    """A line for each metric and combination of the other axes, and one for each metric over all of them."""
     known = list(dict.fromkeys(row.defense for row in rows))
     for name in (first, second):
         if name not in known:
@@ -48,34 +47,52 @@ def compare_defenses(rows: Sequence[Row], first: str, second: str, results: Path
     if first == second:
         raise ConfigError(f"'{first}' is compared with itself", "name two defenses")
     pairs = list(_pair(rows, first, second))
-    axes = [axis for axis in AXES if axis != "defense" and len({getattr(a, axis) for a, _ in pairs}) > 1] or ["attack"]
-    lines, names = [], (first, second)
+    axes = _label_axes([one for one, _ in pairs])
+    lines: list[list[str]] = []
     for name in COMPARED:
-        tests = []
-        for one, other in pairs:
-            test = _test_images(one, other, name, results)
-            tests += [] if test is None else [test]
-            labels = [getattr(one, axis) for axis in axes]
-            lines.append([*labels, *_line(METRICS[name], names, *paired_values(one, other, name), test)])
-        if len(pairs) > 1:
-            values = [paired_values(one, other, name) for one, other in pairs]
-            pooled = [[value for pair in values for value in pair[side]] for side in (0, 1)]
-            total = pool_mcnemar(tests) if tests else None
-            lines.append(["all", *[""] * (len(axes) - 1), *_line(METRICS[name], names, pooled[0], pooled[1], total)])
+        lines += _compare(pairs, axes, METRICS[name], (first, second), results)
     header = [*axes, "metric", f"{first} − {second}", "95 %", "pairs", "p", "p per image", "verdict"]
     notes = [
         "Differences in percentage points, paired over seeds ('all': over seeds and cells): mean, t interval, t test",
-        "p per image: McNemar's exact test on equal test images; it leaves out what another training would change",
+        "p per image: McNemar's exact test on the same test images; it ignores what another training would change",
         "The verdict is the t test's at 5 %; p values are not corrected for the number of lines",
     ]
     return Table(f"{first} against {second}", header, lines, notes)
 
 
+def _label_axes(rows: Sequence[Row]) -> list[str]:
+    """The axes besides the defense in which rows differ; the attack if there is none."""
+    axes = [axis for axis in varying_axes(rows) if axis != "defense"]
+    return axes or ["attack"]
+
+
 def _pair(rows: Sequence[Row], first: str, second: str) -> Iterator[tuple[Row, Row]]:
+    """The rows of both defenses that agree on all other axes and have numbers."""
     others = {row.rest: row for row in rows if row.defense == second}
     for row in rows:
-        if row.defense == first and (other := others.get(row.rest)) is not None and row.seeds and other.seeds:
+        other = others.get(row.rest)
+        if row.defense == first and other is not None and row.seeds and other.seeds:
             yield row, other
+
+
+def _compare(
+    pairs: Sequence[tuple[Row, Row]], axes: Sequence[str], metric: Metric, names: tuple[str, str], results: Path
+) -> Iterator[list[str]]:
+    """The lines of one metric: a line for each pair, and one over all pairs if there are several."""
+    tests: list[McNemar] = []
+    pooled: tuple[list[float], list[float]] = ([], [])
+    for one, other in pairs:
+        test = _test_images(one, other, metric.name, results)
+        if test is not None:
+            tests.append(test)
+        values = paired_values(one, other, metric.name)
+        for side in (0, 1):
+            pooled[side].extend(values[side])
+        labels = [getattr(one, axis) for axis in axes]
+        yield [*labels, *_line(metric, names, *values, test)]
+    if len(pairs) > 1:
+        blank = [""] * (len(axes) - 1)
+        yield ["all", *blank, *_line(metric, names, *pooled, _pool(tests))]
 
 
 def _line(
@@ -83,34 +100,47 @@ def _line(
 ) -> list[str]:
     if not one:
         return [metric.heading, "–", "–", "0", "–", "–", "no numbers"]
-    found = compare_paired(one, other)
-    interval = "–" if found.interval is None else f"{100 * found.interval.low:+.1f} to {100 * found.interval.high:+.1f}"
-    shown = [f"{100 * (found.difference or 0):+.1f}", interval, str(found.pairs), show_p(found.p_value)]
-    return [metric.heading, *shown, show_p(None if test is None else test.p_value), _verdict(metric, names, found)]
+    comparison = compare_paired(one, other)
+    interval = "–"
+    if comparison.interval is not None:
+        interval = f"{100 * comparison.interval.low:+.1f} to {100 * comparison.interval.high:+.1f}"
+    difference = comparison.difference or 0.0
+    shown = [f"{100 * difference:+.1f}", interval, str(comparison.pairs), show_p(comparison.p_value)]
+    p_per_image = None if test is None else test.p_value
+    return [metric.heading, *shown, show_p(p_per_image), _verdict(metric, names, comparison)]
 
 
-def _verdict(metric: Metric, names: tuple[str, str], found: Comparison) -> str:
-    if found.distinguishable is None:
+def _verdict(metric: Metric, names: tuple[str, str], comparison: Comparison) -> str:
+    if comparison.distinguishable is None:
         return "cannot be told from one seed"
-    if not found.distinguishable:
+    if not comparison.distinguishable:
         return "not distinguishable"
-    first_is_better = ((found.difference or 0) > 0) == (metric.better == "higher")
-    return f"{names[not first_is_better]} is better"
+    first_is_higher = (comparison.difference or 0) > 0
+    first_is_better = first_is_higher == (metric.better == "higher")
+    if first_is_better:
+        return f"{names[0]} is better"
+    return f"{names[1]} is better"
 
 
 def show_p(p_value: float | None) -> str:
     """A p value with three digits."""
-    return "–" if p_value is None else "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
+    if p_value is None:
+        return "–"
+    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
 def _test_images(one: Row, other: Row, metric: str, results: Path) -> McNemar | None:
-    """McNemar's test over the images of the seeds that both have, where the records kept them."""
+    """McNemar's test over the images of the seeds that both rows have; None where no record kept their outcomes."""
     tests = []
     keys = dict(zip(other.seeds, other.keys, strict=True))
     for seed, key in zip(one.seeds, one.keys, strict=True):
-        found = [_outcomes(results, k, metric) for k in (key, keys.get(seed))]
-        if found[0] is not None and found[1] is not None and len(found[0]) == len(found[1]):
-            tests.append(mcnemar_exact(found[0], found[1]))
+        first, second = (_outcomes(results, each, metric) for each in (key, keys.get(seed)))
+        if first is not None and second is not None and len(first) == len(second):
+            tests.append(mcnemar_exact(first, second))
+    return _pool(tests)
+
+
+def _pool(tests: Sequence[McNemar]) -> McNemar | None:
     return pool_mcnemar(tests) if tests else None
 
 
@@ -123,4 +153,6 @@ def _outcomes(results: Path, key: str | None, metric: str) -> NDArray[np.bool_] 
     part, count = OUTCOMES[metric]
     packed = getattr(record.outcomes, part, None)
     total = getattr(record.counts, count, None)
-    return None if packed is None or total is None else unpack_outcomes(packed, total.total)
+    if packed is None or total is None:
+        return None
+    return unpack_outcomes(packed, total.total)

@@ -1,4 +1,4 @@
-"""The paper's numbers beside ours."""
+"""The numbers of the paper's tables beside those of a results folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from backdoor_bench_none.results.metrics import METRICS
 from backdoor_bench_none.results.rows import Row
 
 TABLES = Path(__file__).parents[1] / "paper" / "tables.json"
-#: the paper's names -> ours
+#: the paper's names -> registered names
 DATASETS = {
     "MNIST": "mnist",
     "CIFAR-10": "cifar10",
@@ -47,27 +47,29 @@ def read_tables() -> Mapping[str, Any]:
 
 
 def compare_with_paper(rows: Sequence[Row], name: str) -> Table:
-    """Each row of a table of the paper, and the row of ours with the same components; a dash where there is none."""
+    """Each row of a table of the paper beside the row here with the same components; a dash where there is none."""
     tables = read_tables()
     if name not in tables:
         raise ConfigError(f"the paper has no table '{name}' of rates", did_you_mean(name, tables))
     theirs = tables[name]["rows"]
     described = [key for key in theirs[0] if key not in ("ba", "asr")]
-    lines = []
+    lines, matched = [], 0
     for row in theirs:
         ours = next((mine for mine in rows if mine.ba is not None and matches(mine, row)), None)
+        if ours is not None:
+            matched += 1
         lines.append([*(str(row[key]) for key in described), *_numbers(row, ours)])
-    found = sum(line[-1] != "" for line in lines)
+    cells = f"{matched} of {len(lines)} rows of the paper have cells here"
     header = [*described, "paper BA / ASR", "ours BA / ASR", "difference", "seeds"]
     notes = [
-        f"{found} of {len(lines)} rows of the paper have cells here with its data set, attack, defense and parameters",
+        f"{cells} with its data set, attack, defense and parameters",
         "Percent; differences in percentage points. Recipes, seeds and the pixels of triggers may differ",
     ]
     return Table(f"{name}: {tables[name]['caption']}", header, lines, notes)
 
 
 def matches(ours: Row, theirs: Mapping[str, Any]) -> bool:
-    """Whether a row of ours has the components that a row of the paper names."""
+    """Whether a row has the components that a row of the paper names."""
     wanted_attack, params = ATTACKS.get(theirs["attack"], (theirs["attack"], {}))
     wanted: dict[str, tuple[str, dict[str, Any]]] = {
         "attack": (wanted_attack, dict(params)),
@@ -78,18 +80,20 @@ def matches(ours: Row, theirs: Mapping[str, Any]) -> bool:
         wanted["architecture"] = (theirs["network"].lower(), {"width": 1.0})
     wanted["activation"] = (ACTIVATIONS.get(theirs.get("activation", ""), theirs.get("activation", "ReLU").lower()), {})
     for key, (axis, parameter) in VARIED.items():
-        if (key in theirs and theirs["defense"] != "undefended") or (axis == "attack" and key in theirs):
+        if key in theirs and (axis == "attack" or theirs["defense"] != "undefended"):
             wanted[axis][1][parameter] = _value(key, theirs[key])
     return all(_is(ours.components.get(axis, {}), *choice) for axis, choice in wanted.items())
 
 
 def _value(key: str, written: Any) -> Any:  # noqa: ANN401
-    """A parameter as we write it: shares for percents; the paper's single neuron is our 0."""
+    """A value of the paper as a parameter here: shares for percents, and 0 for the paper's single neuron."""
     if key == "trigger":
         return TRIGGERS[written]
-    if key == "selection_threshold":
-        return 0.0 if str(written) == "1" else float(str(written).removesuffix("%")) / 100
-    return written
+    if key != "selection_threshold":
+        return written
+    if str(written) == "1":
+        return 0.0
+    return float(str(written).removesuffix("%")) / 100
 
 
 def _is(component: Mapping[str, Any], name: str, params: Mapping[str, Any]) -> bool:
@@ -100,10 +104,16 @@ def _is(component: Mapping[str, Any], name: str, params: Mapping[str, Any]) -> b
 
 
 def _numbers(theirs: Mapping[str, Any], ours: Row | None) -> list[str]:
+    """BA and ASR in the paper, here, and their differences; the number of seeds."""
     paper = " / ".join(METRICS[name].show(theirs.get(name)) for name in ("ba", "asr"))
     if ours is None:
         return [paper, "–", "", ""]
     mine = " / ".join(METRICS[name].show(getattr(ours, name)) for name in ("ba", "asr"))
-    pairs = [(theirs.get(name), getattr(ours, name)) for name in ("ba", "asr")]
-    shown = ["–" if a is None or b is None else f"{100 * (b - a):+.1f}" for a, b in pairs]
-    return [paper, mine, " / ".join(shown), str(len(ours.seeds))]
+    differences = " / ".join(_difference(theirs.get(name), getattr(ours, name)) for name in ("ba", "asr"))
+    return [paper, mine, differences, str(len(ours.seeds))]
+
+
+def _difference(paper: float | None, ours: float | None) -> str:
+    if paper is None or ours is None:
+        return "–"
+    return f"{100 * (ours - paper):+.1f}"

@@ -1,9 +1,9 @@
-"""Rows pivoted into tables: which axes make the lines, which the columns, and what stands in a cell."""
+"""Rows pivoted into tables: which axes make the lines and the columns, and the content of each cell."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backdoor_bench_none.contracts.cell import AXES
@@ -11,16 +11,19 @@ from backdoor_bench_none.errors import ConfigError, did_you_mean
 from backdoor_bench_none.maths.statistics import compare_paired, rank_with_ties
 from backdoor_bench_none.results.metrics import METRICS, Metric
 from backdoor_bench_none.results.rows import Row
+from backdoor_bench_none.words import plural
 
-#: the order of axes in lines; the defense makes the columns unless told otherwise
+#: the order of axes in lines; the defense makes the columns by default
 LINE_AXES = ("dataset", "attack", "architecture", "activation", "trainer")
+#: "best" or "close" by the id of a row and the name of a metric
+Ranks = dict[tuple[int, str], str]
 
 
 @dataclass(frozen=True)
 class Layout:
     """What a table shows: axes for `lines` and `columns`, and the metrics in every cell.
 
-    Axes that vary and are named nowhere make lines too; without `lines`, all but the columns do.
+    Axes that vary and are not named make lines too; without `lines`, all but the columns do.
     """
 
     lines: tuple[str, ...] = ()
@@ -28,7 +31,7 @@ class Layout:
     metrics: tuple[str, ...] = ("ba", "asr")
 
     def check(self) -> None:
-        """Raise `ConfigError` for axes and metrics that are not there, or stand twice."""
+        """Raise `ConfigError` for unknown axes and metrics, and for an axis that is named twice."""
         for axis in (*self.lines, *self.columns):
             if axis not in AXES:
                 raise ConfigError(f"unknown axis '{axis}'", did_you_mean(axis, AXES))
@@ -37,32 +40,43 @@ class Layout:
                 raise ConfigError(f"unknown metric '{metric}'", did_you_mean(metric, METRICS))
         used = [*self.lines, *self.columns]
         if twice := sorted({axis for axis in used if used.count(axis) > 1}):
-            raise ConfigError(f"axis '{twice[0]}' stands twice", "an axis makes lines or columns")
+            raise ConfigError(f"axis '{twice[0]}' is named twice", "an axis makes lines or columns")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One number: `best` among the defenses it competes with, or `close`, not distinguishable from the best."""
+    """One number of a cell.
+
+    It is `best` among the defenses that it competes with, or `close`: not distinguishable from the best.
+    """
 
     text: str
     value: float | None
     best: bool = False
     close: bool = False
 
+    @property
+    def marked(self) -> str:
+        """The number, followed by ≈ if it is close to the best."""
+        return f"{self.text}≈" if self.close else self.text
+
 
 @dataclass(frozen=True)
 class Box:
-    """One cell of a table: its numbers, or a status; `note` is the number of a footnote; `row` what is behind it."""
+    """One cell of a table: its numbers, or a status.
+
+    `note` is the number of a footnote, `row` the row that the cell shows.
+    """
 
     parts: tuple[Part, ...]
     status: str = ""
     note: int | None = None
     row: Row | None = None
 
-    def text(self, mark_best: str = "{}", close: str = "≈") -> str:
-        """The numbers joined, the best ones in `mark_best`; or the status."""
-        shown = [mark_best.format(p.text) if p.best else p.text + close * p.close for p in self.parts]
-        return (" / ".join(shown) or self.status) + ("" if self.note is None else f" [{self.note}]")
+    def text(self, show: Callable[[Part], str] = lambda part: part.marked) -> str:
+        """The numbers, each as `show` writes it, or the status; then the number of the footnote."""
+        numbers = " / ".join(map(show, self.parts)) or self.status
+        return numbers if self.note is None else f"{numbers} [{self.note}]"
 
 
 @dataclass
@@ -89,34 +103,62 @@ def pivot(rows: Sequence[Row], layout: Layout | None = None) -> Pivot:
     metrics = tuple(METRICS[name] for name in layout.metrics)
     axes = _line_axes(rows, layout)
     ranks, tested = rank_rows(rows, layout.metrics)
-    grants = {column: text for row in rows for column, text in _grants(row, layout)}
     notes: list[str] = []
     boxes: dict[tuple[str, ...], dict[str, Box]] = defaultdict(dict)
     columns: dict[str, None] = {}
     for row in rows:
         line = tuple(str(getattr(row, axis)) for axis in axes)
-        column = " · ".join(str(getattr(row, axis)) for axis in layout.columns)
+        column = _column_of(row, layout)
         columns[column] = None
         box = _box(row, metrics, ranks, notes)
-        while column in boxes[line]:  # equal labels of different parameters stand in lines of their own
+        while column in boxes[line]:  # equal labels of different parameters go into separate lines
             line = (*line[:-1], line[-1] + "′")
         boxes[line][column] = box
-    names = [column + "*" * (column in grants) for column in columns]
-    lines = [(line, [found.get(column) for column in columns]) for line, found in boxes.items()]
-    fixed = [axis for axis in LINE_AXES if axis not in (*axes, *layout.columns) and axis != "trainer"]
-    title = " · ".join([*(str(getattr(rows[0], axis)) for axis in fixed if rows), describe_seeds(rows)])
+    lines: list[tuple[tuple[str, ...], list[Box | None]]] = []
+    for line, by_column in boxes.items():
+        lines.append((line, [by_column.get(column) for column in columns]))
+    grants = _find_grants(rows, layout)
+    names = list(columns)
+    for index, column in enumerate(columns):
+        if column in grants:
+            names[index] = f"{column}*"
     footnotes = [_legend(metrics, rows, tested), *describe_ranks(rows, metrics)]
     footnotes += [f"* {name} was {text}" for name, text in grants.items()]
     footnotes += [f"[{number}] {note}" for number, note in enumerate(notes, 1)]
-    return Pivot(title, axes, names, lines, metrics, footnotes)
+    return Pivot(_title(rows, axes, layout), axes, names, lines, metrics, footnotes)
+
+
+def varying_axes(rows: Sequence[Row]) -> list[str]:
+    """The axes in which rows differ."""
+    axes = []
+    for axis in AXES:
+        labels = {getattr(row, axis) for row in rows}
+        if len(labels) > 1:
+            axes.append(axis)
+    return axes
 
 
 def _line_axes(rows: Sequence[Row], layout: Layout) -> tuple[str, ...]:
-    free = [axis for axis in AXES if axis not in (*layout.columns, *layout.lines)]
-    varying = [axis for axis in free if len({getattr(row, axis) for row in rows}) > 1]
+    varying = [axis for axis in varying_axes(rows) if axis not in (*layout.columns, *layout.lines)]
     if layout.lines:
         return (*layout.lines, *varying)
-    return tuple(varying) or (("attack",) if "attack" not in layout.columns else ("defense",))
+    if varying:
+        return tuple(varying)
+    return ("defense",) if "attack" in layout.columns else ("attack",)
+
+
+def _column_of(row: Row, layout: Layout) -> str:
+    return " · ".join(str(getattr(row, axis)) for axis in layout.columns)
+
+
+def _title(rows: Sequence[Row], axes: Sequence[str], layout: Layout) -> str:
+    """The labels that all rows have in common, without the trainer, and the number of seeds."""
+    shown = (*axes, *layout.columns, "trainer")
+    fixed = [axis for axis in LINE_AXES if axis not in shown]
+    labels: list[str] = []
+    if rows:
+        labels = [str(getattr(rows[0], axis)) for axis in fixed]
+    return " · ".join([*labels, describe_seeds(rows)])
 
 
 def _box(row: Row, metrics: Sequence[Metric], ranks: Mapping[tuple[int, str], str], notes: list[str]) -> Box:
@@ -131,68 +173,80 @@ def _box(row: Row, metrics: Sequence[Metric], ranks: Mapping[tuple[int, str], st
     parts = []
     for metric in metrics:
         value, deviation = getattr(row, metric.name), row.deviations.get(metric.name)
-        text = metric.show(value) + (f" ±{metric.show(deviation)}" if deviation is not None else "")
+        text = metric.show(value)
+        if deviation is not None:
+            text += f" ±{metric.show(deviation)}"
         rank = ranks.get((id(row), metric.name), "")
         parts.append(Part(text, value, rank == "best", rank == "close"))
     return Box(tuple(parts), row.status, note, row)
 
 
-def rank_rows(rows: Sequence[Row], metrics: Iterable[str]) -> tuple[dict[tuple[int, str], str], bool]:
-    """For each row and metric "best" among the defenses of equal other axes, or "close" to it; and whether anything
-    could be tested. Baselines and defenses that are told the truth do not compete.
+def rank_rows(rows: Sequence[Row], metrics: Iterable[str]) -> tuple[Ranks, bool]:
+    """For each row and metric "best" among the defenses of equal other axes, or "close" to it; and whether any t test
+    could be made.
+
+    Baselines and defenses that are told which samples are poisoned do not compete.
     """
     groups: dict[object, list[Row]] = defaultdict(list)
     for row in rows:
         if row.ba is not None and not row.is_baseline and not row.sees_ground_truth:
             groups[row.rest].append(row)
-    found: dict[tuple[int, str], str] = {}
+    ranks: Ranks = {}
     tested = False
     for group in groups.values():
-        for name in metrics if len(group) > 1 else ():
-            tested |= _rank_group(group, METRICS[name], found)
-    return found, tested
+        if len(group) > 1:
+            for name in metrics:
+                tested |= _rank_group(group, METRICS[name], ranks)
+    return ranks, tested
 
 
-def _rank_group(group: Sequence[Row], metric: Metric, found: dict[tuple[int, str], str]) -> bool:
+def _rank_group(group: Sequence[Row], metric: Metric, ranks: Ranks) -> bool:
+    """Add the ranks of one group by one metric, and return whether any t test could be made."""
     having = [row for row in group if getattr(row, metric.name) is not None]
     if len(having) < 2 or len({getattr(row, metric.name) for row in having}) == 1:
         return False
     choose = max if metric.better == "higher" else min
     goal = choose(getattr(row, metric.name) for row in having)
     best = [row for row in having if getattr(row, metric.name) == goal]
-    found.update({(id(row), metric.name): "best" for row in best})
+    ranks.update({(id(row), metric.name): "best" for row in best})
     tested = False
     for row in having:
-        if row not in best and (distinguishable := are_distinguishable(best[0], row, metric.name)) is not None:
+        if row in best:
+            continue
+        distinguishable = are_distinguishable(best[0], row, metric.name)
+        if distinguishable is not None:
             tested = True
             if not distinguishable:
-                found[id(row), metric.name] = "close"
+                ranks[id(row), metric.name] = "close"
     return tested
 
 
 def mean_ranks(rows: Sequence[Row], metric: Metric) -> tuple[dict[str, float], int]:
-    """The mean rank of each competing defense, 1 the best and ties averaged, over the combinations of the other axes
-    in which all of them have a number; and how many these are.
+    """The mean rank of each competing defense by a metric, and the number of combinations behind it.
+
+    1 is the best and ties are averaged. The mean is over those combinations of the other axes in which all competing
+    defenses have a number.
     """
     competing = [row for row in rows if not row.is_baseline and not row.sees_ground_truth]
     defenses = list(dict.fromkeys(row.defense for row in competing))
     groups: dict[object, dict[str, float]] = defaultdict(dict)
     for row in competing:
-        if (value := getattr(row, metric.name)) is not None:
+        value = getattr(row, metric.name)
+        if value is not None:
             groups[row.rest][row.defense] = value
-    ranks = [
-        rank_with_ties([group[defense] for defense in defenses], metric.better == "higher")
-        for group in groups.values()
-        if len(group) == len(defenses)
-    ]
-    if len(defenses) < 2 or not ranks:
+    shared = [group for group in groups.values() if len(group) == len(defenses)]
+    if len(defenses) < 2 or not shared:
         return {}, 0
-    totals = [sum(rank or 0.0 for rank in column) for column in zip(*ranks, strict=True)]
-    return {name: total / len(ranks) for name, total in zip(defenses, totals, strict=True)}, len(ranks)
+    totals = dict.fromkeys(defenses, 0.0)
+    for group in shared:
+        ranks = rank_with_ties([group[defense] for defense in defenses], metric.better == "higher")
+        for defense, rank in zip(defenses, ranks, strict=True):
+            totals[defense] += rank or 0.0
+    return {defense: total / len(shared) for defense, total in totals.items()}, len(shared)
 
 
 def describe_ranks(rows: Sequence[Row], metrics: Sequence[Metric]) -> Iterable[str]:
-    """A note on mean ranks, where there are several combinations to take a mean over."""
+    """A note on mean ranks for each metric, where there are several combinations to average over."""
     for metric in metrics:
         ranks, count = mean_ranks(rows, metric)
         if count > 1:
@@ -213,30 +267,39 @@ def paired_values(first: Row, second: Row, metric: str) -> tuple[list[float], li
     return [float(one[seed] or 0) for seed in seeds], [float(other[seed] or 0) for seed in seeds]
 
 
-def _grants(row: Row, layout: Layout) -> Iterable[tuple[str, str]]:
-    """What a defense was granted beyond the untrusted training set, by its column."""
+def _find_grants(rows: Sequence[Row], layout: Layout) -> dict[str, str]:
+    """What defenses were given beyond the untrusted training set, by column."""
+    grants: dict[str, str] = {}
     if "defense" not in layout.columns:
-        return
-    column = " · ".join(str(getattr(row, axis)) for axis in layout.columns)
-    if row.sees_ground_truth:
-        yield column, "told which samples are poisoned: an upper bound, not a defense"
-    elif row.clean_fraction:
-        yield column, f"given {100 * row.clean_fraction:g} % of the training set as clean data"
+        return grants
+    for row in rows:
+        if row.sees_ground_truth:
+            text = "told which samples are poisoned: an upper bound, not a defense"
+            grants[_column_of(row, layout)] = text
+        elif row.clean_fraction:
+            text = f"given {100 * row.clean_fraction:g} % of the training set as clean data"
+            grants[_column_of(row, layout)] = text
+    return grants
 
 
 def _legend(metrics: Sequence[Metric], rows: Sequence[Row], tested: bool) -> str:
     cells = " / ".join(metric.title for metric in metrics)
-    arrows = "; ".join(f"{metric.meaning}, {metric.better} is better" for metric in metrics)
-    spread = ", ± standard deviation over seeds" if any(row.deviations for row in rows) else ""
-    close = "; ≈ not distinguishable from the best by a paired t test over seeds at 5 %" if tested else ""
-    return f"Each cell: {cells}{spread}. {arrows}{close}"
+    if any(row.deviations for row in rows):
+        cells += ", ± standard deviation over seeds"
+    meanings = [f"{metric.meaning}, {metric.better} is better" for metric in metrics]
+    if tested:
+        meanings.append("≈ not distinguishable from the best by a paired t test over seeds at 5 %")
+    return f"Each cell: {cells}. {'; '.join(meanings)}"
 
 
 def describe_seeds(rows: Sequence[Row]) -> str:
     """How many seeds the means are over."""
-    counts = {len(row.seeds) for row in rows if row.seeds}
+    counts = [len(row.seeds) for row in rows if row.seeds]
     if not counts:
         return "no results yet"
-    if counts == {1}:
-        return "1 seed"
-    return f"mean over {min(counts)} seeds" if len(counts) == 1 else f"mean over {min(counts)} to {max(counts)} seeds"
+    low, high = min(counts), max(counts)
+    if high == 1:
+        return plural("seed", 1)
+    if low == high:
+        return f"mean over {plural('seed', low)}"
+    return f"mean over {low} to {plural('seed', high)}"

@@ -1,4 +1,4 @@
-"""A sheet of real images, clean above, triggered below."""
+"""A PNG sheet of test images: clean, with the attack's trigger, and their difference."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from backdoor_bench_none.contracts.dataset import Dataset, ImageSet
 from backdoor_bench_none.errors import BenchError, ConfigError
 
 COLUMNS = 8
-#: the sheet's images are enlarged, to the nearest pixel, to at least this many pixels
+#: the least width of an image on the sheet in pixels; small ones are enlarged by a whole factor
 SIDE = 96
 
 
 def write_preview(attack: Attack, dataset: Dataset, path: Path) -> None:
-    """Write a PNG with the first test image of up to eight classes: as it is, with the attack, and the difference."""
+    """Write a PNG with the first test image of up to eight classes: clean, with the attack, and the difference."""
     dataset.prepare()
     info = dataset.info()
     attack = attack.resolve(info)

@@ -5,26 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from backdoor_bench_none.contracts.measures import Count
+from backdoor_bench_none.contracts.measures import Count, Detection
 from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.planning.stage_table import in_order
 
 
 def describe_whole(record: Record) -> Iterator[str]:
-    """All a person wants to know of a record, line by line."""
+    """The content of a record for a terminal, line by line."""
     yield f"{record.title}  {record.status}"
     yield f"key          {record.key}"
     if record.reason:
         yield f"reason       {record.reason}"
     for axis, value in record.axes.items():
         params = ", ".join(f"{name}={param}" for name, param in value.params.items())
-        yield f"{axis:12} {value.name}{f' as {value.label}' if value.label != value.name else ''}  {params}"
+        name = value.name
+        if value.label != name:
+            name += f" as {value.label}"
+        yield f"{axis:12} {name}  {params}"
     yield f"{'recipe':12} " + ", ".join(f"{name}={value}" for name, value in record.recipe.items())
     yield from _numbers(record)
     for stage in in_order(record.costs):
         cost = record.costs[stage]
-        memory = "" if cost.peak_memory is None else f", {cost.peak_memory / 2**20:.0f} MiB at most"
-        yield f"{stage:12} {cost.seconds:.2f} s{memory}"
+        line = f"{stage:12} {cost.seconds:.2f} s"
+        if cost.peak_memory is not None:
+            line += f", {cost.peak_memory / 2**20:.0f} MiB at most"
+        yield line
     for title, values in (("found", record.extras), ("upstream", record.upstream), ("provenance", record.provenance)):
         if values:
             yield f"{title:12} " + ", ".join(f"{name}={_plain(value)}" for name, value in values.items())
@@ -37,7 +42,9 @@ def describe_whole(record: Record) -> Iterator[str]:
 
 
 def _plain(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _numbers(record: Record) -> Iterator[str]:
@@ -45,14 +52,26 @@ def _numbers(record: Record) -> Iterator[str]:
         yield f"BA           {_share(record.counts.benign_accuracy)} clean test images given their label"
         yield f"ASR          {_share(record.counts.attack_success_rate)} triggered images given the label wanted"
         yield f"RA           {_share(record.counts.robust_accuracy)} triggered images given their true label"
-    if (found := record.detection) is not None:
-        rates = [("TPR", found.tpr), ("FPR", found.fpr), ("AUROC", found.auroc)]
-        shown = "  ".join(f"{name} {'–' if value is None else f'{value:.4f}'}" for name, value in rates)
-        hits = f"{found.true_positive} of {found.true_positive + found.false_negative} poisoned samples flagged"
-        yield f"detection    {shown}  ({hits}, and {found.false_positive} benign ones)"
+    if record.detection is not None:
+        yield _describe_detection(record.detection)
     for name, value in record.metrics.items():
-        yield f"{name:12} {'not finite' if value is None else f'{value:.6g}'}"
+        shown = "not finite" if value is None else f"{value:.6g}"
+        yield f"{name:12} {shown}"
+
+
+def _describe_detection(detection: Detection) -> str:
+    rates = {"TPR": detection.tpr, "FPR": detection.fpr, "AUROC": detection.auroc}
+    shown = "  ".join(f"{name} {_rate(value)}" for name, value in rates.items())
+    poisoned = detection.true_positive + detection.false_negative
+    hits = f"{detection.true_positive} of {poisoned} poisoned samples flagged"
+    return f"detection    {shown}  ({hits}, and {detection.false_positive} benign ones)"
+
+
+def _rate(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
 
 
 def _share(count: Count | None) -> str:
-    return "– no trigger: 0 of 0" if count is None else f"{count.rate:.4f} = {count.hits} of {count.total}"
+    if count is None:
+        return "– no trigger: 0 of 0"
+    return f"{count.rate:.4f} = {count.hits} of {count.total}"

@@ -16,42 +16,52 @@ from tabulate import tabulate
 
 from backdoor_bench_none.report.comparison import Table as PlainTable
 from backdoor_bench_none.report.escape import escape_csv, escape_latex, escape_markdown
-from backdoor_bench_none.report.pivot import Box, Layout, Pivot, pivot
+from backdoor_bench_none.report.pivot import Box, Layout, Part, Pivot, pivot
 from backdoor_bench_none.results.metrics import METRICS
 from backdoor_bench_none.results.rows import Row
 
 FORMATS = ("terminal", "markdown", "latex", "csv", "json", "html")
-#: columns where the output is no terminal, so that a log keeps the matrix whole
+#: columns where the output is no terminal, so that lines of the matrix do not wrap in a log
 LOG_WIDTH = 200
 #: metrics with a deviation and an interval in CSV
 SPREAD = ("ba", "asr", "ra", "der")
 
 
 def print_matrix(rows: Sequence[Row], console: Console, layout: Layout | None = None) -> None:
-    """Print the matrix on a terminal; if it is too wide, one line per column."""
-    made = pivot(rows, layout)
-    lines = [[*map(Text, labels), *map(_as_text, boxes)] for labels, boxes in made.lines]
-    table = _table(made.header, lines, len(made.axes))
+    """Print the matrix on a terminal; if it is too wide, with a line for each of its cells."""
+    layout = layout or Layout()
+    matrix = pivot(rows, layout)
+    table = _wide_table(matrix)
     if console.measure(table, options=console.options.update(max_width=10_000)).maximum > console.width:
-        lines = [
-            [*map(Text, labels), Text(column), _as_text(box)]
-            for labels, boxes in made.lines
-            for column, box in zip(made.columns, boxes, strict=True)
-            if box is not None
-        ]
-        heading = " / ".join(metric.title for metric in made.metrics)
-        column_axes = " · ".join((layout or Layout()).columns)
-        table = _table([*made.axes, column_axes, heading], lines, len(made.axes) + 1)
-    console.print(made.title, style="bold", markup=False, highlight=False, soft_wrap=True)
+        table = _long_table(matrix, " · ".join(layout.columns))
+    console.print(matrix.title, style="bold", markup=False, highlight=False, soft_wrap=True)
     console.print(table, markup=False)
-    for note in made.footnotes:
+    for note in matrix.footnotes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 def open_console() -> Console:
-    """A console as wide as the terminal, or wide enough for a log."""
+    """A console as wide as the terminal, or of `LOG_WIDTH` where the output is none."""
     console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=LOG_WIDTH)
+    if console.is_terminal or "COLUMNS" in os.environ:
+        return console
+    return Console(width=LOG_WIDTH)
+
+
+def _wide_table(matrix: Pivot) -> Table:
+    lines = [[*map(Text, labels), *map(_as_text, boxes)] for labels, boxes in matrix.lines]
+    return _table(matrix.header, lines, len(matrix.axes))
+
+
+def _long_table(matrix: Pivot, column_axes: str) -> Table:
+    """The matrix with one cell in each line, whose column becomes a label."""
+    lines: list[list[Text]] = []
+    for labels, boxes in matrix.lines:
+        for column, box in zip(matrix.columns, boxes, strict=True):
+            if box is not None:
+                lines.append([*map(Text, labels), Text(column), _as_text(box)])
+    heading = " / ".join(metric.title for metric in matrix.metrics)
+    return _table([*matrix.axes, column_axes, heading], lines, len(matrix.axes) + 1)
 
 
 def _as_text(box: Box | None) -> Text:
@@ -59,11 +69,18 @@ def _as_text(box: Box | None) -> Text:
         return Text("")
     if not box.parts:
         return Text(box.text())
-    text = Text(" / ").join(Text(p.text + "≈" * p.close, style="bold" if p.best else "") for p in box.parts)
-    return text if box.note is None else text.append(f" [{box.note}]")
+    text = Text(" / ").join(map(_part_as_text, box.parts))
+    if box.note is not None:
+        text.append(f" [{box.note}]")
+    return text
+
+
+def _part_as_text(part: Part) -> Text:
+    return Text(part.marked, style="bold" if part.best else "")
 
 
 def _table(header: Sequence[str], lines: Sequence[Sequence[Text]], labels: int) -> Table:
+    """A table whose first `labels` columns hold texts, the others numbers."""
     table = Table(header_style="bold")
     for index, name in enumerate(header):
         table.add_column(Text(name), justify="left" if index < labels else "right", no_wrap=True)
@@ -78,70 +95,88 @@ def render(rows: Sequence[Row], form: str, layout: Layout | None = None) -> str:
         return json.dumps([row.as_dict() for row in rows], indent=1, ensure_ascii=False)
     if form == "csv":
         return render_csv(rows)
-    made = pivot(rows, layout)
-    return {"latex": render_latex, "html": render_html, "markdown": render_markdown}[form](made)
+    return _render_pivot(pivot(rows, layout), form)
 
 
-def render_markdown(made: Pivot) -> str:
+def _render_pivot(matrix: Pivot, form: str) -> str:
+    return {"latex": render_latex, "html": render_html, "markdown": render_markdown}[form](matrix)
+
+
+def render_markdown(matrix: Pivot) -> str:
     """A GitHub table; best numbers in bold."""
-    lines = [
-        [*map(escape_markdown, labels), *("" if box is None else _markdown(box) for box in boxes)]
-        for labels, boxes in made.lines
-    ]
-    text = tabulate(lines, list(map(escape_markdown, made.header)), tablefmt="github", disable_numparse=True)
-    notes = "\n".join(f"{escape_markdown(note)}  " for note in made.footnotes)
-    return "\n\n".join([f"**{escape_markdown(made.title)}**", text, notes])
+    lines = [[*map(escape_markdown, labels), *map(_markdown, boxes)] for labels, boxes in matrix.lines]
+    text = tabulate(lines, list(map(escape_markdown, matrix.header)), tablefmt="github", disable_numparse=True)
+    notes = "\n".join(f"{escape_markdown(note)}  " for note in matrix.footnotes)
+    return "\n\n".join([f"**{escape_markdown(matrix.title)}**", text, notes])
 
 
-def _markdown(box: Box) -> str:
-    return box.text("**{}**") if box.parts else escape_markdown(box.text())
+def _markdown(box: Box | None) -> str:
+    if box is None:
+        return ""
+    if not box.parts:
+        return escape_markdown(box.text())
+    return box.text(lambda part: f"**{part.text}**" if part.best else part.marked)
 
 
-def render_latex(made: Pivot) -> str:
+def render_latex(matrix: Pivot) -> str:
     """A booktabs tabular (`\\usepackage{booktabs}`) and its notes; best numbers in bold."""
     body = []
-    for labels, boxes in made.lines:
-        cells = [*map(escape_latex, labels), *("" if box is None else _latex(box) for box in boxes)]
+    for labels, boxes in matrix.lines:
+        cells = [*map(escape_latex, labels), *map(_latex, boxes)]
         body.append(" & ".join(cells) + r" \\")
-    columns = "l" * len(made.axes) + "r" * len(made.columns)
-    header = " & ".join(map(escape_latex, made.header)) + r" \\"
-    notes = [rf"\par\noindent{{\footnotesize {escape_latex(note)}}}" for note in made.footnotes]
-    title = escape_latex(made.title)
+    columns = "l" * len(matrix.axes) + "r" * len(matrix.columns)
+    header = " & ".join(map(escape_latex, matrix.header)) + r" \\"
+    notes = [rf"\par\noindent{{\footnotesize {escape_latex(note)}}}" for note in matrix.footnotes]
+    title = escape_latex(matrix.title)
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", header, r"\midrule", *body, r"\bottomrule"]
     return "\n".join([f"% {title}", *lines, r"\end{tabular}", *notes])
 
 
-def _latex(box: Box) -> str:
+def _latex(box: Box | None) -> str:
+    if box is None:
+        return ""
     if not box.parts:
         return escape_latex(box.text())
-    parts = [escape_latex(part.text + "≈" * part.close) for part in box.parts]
-    shown = [rf"\textbf{{{text}}}" if part.best else text for text, part in zip(parts, box.parts, strict=True)]
-    return " / ".join(shown) + ("" if box.note is None else f" [{box.note}]")
+    return box.text(_latex_part)
 
 
-def render_html(made: Pivot) -> str:
-    """A table element with its title before and its notes behind it."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in made.header)
+def _latex_part(part: Part) -> str:
+    text = escape_latex(part.marked)
+    return rf"\textbf{{{text}}}" if part.best else text
+
+
+def render_html(matrix: Pivot) -> str:
+    """A table element between its title and its notes; best numbers in bold."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in matrix.header)
     body = []
-    for labels, boxes in made.lines:
+    for labels, boxes in matrix.lines:
         cells = "".join(f'<th scope="row">{escape(label)}</th>' for label in labels)
-        cells += "".join(f"<td>{'' if box is None else _html(box)}</td>" for box in boxes)
+        cells += "".join(f"<td>{_html(box)}</td>" for box in boxes)
         body.append(f"<tr>{cells}</tr>")
     table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody>\n</table>"
-    return "\n".join([f"<p>{escape(made.title)}</p>", table, *(f"<p>{escape(note)}</p>" for note in made.footnotes)])
+    notes = [f"<p>{escape(note)}</p>" for note in matrix.footnotes]
+    return "\n".join([f"<p>{escape(matrix.title)}</p>", table, *notes])
 
 
-def _html(box: Box) -> str:
+def _html(box: Box | None) -> str:
+    if box is None:
+        return ""
     if not box.parts:
         return escape(box.text())
-    shown = [f"<b>{escape(p.text)}</b>" if p.best else escape(p.text + "≈" * p.close) for p in box.parts]
-    return " / ".join(shown) + ("" if box.note is None else f" [{box.note}]")
+    return box.text(_html_part)
+
+
+def _html_part(part: Part) -> str:
+    text = escape(part.marked)
+    return f"<b>{text}</b>" if part.best else text
 
 
 def render_csv(rows: Sequence[Row]) -> str:
-    """One line for each row, with all numbers; nothing in it is a formula to a spreadsheet."""
+    """One line for each row, with all numbers; texts that a spreadsheet would take for formulas are escaped."""
     plain = ["dataset", "attack", "defense", "architecture", "activation", "trainer", "seeds", "status", "reason"]
-    spread = [f"{name}_{part}" for name in SPREAD for part in ("sd", "low", "high")]
+    spread: list[str] = []
+    for name in SPREAD:
+        spread += [f"{name}_sd", f"{name}_low", f"{name}_high"]
     out = io.StringIO()
     writer = csv.DictWriter(out, [*plain, *METRICS, *spread, "sees_ground_truth"], lineterminator="\n")
     writer.writeheader()
@@ -151,7 +186,8 @@ def render_csv(rows: Sequence[Row]) -> str:
         for name in SPREAD:
             interval = row.intervals.get(name)
             values[f"{name}_sd"] = row.deviations.get(name)
-            values |= {f"{name}_{part}": interval and getattr(interval, part) for part in ("low", "high")}
+            values[f"{name}_low"] = interval and interval.low
+            values[f"{name}_high"] = interval and interval.high
         writer.writerow({name: escape_csv(value) for name, value in values.items()})
     return out.getvalue().rstrip("\n")
 
@@ -169,15 +205,13 @@ def render_table(table: PlainTable, form: str) -> str:
     """A plain table as markdown, latex, html, csv or json."""
     if form == "json":
         lines = [dict(zip(table.header, line, strict=True)) for line in table.lines]
-        return json.dumps(
-            {"title": table.title, "lines": lines, "notes": table.footnotes}, indent=1, ensure_ascii=False
-        )
+        values = {"title": table.title, "lines": lines, "notes": table.footnotes}
+        return json.dumps(values, indent=1, ensure_ascii=False)
     if form == "csv":
         out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows(
-            [[escape_csv(x) for x in line] for line in (table.header, *table.lines)]
-        )
+        writer = csv.writer(out, lineterminator="\n")
+        for line in (table.header, *table.lines):
+            writer.writerow(map(escape_csv, line))
         return out.getvalue().rstrip("\n")
     boxes: list[tuple[tuple[str, ...], list[Box | None]]] = [(tuple(line), []) for line in table.lines]
-    made = Pivot(table.title, tuple(table.header), [], boxes, (), table.footnotes)
-    return {"latex": render_latex, "html": render_html, "markdown": render_markdown}[form](made)
+    return _render_pivot(Pivot(table.title, tuple(table.header), [], boxes, (), table.footnotes), form)

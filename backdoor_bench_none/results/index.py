@@ -1,4 +1,7 @@
-"""index.sqlite: what tables need of all records of a folder. It is made from the records and may be deleted."""
+"""index.sqlite: the measurements of all records of a results folder, which tables read.
+
+It is made from the records and may be deleted.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.results.measurement import COLUMNS, Measurement
 
 NAME = "index.sqlite"
-#: a file's name, its time of change in nanoseconds, and its size: another of them, and it is read again
+#: a record's key, its file's time of change in nanoseconds, and its size; if one of them changed, it is read again
 Stamp = tuple[str, int, int]
 #: bumped when the meaning of a column changes
 REVISION = 1
@@ -25,7 +28,7 @@ INSERT = f"INSERT OR REPLACE INTO records VALUES ({', '.join('?' * (len(COLUMNS)
 
 
 def read_measurements(root: Path) -> list[Measurement]:
-    """The measurements of all records below `root`, by key: from the index, after records that changed were read.
+    """The measurements of all records below `root`, sorted by key, from the index, which is updated first.
 
     Where the index cannot be written or is damaged, the records themselves are read.
     """
@@ -35,14 +38,14 @@ def read_measurements(root: Path) -> list[Measurement]:
     try:
         with closing(_open(root / NAME)) as database:
             _refresh(database, root, stamps)
-            found = database.execute(SELECT).fetchall()
+            rows = database.execute(SELECT).fetchall()
     except (sqlite3.Error, OSError):
         return sorted(_read(root, stamps).values(), key=lambda measurement: measurement.key)
-    return [Measurement(*row) for row in found]
+    return [Measurement(*row) for row in rows]
 
 
 def _stamps(root: Path) -> Iterator[Stamp]:
-    """The record files as they are now."""
+    """The stamps of all record files."""
     try:
         folders = [entry.path for entry in os.scandir(root / "records") if entry.is_dir()]
     except OSError:
@@ -60,8 +63,8 @@ def _open(path: Path) -> sqlite3.Connection:
     if revision != REVISION:
         with database:
             database.execute("DROP TABLE IF EXISTS records")
-            columns = ", ".join(f"{name}{' PRIMARY KEY' if name == 'key' else ''}" for name in COLUMNS)
-            database.execute(f"CREATE TABLE records ({columns}, file_changed INTEGER, file_size INTEGER)")
+            columns = ", ".join((*COLUMNS, "file_changed INTEGER", "file_size INTEGER", "PRIMARY KEY (key)"))
+            database.execute(f"CREATE TABLE records ({columns})")
             database.execute(f"PRAGMA user_version = {REVISION}")
     return database
 
@@ -81,18 +84,18 @@ def _refresh(database: sqlite3.Connection, root: Path, stamps: Mapping[str, Stam
 
 
 def _read(root: Path, stamps: Mapping[str, Any]) -> dict[str, Measurement]:
-    """The measurements in these records; one that cannot be read is told of, and left out."""
-    found = {}
+    """The measurements of these records by key; one that cannot be read is left out, with a warning."""
+    measurements = {}
     for key in stamps:
         path = root / "records" / key[:2] / f"{key}.json"
         try:
             record = Record.model_validate_json(path.read_bytes())
             if record.key != key:
-                raise ValueError(f"it calls itself {record.key!r}")
-            found[key] = Measurement.of(record)
+                raise ValueError(f"its key is {record.key!r}")
+            measurements[key] = Measurement.of(record)
         except FileNotFoundError:
             continue
         except (OSError, ValidationError, ValueError, KeyError) as error:
             fault = str(error).splitlines()[0]
             warnings.warn(f"record '{path}' cannot be read and counts as missing: {fault}", UserWarning, stacklevel=4)
-    return found
+    return measurements

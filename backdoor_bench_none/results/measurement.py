@@ -1,4 +1,4 @@
-"""What tables need of a record, flat: the columns of the index."""
+"""The values of a record that tables need: the columns of the index."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from backdoor_bench_none.seeds import canonical_json
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One record: its axes by label, counts, seconds and bytes. `names` are the components' names and parameters by
-    axis, as JSON; `identity` tells records of equal labels apart; `victim_seconds` is None where none was trained.
+    """One record as a flat row: labels of its axes, counts, seconds and bytes.
+
+    `names` are the names and parameters of the components by axis, as JSON; `identity` distinguishes records with
+    equal labels; `victim_seconds` is None where no victim was trained.
     """
 
     key: str
@@ -51,7 +53,7 @@ class Measurement:
 
     @classmethod
     def of(cls, record: Record) -> Self:
-        """The measurement in a record."""
+        """The measurement of a record."""
         axes = {axis: value.model_dump(exclude={"label"}) for axis, value in record.axes.items()}
         identity = canonical_json([axes, record.recipe, record.upstream.get("dataset_sha256")])
         names = {axis: {"name": value.name, "params": value.params} for axis, value in record.axes.items()}
@@ -71,12 +73,15 @@ class Measurement:
     def rate(self, name: str) -> float | None:
         """The share `ba`, `asr` or `ra`; None where it was not measured."""
         hits, total = getattr(self, f"{name}_hits"), getattr(self, f"{name}_total")
-        return hits / total if total else None
+        if not total:
+            return None
+        share: float = hits / total
+        return share
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The labels of all axes."""
-        return (self.dataset, self.attack, self.defense, self.architecture, self.activation, self.trainer)
+        return tuple(getattr(self, axis) for axis in AXES)
 
     def as_row(self) -> tuple[Any, ...]:
         """The values in the order of the fields."""
@@ -89,21 +94,24 @@ COLUMNS = tuple(field.name for field in fields(Measurement))
 def _counts(counts: Counts | None) -> dict[str, int]:
     if counts is None:
         return {}
-    found = {"ba": counts.benign_accuracy, "asr": counts.attack_success_rate, "ra": counts.robust_accuracy}
-    return {
-        f"{name}_{part}": getattr(count, part) for name, count in found.items() if count for part in ("hits", "total")
-    }
+    rates = {"ba": counts.benign_accuracy, "asr": counts.attack_success_rate, "ra": counts.robust_accuracy}
+    columns: dict[str, int] = {}
+    for name, count in rates.items():
+        if count:
+            columns |= {f"{name}_hits": count.hits, f"{name}_total": count.total}
+    return columns
 
 
 def _detection(detection: Detection | None) -> dict[str, float | None]:
-    names = ("tpr", "fpr", "auroc", "tpr_at_1_fpr")
-    return {} if detection is None else {name: getattr(detection, name) for name in names}
+    if detection is None:
+        return {}
+    return {name: getattr(detection, name) for name in ("tpr", "fpr", "auroc", "tpr_at_1_fpr")}
 
 
 def _costs(costs: Mapping[str, Cost]) -> dict[str, float | int | None]:
-    found: dict[str, float | int | None] = {}
+    columns: dict[str, float | int | None] = {}
     if (defense := costs.get("defense")) is not None:
-        found |= {"seconds": defense.seconds, "peak_memory": defense.peak_memory}
+        columns |= {"seconds": defense.seconds, "peak_memory": defense.peak_memory}
     if (victim := costs.get("victim")) is not None:
-        found["victim_seconds"] = victim.seconds
-    return found
+        columns["victim_seconds"] = victim.seconds
+    return columns

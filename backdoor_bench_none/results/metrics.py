@@ -1,4 +1,4 @@
-"""The metrics of the field: their names, how they are shown, and which way is better."""
+"""The metrics of the field: their names, how they are shown, and which direction is better."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Better = Literal["higher", "lower"]
 
 @dataclass(frozen=True)
 class Metric:
-    """`scale` turns the stored value into the shown one, with that many `digits`; `meaning` is one line."""
+    """A metric: `scale` turns a stored value into the shown one, which has `digits` decimals; `meaning` is one line."""
 
     name: str
     title: str
@@ -24,8 +24,9 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        """The title with an arrow to the better side."""
-        return f"{self.title} {'↑' if self.better == 'higher' else '↓'}"
+        """The title with an arrow in the better direction."""
+        arrow = "↑" if self.better == "higher" else "↓"
+        return f"{self.title} {arrow}"
 
     @property
     def is_share(self) -> bool:
@@ -33,12 +34,15 @@ class Metric:
         return self.scale == 100.0
 
     def bound(self, interval: Interval) -> Interval:
-        """`interval` without what lies below 0, or of a share above 1: Student's t does not know of these limits."""
-        return Interval(max(0.0, interval.low), min(1.0, interval.high) if self.is_share else interval.high)
+        """`interval` cut at 0, and at 1 for a share: Student's t does not respect these limits."""
+        high = min(1.0, interval.high) if self.is_share else interval.high
+        return Interval(max(0.0, interval.low), high)
 
     def show(self, value: float | None) -> str:
-        """The value as tables show it; a dash for none."""
-        return "–" if value is None else f"{value * self.scale:.{self.digits}f}"
+        """The value as tables show it; a dash for None."""
+        if value is None:
+            return "–"
+        return f"{value * self.scale:.{self.digits}f}"
 
 
 METRICS: Mapping[str, Metric] = {

@@ -1,4 +1,4 @@
-"""Rows of the table: one per combination of the axes, over its seeds."""
+"""The rows of tables: one for each combination of the axes, over its seeds."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ DEFENSE = AXES.index("defense")
 
 @dataclass(frozen=True)
 class Row:
-    """Means over `seeds`, the seeds with numbers; shares are fractions of 1, seconds those of the defense alone.
+    """Means over `seeds`, the seeds with results; shares are fractions of 1, seconds those of the defense alone.
 
-    `deviations` are standard deviations over seeds, from two on. `intervals` are at 95 %: Student's t over seeds, cut
-    to 0 to 1 for shares, or, for one seed, Wilson's over test images, which leaves out what another training would
-    change. `per_seed` has the values behind the means. `cost_ratio` is the time to a defended network over that of one
+    `deviations` are standard deviations over two or more seeds. `intervals` are at 95 %: Student's t over seeds, cut to
+    0 to 1 for shares, or for a single seed Wilson's over test images, which leaves out the variation between trainings.
+    `per_seed` holds the values behind the means. `cost_ratio` is the time to a defended network divided by that of one
     undefended training.
-    `status` is done, or partial when some seeds lack numbers, or what became of all of them: failed, timeout, skipped,
-    missing; `reason` says why.
+    `status` is done; partial if some seeds have no results; failed, timeout, skipped or missing if none has. `reason`
+    says why.
     """
 
     dataset: str
@@ -74,7 +74,7 @@ class Row:
 
     @property
     def rest(self) -> Labels:
-        """The labels of all axes but the defense: what rows to be compared have in common."""
+        """The labels of all axes but the defense, which rows to be compared have in common."""
         return without_defense(tuple(getattr(self, axis) for axis in AXES))
 
 
@@ -85,7 +85,7 @@ class _Slot:
     labels: Labels
     seed: int
     measured: Measurement | None
-    #: tells rows of equal labels apart
+    #: distinguishes rows with equal labels
     identity: str = ""
     reason: str | None = None
     is_baseline: bool = False
@@ -96,11 +96,9 @@ def make_rows(plan: Plan, results: Path) -> list[Row]:
     known = {measured.key: measured for measured in read_measurements(results)}
     slots = []
     for cell in plan.cells:
-        labels = tuple(cell.choices[axis].label for axis in AXES)
-        baseline = cell.defense.name == BASELINE
-        slots.append(
-            _Slot(labels, cell.seed, known.get(record_key(cell)), "", plan.skipped.get(record_key(cell)), baseline)
-        )
+        labels, key = tuple(cell.choices[axis].label for axis in AXES), record_key(cell)
+        is_baseline = cell.defense.name == BASELINE
+        slots.append(_Slot(labels, cell.seed, known.get(key), "", plan.skipped.get(key), is_baseline))
     return _rows(slots)
 
 
@@ -120,14 +118,14 @@ def _rows(slots: Sequence[_Slot]) -> list[Row]:
     seen: Counter[tuple[Labels, str, int]] = Counter()
     grouped: dict[tuple[Labels, str, int], list[_Slot]] = {}
     for slot in slots:
-        again = seen[slot.labels, slot.identity, slot.seed]  # a seed stands once in a row, whatever else differs
+        again = seen[slot.labels, slot.identity, slot.seed]  # a row holds each seed once, whatever else differs
         seen[slot.labels, slot.identity, slot.seed] += 1
         grouped.setdefault((slot.labels, slot.identity, again), []).append(slot)
     return [_row(labels, group, baselines) for (labels, _, _), group in grouped.items()]
 
 
 def without_defense(labels: Labels) -> Labels:
-    """The labels of all other axes."""
+    """The labels of all axes but the defense."""
     return (*labels[:DEFENSE], *labels[DEFENSE + 1 :])
 
 
@@ -139,17 +137,18 @@ def _row(labels: Labels, slots: list[_Slot], baselines: Mapping[tuple[Labels, in
     means, deviations, intervals = _summarize(per_seed, done)
     status, reason = _status(slots, len(done))
     axes: dict[str, Any] = dict(zip(AXES, labels, strict=True))
+    components = json.loads(done[0].names) if done else {}
     return Row(
         **axes, **means, seeds=[measured.seed for measured in done], status=status, reason=reason,
         sees_ground_truth=any(measured.sees_ground_truth for measured in done),
         is_baseline=any(slot.is_baseline for slot in slots), keys=[measured.key for measured in done],
         deviations=deviations, intervals=intervals, per_seed=per_seed,
-        components=json.loads(done[0].names) if done else {},
+        components=components,
     )  # fmt: skip
 
 
 def _values(measured: Measurement, baseline: Measurement | None) -> dict[str, float | None]:
-    """All metrics of one seed."""
+    """The values of all metrics for one seed."""
     ba, asr, ra = (measured.rate(name) for name in ("ba", "asr", "ra"))
     return {
         "ba": ba, "asr": asr, "ra": ra, "der": _effectiveness(measured, baseline),
@@ -166,7 +165,9 @@ def _summarize(
     deviations, intervals = dict[str, float](), dict[str, Interval]()
     for name, column in per_seed.items():
         spread = spread_over_seeds([value for value in column if value is not None])
-        means[name] = max(filter(None, column), default=spread.mean) if name == "peak_memory" else spread.mean
+        means[name] = spread.mean
+        if name == "peak_memory":
+            means[name] = max(filter(None, column), default=spread.mean)
         if spread.deviation is not None and spread.interval is not None:
             deviations[name], intervals[name] = spread.deviation, METRICS[name].bound(spread.interval)
     if len(done) == 1:
@@ -181,29 +182,44 @@ def _status(slots: list[_Slot], done: int) -> tuple[str, str | None]:
     without = [slot for slot in slots if slot.measured is None or slot.measured.ba_total is None]
     if not without:
         return "done", None
-    reasons = [slot.reason or (slot.measured.reason if slot.measured else "not run yet") for slot in without]
-    first = without[0]
-    status = "skipped" if first.reason else first.measured.status if first.measured else "missing"
-    return ("partial" if done else status), reasons[0]
+    status, reason = _end_of(without[0])
+    if done:
+        return "partial", reason
+    return status, reason
+
+
+def _end_of(slot: _Slot) -> tuple[str, str | None]:
+    """The status and the reason of a seed without results."""
+    if slot.reason:
+        return "skipped", slot.reason
+    if slot.measured is None:
+        return "missing", "not run yet"
+    return slot.measured.status, slot.measured.reason
 
 
 def _effectiveness(measured: Measurement, baseline: Measurement | None) -> float | None:
     """DER against the undefended network of the same seed; None for that network itself."""
     if baseline is None or baseline.key == measured.key:
         return None
-    before, after = ((m.rate("ba"), m.rate("asr")) for m in (baseline, measured))
-    if before[0] is None or before[1] is None or after[0] is None or after[1] is None:
+    ba_before, asr_before = baseline.rate("ba"), baseline.rate("asr")
+    ba_after, asr_after = measured.rate("ba"), measured.rate("asr")
+    if ba_before is None or asr_before is None or ba_after is None or asr_after is None:
         return None
-    return defense_effectiveness((before[0], before[1]), (after[0], after[1]))
+    return defense_effectiveness((ba_before, asr_before), (ba_after, asr_after))
 
 
 def cost_ratio(measured: Measurement, baseline: Measurement | None) -> float | None:
-    """Seconds to a defended network over those of one undefended training, `baseline`'s victim.
+    """Seconds to a defended network divided by those of one undefended training, that of `baseline`'s victim.
 
-    A defense that begins with an ordinary training bears its cost; a repair of a finished network does not.
+    The cost of a defense that begins with an ordinary training includes it; that of a repair of a finished network
+    does not.
     """
-    victim = measured.victim_seconds or (baseline.victim_seconds if baseline else None)
-    if not victim or measured.seconds is None:
+    victim_seconds = measured.victim_seconds
+    if not victim_seconds and baseline is not None:
+        victim_seconds = baseline.victim_seconds
+    if not victim_seconds or measured.seconds is None:
         return None
-    begins = measured.victim_seconds is not None and measured.defense_stage != "post_training"
-    return (measured.seconds + (victim if begins else 0.0)) / victim
+    seconds = measured.seconds
+    if measured.victim_seconds is not None and measured.defense_stage != "post_training":
+        seconds += victim_seconds
+    return seconds / victim_seconds

@@ -1,7 +1,7 @@
-"""The results folder: every file is written under a temporary name and
-renamed, so that a reader or a crash never sees half of one.
+"""The results folder: records and artifacts.
 
-`records/ab/<key>.json` are the truth. `artifacts/<stage>/ab/<key>.<sha256>.safetensors` are shared stages, checked
+Every file is written under a temporary name and renamed, so that neither a reader nor a crash leaves half a file.
+`records/ab/<key>.json` are the results. `artifacts/<stage>/ab/<key>.<sha256>.safetensors` are shared stages, checked
 against the hash in their name.
 """
 
@@ -51,15 +51,14 @@ class Store:
         self.root = root
 
     def create(self) -> None:
-        """Make the folder, or say why that is not possible."""
+        """Create the folder; `StoreError` if it cannot be written, and a warning if its file system has no locks."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root) as file:
                 has_locks = lock_file(file)
         except OSError as error:
-            raise StoreError(
-                f"the results folder '{self.root}' cannot be written: {error}", "choose another with --results"
-            ) from error
+            message = f"the results folder '{self.root}' cannot be written: {error}"
+            raise StoreError(message, "choose another with --results") from error
         if not has_locks:
             warnings.warn(
                 f"the file system of '{self.root}' has no locks: one run is safe there, two at once are not",
@@ -70,20 +69,20 @@ class Store:
     # records
 
     def record_path(self, key: str) -> Path:
-        """Where the record of a cell stands."""
+        """The file of a cell's record."""
         return self.root / "records" / key[:2] / f"{key}.json"
 
     def write_record(self, record: Record) -> None:
-        """Put `record` in place of an older one of its key."""
+        """Write `record`, in place of an older one with its key."""
         text = json.dumps(record.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False, allow_nan=False)
         self._write(self.record_path(record.key), text.encode())
 
     def read_record(self, key: str) -> Record | None:
-        """The record of a cell; None if there is none, or none that can be read."""
+        """The record of a cell; None if it is absent or cannot be read."""
         return _read_record(self.record_path(key))
 
     def records(self) -> list[Record]:
-        """All records, by key."""
+        """All records, sorted by key."""
         paths = sorted((self.root / "records").glob("*/*.json"))
         return [record for path in paths if (record := _read_record(path)) is not None]
 
@@ -98,20 +97,18 @@ class Store:
             raise BenchError(
                 f"'{prefix}' is not one key: {', '.join(sorted(p.stem for p in paths)[:5])}", "give more digits"
             )
-        known = [path.stem for path in (self.root / "records").glob("*/*.json")]
-        raise BenchError(
-            f"there is no record '{prefix}' in '{self.root}'",
-            "`bbn run` names the keys of its cells" if known else "`bbn run` makes records",
-        )
+        has_records = any((self.root / "records").glob("*/*.json"))
+        hint = "`bbn run` names the keys of its cells" if has_records else "`bbn run` makes records"
+        raise BenchError(f"there is no record '{prefix}' in '{self.root}'", hint)
 
     # artifacts
 
     def find_artifact(self, stage: str, key: str) -> Path | None:
-        """The file of an artifact, unread."""
+        """The file of an artifact, which is not read; None if it is absent."""
         return next((self.root / "artifacts" / stage / key[:2]).glob(f"{key}.*.safetensors"), None)
 
     def save_artifact(self, stage: str, key: str, artifact: Artifact) -> None:
-        """Write an artifact under a name that holds its hash."""
+        """Write an artifact to a file with its hash in the name."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in artifact.tensors.items()}
         data = save(tensors, metadata={"meta": json.dumps(artifact.meta)})
         self._write(
@@ -119,7 +116,10 @@ class Store:
         )
 
     def load_artifact(self, stage: str, key: str) -> Artifact | None:
-        """An artifact, checked; None if it is absent. A damaged one is reported, removed, and absent from then on."""
+        """An artifact, checked against its hash; None if it is absent.
+
+        A damaged one is removed with a warning, and is absent from then on.
+        """
         path = self.find_artifact(stage, key)
         if path is None:
             return None
@@ -136,13 +136,11 @@ class Store:
 
     @contextmanager
     def lock(self, stage: str, key: str) -> Iterator[None]:
-        """Hold the right to compute a stage; a second process waits. The
-        lock is the kernel's, and is gone with the process.
-        """
+        """Hold the lock of a stage, for which a second process waits; the kernel frees it when the process ends."""
         path = self.root / "locks" / f"{stage}-{key}"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
-            lock_file(file)  # where there are no locks, `create` has said so
+            lock_file(file)  # where there are no locks, `create` has warned
             yield
 
     def _write(self, path: Path, data: bytes) -> None:
@@ -158,7 +156,8 @@ class Store:
             with suppress(OSError):
                 temporary.unlink()
             raise StoreError(
-                f"'{path}' cannot be written: {error.strerror}", "make room, or choose another folder with --results"
+                f"'{path}' cannot be written: {error.strerror}",
+                "free some space, or choose another folder with --results",
             ) from error
 
 
@@ -168,11 +167,8 @@ def _read_record(path: Path) -> Record | None:
     except FileNotFoundError:
         return None
     except (OSError, ValidationError, ValueError) as error:
-        warnings.warn(
-            f"record '{path}' cannot be read and counts as missing: {str(error).splitlines()[0]}",
-            UserWarning,
-            stacklevel=3,
-        )
+        fault = str(error).splitlines()[0]
+        warnings.warn(f"record '{path}' cannot be read and counts as missing: {fault}", UserWarning, stacklevel=3)
         return None
 
 

@@ -1,1 +1,1 @@
-"""How a plan becomes records: the stages, the jobs they are packed into, and their progress."""
+"""From a plan to records: the stages of a cell, the jobs they are packed into, and their progress."""

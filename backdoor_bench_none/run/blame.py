@@ -1,4 +1,4 @@
-"""Whose component a failure may be due to: third-party packages are named with their versions."""
+"""Names the third-party components that may have caused a failure, with the packages that provide them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from backdoor_bench_none.registry.components import Registry
 
 
 def name_suspects(cell: Cell, outcome: Outcome, registry: Registry) -> list[str]:
-    """Those of the components at work that are not built in, with their providers; where a traceback shows the files
-    of some, only these.
+    """The components at work that are not built in, with their providers.
+
+    Where a traceback shows the files of some of them, only those are named.
     """
-    at_work = AXES if outcome.kind in (None, CELL) else find_stage(str(outcome.kind)).axes
+    at_work: tuple[str, ...] = AXES
+    if outcome.kind is not None and outcome.kind != CELL:
+        at_work = find_stage(outcome.kind).axes
     providers = {axis: registry.entry(axis, cell.choices[axis].name).provider for axis in at_work}
     third_party = {axis: provider for axis, provider in providers.items() if not provider.builtin}
     shown = [axis for axis in third_party if _file_of(cell.choices[axis]) in (outcome.traceback or "")]
@@ -23,6 +26,6 @@ def name_suspects(cell: Cell, outcome: Outcome, registry: Registry) -> list[str]
 
 
 def _file_of(choice: Choice[Component]) -> str:
-    """The file of a component's class, as a traceback shows it."""
+    """The source file of a component's class, as a traceback shows it."""
     module = sys.modules.get(type(choice.component).__module__)
     return f'"{getattr(module, "__file__", "no file")}"'

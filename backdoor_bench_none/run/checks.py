@@ -1,4 +1,4 @@
-"""What attacks and defenses return is checked before it is kept."""
+"""Checks of what attacks and defenses return, before it is kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backdoor_bench_none.seeds import canonical_json
 
 
 def check_result(result: DefenseResult, count: int) -> None:
-    """Raise `TypeError` or `ValueError` if a defense returned something else than it may."""
+    """Raise `TypeError` or `ValueError` if a defense's result for `count` training samples is not valid."""
     if not isinstance(result, DefenseResult):
         raise TypeError(f"a defense returns a DefenseResult, not {type(result).__name__}")
     if not isinstance(result.model, nn.Module):
@@ -34,18 +34,17 @@ def check_result(result: DefenseResult, count: int) -> None:
     try:
         canonical_json(dict(result.extras))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"extras hold something that JSON does not: {error}") from error
+        raise TypeError(f"extras hold a value that JSON cannot hold: {error}") from error
 
 
 @contextmanager
-def forbid_changes(**given: ImageSet | None) -> Iterator[None]:
-    """Raise `TypeError` if the images or labels of a set, by name, were written to inside."""
-    tensors = {
-        f"{name}.{part}": getattr(data, part)
-        for name, data in given.items()
-        for part in ("images", "labels")
-        if data is not None
-    }
+def forbid_changes(**sets: ImageSet | None) -> Iterator[None]:
+    """Raise `TypeError` if the images or labels of one of these sets are changed in place inside."""
+    tensors: dict[str, Tensor] = {}
+    for name, data in sets.items():
+        if data is not None:
+            tensors |= {f"{name}.images": data.images, f"{name}.labels": data.labels}
+    # torch counts writes into a tensor; comparing the counts costs nothing, unlike comparing copies of the data
     before = {name: tensor._version for name, tensor in tensors.items()}
     yield
     changed = [name for name, tensor in tensors.items() if tensor._version != before[name]]
@@ -54,7 +53,7 @@ def forbid_changes(**given: ImageSet | None) -> Iterator[None]:
 
 
 def check_loadable(model: nn.Module, expected: nn.Module, remedy: str) -> None:
-    """Raise `TypeError` if core could not build the returned network again to evaluate it."""
+    """Raise `TypeError` if the weights of `model` do not fit `expected`, the network that is evaluated."""
     try:
         expected.load_state_dict(model.state_dict())
     except RuntimeError as error:

@@ -1,13 +1,17 @@
-"""Core's own evaluation: counts, never percentages, and detection against a ground truth the defense never saw."""
+"""The evaluation of finished networks, and of detection against the ground truth, which the defense never sees.
+
+Results are kept as counts, not as percentages.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from backdoor_bench_none.contracts.attack import PoisonedSamples
+from backdoor_bench_none.contracts.attack import FoundTriggers, PoisonedSamples
 from backdoor_bench_none.contracts.context import Context
 from backdoor_bench_none.contracts.dataset import ImageSet
 from backdoor_bench_none.contracts.measures import Count, Counts, Detection, Outcomes
@@ -19,7 +23,7 @@ from backdoor_bench_none.maths.statistics import pack_outcomes, tpr_at_fpr
 def evaluate(
     model: nn.Module, test: ImageSet, triggered: Iterable[PoisonedSamples], pixels: Pixels, context: Context
 ) -> tuple[Counts, Evaluation]:
-    """Classify the clean test set and the triggered ones, part by part, and count over all parts."""
+    """Classify the clean test set and the triggered sets, part by part, and count over all parts."""
     clean = predict_logits(model, test.images, pixels, context).argmax(1).cpu()
     labels = test.labels.cpu()
     empty = torch.empty(0, dtype=torch.int64)
@@ -32,26 +36,40 @@ def evaluate(
             true.append(labels[part.indices])
             wanted.append(part.labels)
     evaluation = Evaluation(model, clean, labels, torch.cat(attacked), torch.cat(true), torch.cat(wanted), tuple(sizes))
-    predicted, is_triggered = evaluation.triggered_predictions, sum(sizes) > 0
+    predicted = evaluation.triggered_predictions
     counts = Counts(
         benign_accuracy=_count(clean == labels),
-        attack_success_rate=_count(predicted == evaluation.wanted_labels) if is_triggered else None,
-        robust_accuracy=_count(predicted == evaluation.triggered_labels) if is_triggered else None,
+        attack_success_rate=_count_if_any(predicted == evaluation.wanted_labels),
+        robust_accuracy=_count_if_any(predicted == evaluation.triggered_labels),
     )
     return counts, evaluation
 
 
 def pack_evaluation(evaluation: Evaluation) -> Outcomes:
-    """The hits of every image."""
+    """Whether each image was a hit, packed into bits."""
     benign = evaluation.clean_predictions == evaluation.clean_labels
     attacked = evaluation.triggered_predictions == evaluation.wanted_labels
-    return Outcomes(
-        benign=pack_outcomes(benign.numpy()), attacked=pack_outcomes(attacked.numpy()) if len(attacked) else None
-    )
+    packed = pack_outcomes(attacked.numpy()) if len(attacked) else None
+    return Outcomes(benign=pack_outcomes(benign.numpy()), attacked=packed)
+
+
+def count_trigger_hits(triggers: FoundTriggers, evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The facts of each trigger found in the network, with its hits among the test images of other classes."""
+    hits = evaluation.triggered_predictions == evaluation.wanted_labels
+    return [
+        {**fact, "hits": int(part.sum()), "total": len(part)}
+        for fact, part in zip(triggers.facts, torch.split(hits, list(evaluation.part_sizes)), strict=True)
+    ]
 
 
 def _count(hits: Tensor) -> Count:
     return Count(hits=int(hits.sum()), total=len(hits))
+
+
+def _count_if_any(hits: Tensor) -> Count | None:
+    if len(hits) == 0:
+        return None
+    return _count(hits)
 
 
 def score_detection(flagged: Tensor, scores: Tensor | None, poisoned: Tensor) -> Detection:

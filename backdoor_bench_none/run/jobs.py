@@ -1,4 +1,4 @@
-"""Doing a job in this process."""
+"""Runs a job in this process."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from backdoor_bench_none.contracts.job import CELL, Job, Outcome, Progress, Sett
 
 
 def run_job(job: Job, settings: Settings, device: str, threads: int | None, progress: Progress) -> Outcome:
-    """Do `job` in this process; every error becomes an outcome."""
+    """Run `job` in this process; every error becomes an outcome."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            _do(job, settings, device, threads, progress)
+            _run(job, settings, device, threads, progress)
             outcome = Outcome("done")
         except Exception as error:
             outcome = _outcome_of(error)
-    return replace(outcome, warnings=_worth_telling(caught), kind=job.kind)
+    return replace(outcome, warnings=_damage_reports(caught), kind=job.kind)
 
 
-def _do(job: Job, settings: Settings, device: str, threads: int | None, progress: Progress) -> None:
+def _run(job: Job, settings: Settings, device: str, threads: int | None, progress: Progress) -> None:
     import torch
 
     from backdoor_bench_none.contracts.context import Context, choose_amp, choose_device
@@ -39,9 +39,12 @@ def _do(job: Job, settings: Settings, device: str, threads: int | None, progress
     registry = Registry(Plugins(external=settings.external, bbnfile=settings.bbnfile))
     cell = cell_from_spec(job.spec, registry)
     chosen = choose_device(device)
-    torch.backends.cudnn.benchmark = chosen.type == "cuda"  # batches have one size, so the search pays
-    deadline = None if settings.timeout is None else time.monotonic() + settings.timeout
-    amp = None if cell.recipe.precision == "float32" else choose_amp(chosen)
+    torch.backends.cudnn.benchmark = chosen.type == "cuda"  # all batches have one size, so the search pays off
+    deadline, amp = None, None
+    if settings.timeout is not None:
+        deadline = time.monotonic() + settings.timeout
+    if cell.recipe.precision != "float32":
+        amp = choose_amp(chosen)
     context = Context(chosen, 0, amp, deadline, progress=progress)
     stages = Stages(cell, Store(settings.results), context, describe(cell, context, registry))
     if job.kind == CELL:
@@ -60,8 +63,8 @@ def _outcome_of(error: Exception) -> Outcome:
     return Outcome("failed", type(error).__name__, str(error), traceback.format_exc())
 
 
-def _worth_telling(caught: Iterable[warnings.WarningMessage]) -> tuple[str, ...]:
-    """Damaged artifacts; a worker's plugins warn as the parent's did."""
+def _damage_reports(caught: Iterable[warnings.WarningMessage]) -> tuple[str, ...]:
+    """The warnings of damaged artifacts; others, such as those of broken plugins, the parent has shown already."""
     from backdoor_bench_none.results.store import DamagedArtifactWarning
 
     return tuple(str(warning.message) for warning in caught if issubclass(warning.category, DamagedArtifactWarning))

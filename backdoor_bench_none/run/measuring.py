@@ -1,4 +1,4 @@
-"""What a stage takes: seconds, memory, and the warnings on the way."""
+"""Measures a stage: its seconds, its peak memory, and the warnings it raised."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from backdoor_bench_none.system import read_peak_memory, reset_peak_memory
 
 @contextmanager
 def watch_peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
-    """Yields a function for the highest memory in bytes since then: the
-    device's on CUDA, this process's on Linux, else None.
+    """Yield a function that returns the peak memory in bytes since then.
+
+    That is the memory of the device on CUDA and of this process on Linux; None elsewhere.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: int(torch.cuda.max_memory_allocated(device))
         return
-    has_mark = reset_peak_memory()
-    yield lambda: read_peak_memory() if has_mark else None
+    if reset_peak_memory():
+        yield read_peak_memory
+    else:
+        yield lambda: None
 
 
 @dataclass
 class Measured:
-    """What was measured once the stage has ended."""
+    """The measurements of a stage, set when it has ended."""
 
     cost: Cost = field(default_factory=lambda: Cost(seconds=0.0))
     warnings: list[str] = field(default_factory=list)
@@ -37,7 +40,7 @@ class Measured:
 
 @contextmanager
 def measure_stage(device: torch.device) -> Iterator[Measured]:
-    """Seconds, peak memory and warnings of what is done inside."""
+    """Measure the seconds, the peak memory and the warnings of what is done inside."""
     measured = Measured()
     started = time.perf_counter()
     with watch_peak_memory(device) as peak, warnings.catch_warnings(record=True) as caught:

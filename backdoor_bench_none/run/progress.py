@@ -1,4 +1,4 @@
-"""Shows a run: bars with a remaining time on a terminal, one line per finished cell elsewhere."""
+"""Shows a run: progress bars on a terminal, one line per finished cell elsewhere."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from backdoor_bench_none.contracts.job import CELL, Job, Outcome
 from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.planning.stage_table import in_order
 from backdoor_bench_none.run.runner import Reporter
+from backdoor_bench_none.run.wrapping import wrap
+from backdoor_bench_none.words import plural
 
 
 def name_of_kind(kind: str) -> str:
-    """A kind of job as a person reads it."""
+    """The name of a kind of job in messages."""
     return "defense" if kind == CELL else kind
 
 
 class Lines(Reporter):
-    """One line per finished cell; quiet: nothing but failures."""
+    """One line per finished cell; only failures if `quiet`."""
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
         self.console = console
@@ -37,7 +39,7 @@ class Lines(Reporter):
         """See `Reporter`."""
         self._left = [job.kind for job in jobs].count(CELL)
         if not self.quiet:
-            self._print(f"{name}: {self._left} cells to run, {cached} done before, {skipped} skipped")
+            self._print(f"{name}: {plural('cell', self._left)} to run, {cached} done before, {skipped} skipped")
 
     def job_started(self, job: Job) -> None:
         """Nothing to show."""
@@ -62,11 +64,11 @@ class Lines(Reporter):
         """Nothing to show."""
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(wrap(text), markup=False, highlight=False, soft_wrap=True)
 
 
 class Bars(Lines):
-    """A bar per kind of job, and one for every job that runs."""
+    """One bar per kind of job, and one for each running job."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -104,7 +106,7 @@ class Bars(Lines):
 
 
 def describe_record(record: Record) -> str:
-    """One line: how a cell ended."""
+    """How a cell ended, in one line."""
     if record.counts is None:
         return f"{record.status.upper():7} {record.key}  {record.title} - {record.reason}"
     counts = record.counts

@@ -1,4 +1,4 @@
-"""What a record says of the software and the machine behind it."""
+"""The software and the machine behind a record."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "opencv-python-hea
 
 
 def describe(cell: Cell, context: Context, registry: Registry) -> dict[str, Any]:
-    """Versions, device, precision, threads, and who provides each component of the cell."""
+    """Versions, device, precision, threads, and the provider of each component of the cell."""
+    cuda = torch.version.cuda if context.device.type == "cuda" else None
+    precision = "float32" if context.amp is None else str(context.amp).removeprefix("torch.")
     return {
         "providers": name_providers(cell, registry),
         "python": platform.python_version(),
         "libraries": installed_libraries(),
         "device": device_name(context.device),
-        "precision": "float32" if context.amp is None else str(context.amp).removeprefix("torch."),
+        "precision": precision,
         "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda if context.device.type == "cuda" else None,
+        "cuda": cuda,
         "deterministic": context.device.type == "cpu",
     }
 
@@ -37,13 +39,13 @@ def name_providers(cell: Cell, registry: Registry) -> dict[str, str]:
 
 
 def installed_libraries() -> dict[str, str]:
-    """The versions of the libraries that results rest on, as far as they are installed."""
+    """The versions of the installed libraries that results depend on."""
     versions = {name: installed_version(name) for name in LIBRARIES}
     return {name: known for name, known in versions.items() if known is not None}
 
 
 def installed_version(distribution: str) -> str | None:
-    """The installed version of a distribution."""
+    """The installed version of a distribution; None if it is not installed."""
     try:
         return version(distribution)
     except PackageNotFoundError:
@@ -51,7 +53,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the GPU, or of the CPU as far as the system tells it."""
+    """The name of the GPU, or that of the CPU where the system reports it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return cpu_name()

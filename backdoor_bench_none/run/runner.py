@@ -1,4 +1,4 @@
-"""Runs a plan: decides what is left to do, packs it into jobs, and sees to it that every cell ends with a record."""
+"""Runs a plan: chooses the cells to run, packs them into jobs, and writes a record for every cell that ended."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from backdoor_bench_none.run.blame import name_suspects
 from backdoor_bench_none.run.provenance import name_providers
 from backdoor_bench_none.run.scheduler import Scheduler
 
-#: which cells to run: those without numbers, those that failed, or all again
+#: which cells to run: those without results, those that failed, or all again
 Only = Literal["missing", "failed", "all"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is to be carried out."""
+    """The options of a run."""
 
     results: Path
     device: str = "auto"
@@ -47,16 +47,16 @@ class Options:
 
 
 class Reporter(Protocol):
-    """Shows a run to a person."""
+    """Shows the course of a run."""
 
     def start(self, name: str, jobs: list[Job], cached: int, skipped: int) -> None:
-        """The run begins; `cached` cells have their numbers already."""
+        """The run begins; `cached` cells have their results already."""
 
     def job_started(self, job: Job) -> None:
         """A job begins."""
 
     def job_progress(self, event: Event) -> None:
-        """A job has done some epochs."""
+        """A job has finished some of its epochs."""
 
     def job_finished(self, job: Job, outcome: Outcome) -> None:
         """A job ended."""
@@ -65,10 +65,10 @@ class Reporter(Protocol):
         """A cell has its record."""
 
     def note(self, text: str) -> None:
-        """Something a person should know."""
+        """Show a message."""
 
     def stop(self) -> None:
-        """The run ended, however it did."""
+        """The run ended, in whatever way."""
 
 
 @dataclass
@@ -85,13 +85,15 @@ class Summary:
 
 
 def run_plan(plan: Plan, registry: Registry, options: Options, reporter: Reporter) -> Summary:
-    """Run what is left of `plan` and return how it ended; the records are in the results folder."""
+    """Run the cells of `plan` that `options` choose and return how the run ended; records are in the results folder."""
     store = Store(options.results)
     store.create()
     started = time.monotonic()
     todo = [cell for cell in choose_cells(plan, store, options.only) if record_key(cell) not in plan.skipped]
     skipped = [cell for cell in plan.cells if record_key(cell) in plan.skipped]
-    summary = Summary(skipped=len(skipped), cached=count_done(plan, store) if options.only != "all" else 0)
+    summary = Summary(skipped=len(skipped))
+    if options.only != "all":
+        summary.cached = count_done(plan, store)
     for cell in skipped:
         _record_skip(store, cell, plan.skipped[record_key(cell)], registry)
     if options.only == "all":
@@ -113,7 +115,7 @@ def run_plan(plan: Plan, registry: Registry, options: Options, reporter: Reporte
                 return not interrupts and (options.max_failures is None or len(summary.failed) < options.max_failures)
 
             for job, outcome in scheduler.run(keep_going):
-                _tell(reporter, job, outcome)
+                _report(reporter, job, outcome)
                 if job.kind == CELL:
                     _finish(cells[job.id.partition(":")[2]], outcome, store, registry, reporter, summary)
             summary.interrupted = bool(interrupts)
@@ -139,18 +141,19 @@ def choose_cells(plan: Plan, store: Store, only: Only) -> list[Cell]:
 
 def _status(store: Store, cell: Cell) -> str | None:
     """How a cell ended; None if it has no record."""
-    record = store.read_record(record_key(cell))
-    return None if record is None else record.status
+    if (record := store.read_record(record_key(cell))) is None:
+        return None
+    return record.status
 
 
 def count_done(plan: Plan, store: Store) -> int:
-    """How many cells of the plan have their numbers."""
+    """The number of cells of the plan that have results."""
     cells = [cell for cell in plan.cells if record_key(cell) not in plan.skipped]
     return [_status(store, cell) for cell in cells].count("done")
 
 
 def pack_jobs(cells: list[Cell], store: Store) -> list[Job]:
-    """One job per cell, and one per shared stage that is not there yet, each before the jobs that need it."""
+    """One job per cell and one per shared stage without an artifact, each before the jobs that need it."""
     jobs: dict[str, Job] = {}
     for cell in cells:
         needs: list[str] = []
@@ -169,7 +172,7 @@ def pack_jobs(cells: list[Cell], store: Store) -> list[Job]:
 
 
 def _job_id(stage: Stage, cell: Cell) -> str:
-    """Equal for stages that make the same artifact: the benign network of one cell is the victim of another."""
+    """A job's id, equal for stages with the same artifact: the benign network of one cell is the victim of another."""
     return f"{stage.folder}:{stage_key(cell, stage.name)}"
 
 
@@ -179,12 +182,14 @@ def _ids_of_needs(stage: Stage, cell: Cell) -> list[str]:
 
 def _executor(plan: Plan, registry: Registry, options: Options) -> Executor:
     entry = plan.config.executor
-    params = entry.params if options.slots is None else {**entry.params, "slots": options.slots}
+    params = dict(entry.params)
+    if options.slots is not None:
+        params["slots"] = options.slots
     return registry.create_as(Executor, entry.name, params)
 
 
 def _forget(store: Store, cells: list[Cell]) -> None:
-    """Remove the artifacts that lead to `cells`, so that everything is computed again; the data set is only read."""
+    """Remove the artifacts of `cells`, so that everything is computed again; decoded data sets are kept."""
     for cell in cells:
         for name, key in artifact_keys(cell).items():
             path = store.find_artifact(str(find_stage(name).folder), key)
@@ -195,22 +200,29 @@ def _forget(store: Store, cells: list[Cell]) -> None:
 def _finish(
     cell: Cell, outcome: Outcome, store: Store, registry: Registry, reporter: Reporter, summary: Summary
 ) -> None:
-    record = store.read_record(record_key(cell)) if outcome.status == "done" else None
-    if record is None:
-        failure = Failure(type=outcome.error, message=outcome.message, traceback=outcome.traceback)
-        status: Literal["failed", "timeout"] = "timeout" if outcome.status == "timeout" else "failed"
-        reason = f"{outcome.error}: {outcome.message}" if outcome.traceback else outcome.message
-        suspects = name_suspects(cell, outcome, registry)
-        record = Record.of(
-            cell, record_key(cell), status, reason="; ".join([(reason or status).splitlines()[0], *suspects]),
-            failure=failure, provenance={"providers": name_providers(cell, registry)},
-        )  # fmt: skip
+    record = None
+    if outcome.status == "done":
+        record = store.read_record(record_key(cell))
+    if record is not None:
+        summary.done += 1
+    else:
+        record = _failure_record(cell, outcome, registry)
         store.write_record(record)
         summary.failed.append(record)
-    else:
-        summary.done += 1
     reporter.cell_finished(record)
     registry.plugins.cell_finished(cell, record)
+
+
+def _failure_record(cell: Cell, outcome: Outcome, registry: Registry) -> Record:
+    """The record of a cell without results: the first line of the error, and the components that may have caused it."""
+    status: Literal["failed", "timeout"] = "timeout" if outcome.status == "timeout" else "failed"
+    reason = f"{outcome.error}: {outcome.message}" if outcome.traceback else outcome.message
+    first_line = (reason or status).splitlines()[0]
+    return Record.of(
+        cell, record_key(cell), status, reason="; ".join([first_line, *name_suspects(cell, outcome, registry)]),
+        failure=Failure(type=outcome.error, message=outcome.message, traceback=outcome.traceback),
+        provenance={"providers": name_providers(cell, registry)},
+    )  # fmt: skip
 
 
 def _record_skip(store: Store, cell: Cell, reason: str, registry: Registry) -> None:
@@ -221,7 +233,7 @@ def _record_skip(store: Store, cell: Cell, reason: str, registry: Registry) -> N
         registry.plugins.cell_finished(cell, record)
 
 
-def _tell(reporter: Reporter, job: Job, outcome: Outcome) -> None:
+def _report(reporter: Reporter, job: Job, outcome: Outcome) -> None:
     reporter.job_finished(job, outcome)
     for text in outcome.warnings:
         reporter.note(text)
@@ -229,18 +241,18 @@ def _tell(reporter: Reporter, job: Job, outcome: Outcome) -> None:
 
 @contextmanager
 def _count_interrupts(reporter: Reporter) -> Iterator[list[int]]:
-    """Ctrl-C once: the list is no longer empty, and what runs is finished; twice: `KeyboardInterrupt`."""
+    """Yield a list that grows with every Ctrl-C; the second one raises `KeyboardInterrupt`."""
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
         received.append(number)
         if len(received) > 1:
             raise KeyboardInterrupt
-        reporter.note("stopping: the running stages are finished and kept; Ctrl-C again stops at once")
+        reporter.note("stopping: running stages are finished and kept; Ctrl-C again stops at once")
 
     try:
         before = signal.signal(signal.SIGINT, receive)
-    except ValueError:  # not the main thread: the caller has its own way to stop
+    except ValueError:  # not in the main thread, where the caller has another way to stop
         yield received
         return
     try:

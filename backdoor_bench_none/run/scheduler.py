@@ -1,4 +1,4 @@
-"""Starts every job once what it needs is done; what needs a failed job fails with it, and everything else goes on."""
+"""Starts each job once the jobs it needs are done; a job that needs a failed one fails too, and all others go on."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from dataclasses import dataclass, field, replace
 from backdoor_bench_none.contracts.executor import Event, Pool
 from backdoor_bench_none.contracts.job import Job, Outcome
 
-#: seconds between two looks at whether to stop
+#: seconds between two checks of whether to stop
 PATIENCE = 0.5
 
 
 @dataclass
 class Scheduler:
-    """Runs `jobs`, given in an order in which each comes after its needs, as soon as possible and in that order."""
+    """Runs `jobs` as soon as possible and in their order, in which each comes after those it needs."""
 
     jobs: Sequence[Job]
     pool: Pool
-    #: told of progress, never of ends
+    #: called when a job reports progress, not when it ends
     on_progress: Callable[[Event], None] = lambda event: None
     on_start: Callable[[Job], None] = lambda job: None
     _outcomes: dict[str, Outcome] = field(default_factory=dict)
     _running: set[str] = field(default_factory=set)
 
     def run(self, keep_going: Callable[[], bool]) -> Iterator[tuple[Job, Outcome]]:
-        """Yield every job that ended; once `keep_going` says no, start no more and finish those that run."""
+        """Yield every job that ended; once `keep_going` returns False, start no more and finish the running ones."""
         by_id = {job.id: job for job in self.jobs}
         waiting = list(self.jobs)
         while self._running or (waiting and keep_going()):
@@ -63,10 +63,11 @@ class Scheduler:
         return outcome is not None and outcome.status == "done"
 
     def _doomed(self, waiting: list[Job]) -> list[tuple[Job, Outcome]]:
-        """Jobs that can no longer run, with the reason handed down."""
+        """The jobs that can no longer run, with the outcome of the failed job they need."""
         doomed = []
         for job in waiting:
-            failed = next((self._outcomes[n] for n in job.needs if n in self._outcomes and not self._is_done(n)), None)
-            if failed is not None:
-                doomed.append((job, replace(failed, warnings=())))
+            failed = [need for need in job.needs if need in self._outcomes and not self._is_done(need)]
+            if failed:
+                # its warnings were shown when it ended
+                doomed.append((job, replace(self._outcomes[failed[0]], warnings=())))
         return doomed

@@ -1,6 +1,6 @@
-"""How the stages of a cell are computed: each is loaded if it is there, else computed and kept.
+"""Computes the stages of a cell: each is loaded if its artifact exists, else computed and kept.
 
-`planning/stage_table.py` says which there are; there is one method for each row.
+There is one method for each row of the table in `planning/stage_table.py`.
 """
 
 from __future__ import annotations
@@ -33,38 +33,35 @@ from backdoor_bench_none.contracts.recipe import Recipe
 from backdoor_bench_none.contracts.record import Cost, Record
 from backdoor_bench_none.contracts.task import TrainingTask
 from backdoor_bench_none.contracts.trainer import PretrainingTask, check_learned
-from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.planning.stage_table import (
     artifact_keys,
     benign_key,
-    data_key,
-    defense_key,
     find_stage,
     has_stage,
     initial_key,
     needs_of,
-    poison_key,
     record_key,
-    search_key,
     stage_key,
     stages_of,
     train_key,
     victim_key,
 )
 from backdoor_bench_none.results.store import Artifact, Store
+from backdoor_bench_none.run import artifacts
 from backdoor_bench_none.run.checks import check_loadable, check_result, forbid_changes
-from backdoor_bench_none.run.evaluation import evaluate, pack_evaluation, score_detection
+from backdoor_bench_none.run.evaluation import count_trigger_hits, evaluate, pack_evaluation, score_detection
+from backdoor_bench_none.run.ground_truth import draw_clean_samples, mark_decoys, mark_poisoned
 from backdoor_bench_none.run.measuring import measure_stage
 from backdoor_bench_none.seeds import derive_seed
 from backdoor_bench_none.trainers.centralized import Centralized
 
-#: before the names of weights in the artifact of a defense
-WEIGHTS = "model."
-
 
 @dataclass
 class Stages:
-    """The stages of one cell. Each gets its own seed; `context` carries device, precision, deadline and progress."""
+    """The stages of one cell.
+
+    `context` holds device, precision, deadline and progress; each stage gets its own seed.
+    """
 
     cell: Cell
     store: Store
@@ -73,13 +70,11 @@ class Stages:
     costs: dict[str, Cost] = field(default_factory=dict)
     _cached: dict[str, Artifact] = field(default_factory=dict)
 
-    # One method for each row of the stage table.
-
     def data(self) -> tuple[ImageSet, ImageSet]:
         """The decoded training and test set."""
-        tensors = self._artifact("data", self._load_data).tensors
-        train, test = (ImageSet(tensors[f"{part}_images"], tensors[f"{part}_labels"]) for part in ("train", "test"))
-        return train, test
+        dataset = self.cell.dataset.component
+        tensors = self._artifact("data", lambda: artifacts.data_artifact(*dataset.load())).tensors
+        return artifacts.read_images(tensors, "train"), artifacts.read_images(tensors, "test")
 
     def crafter(self) -> Artifact:
         """The weights of the network that the attack crafts with."""
@@ -92,16 +87,16 @@ class Stages:
     def poison(self) -> tuple[PoisonedSamples, PoisonedSamples]:
         """The poisoned training samples and the triggered test samples."""
         tensors = self._artifact("poison", self._poison).tensors
-        train, test = (_read_samples(tensors, part) for part in ("train", "test"))
-        return train, test
+        return artifacts.read_samples(tensors, "train"), artifacts.read_samples(tensors, "test")
 
     def benign(self) -> Artifact:
-        """The weights of the network trained on clean data; to be had for every cell."""
+        """The weights of the network trained on clean data, which can be computed for every cell."""
         return self._artifact("benign", self._train_benign, benign_key(self.cell))
 
     def victim(self) -> Artifact:
-        """The weights of the network trained on the poisoned set, or by the attacker; to be had for every cell, also
-        where the defense does not start from it.
+        """The weights of the network trained on the poisoned set, or by the attacker.
+
+        They can be computed for every cell, also where the defense does not start from them.
         """
         return self._artifact("victim", self._train_victim, victim_key(self.cell))
 
@@ -115,7 +110,7 @@ class Stages:
         return FoundTriggers(**artifact.tensors, facts=tuple(artifact.meta["facts"]))
 
     def evaluate(self) -> Record:
-        """The cell's record, not yet written. Every stage of the cell is there afterwards, with its cost."""
+        """The cell's record, not yet written; every stage of the cell has its artifact and its cost afterwards."""
         for stage in stages_of(self.cell):
             if stage.folder is not None:
                 self.run(stage.name)
@@ -125,21 +120,14 @@ class Stages:
         self.costs["evaluate"] = measured.cost
         costs = dict(self.costs)
         if not record.victim_losses:
-            costs.pop("victim", None)  # it was not trained here, so there is no training to compare costs with
+            costs.pop("victim", None)  # a victim that was not trained has no cost to compare with
         return record.model_copy(update={"costs": costs, "warnings": [*defended.meta["warnings"], *measured.warnings]})
 
     def run(self, name: str) -> None:
-        """Load or compute the stage of that name."""
+        """Load or compute a stage, by name."""
         getattr(self, name)()
 
-    # How each is computed.
-
-    def _load_data(self) -> Artifact:
-        train, test = self.cell.dataset.component.load()
-        tensors: dict[str, Tensor] = {}
-        for name, part in (("train", train), ("test", test)):
-            tensors |= {f"{name}_images": part.images, f"{name}_labels": part.labels}
-        return Artifact(tensors, {})
+    # How each stage is computed.
 
     def _train_crafter(self) -> Artifact:
         task, crafter = self._crafting_task()
@@ -147,7 +135,7 @@ class Stages:
         return Artifact(model.state_dict(), {})
 
     def _crafting_task(self) -> tuple[TrainingTask, Crafter]:
-        """What the attack's crafter is given, and the crafter."""
+        """The task of the attack's crafter, and the crafter."""
         crafter = self.cell.attack.component.crafted_with()
         assert crafter is not None, "a cell without a crafter has no such stage"
         architecture, info = crafter.architecture(), self.cell.info
@@ -158,7 +146,7 @@ class Stages:
         return TrainingTask(train=train, info=info, recipe=recipe, trainer=Centralized(), build=builder), crafter
 
     def _own_recipe(self, architecture: Architecture) -> Recipe:
-        """The recipe that the data set and an architecture bring along."""
+        """The recipe of the data set and an architecture, without that of the trainer or of the benchmark file."""
         return Recipe(**{**self.cell.dataset.component.recipe(), **architecture.recipe(self.cell.dataset.name)})
 
     def _pretrain(self) -> Artifact:
@@ -176,29 +164,31 @@ class Stages:
         return Artifact(model.state_dict(), {})
 
     def _poison(self) -> Artifact:
-        train, test = self.attack_tasks()
-        attack, tensors = self.cell.attack.component, dict[str, Tensor]()
-        for name, (task, context), make in (("train", train, attack.poison), ("test", test, attack.attack_test)):
+        attack, (train, test) = self.cell.attack.component, self.attack_tasks()
+        samples: dict[str, PoisonedSamples] = {}
+        for name, (task, context), method in (("train", train, attack.poison), ("test", test, attack.attack_test)):
             with forbid_changes(data=task.data):
-                samples = make(task, context)
-            tensors |= {f"{name}_{x}": tensor for x, tensor in vars(samples).items() if tensor is not None}
-        return Artifact(tensors, {})
+                samples[name] = method(task, context)
+        return artifacts.samples_artifact(samples)
 
     def attack_tasks(self) -> tuple[tuple[AttackTask, Context], tuple[AttackTask, Context]]:
-        """What the attack is given to poison the training set with, and the test set."""
-        network = self._crafting_network()
-        made = []
-        for name, part, clients in zip(("train", "test"), self.data(), (self.clients(), None), strict=True):
-            seed = derive_seed(derive_seed(poison_key(self.cell)), name)
-            made.append((AttackTask(part, self.cell.info, network, clients), replace(self.context, seed=seed)))
-        return made[0], made[1]
+        """The attack's task and context for the training set, and those for the test set."""
+        network, info, (train, test) = self._crafting_network(), self.cell.info, self.data()
+        stage_seed = derive_seed(stage_key(self.cell, "poison"))
+        contexts = [replace(self.context, seed=derive_seed(stage_seed, part)) for part in ("train", "test")]
+        return (
+            (AttackTask(train, info, network, self.clients()), contexts[0]),
+            (AttackTask(test, info, network, None), contexts[1]),
+        )
 
     def _crafting_network(self) -> nn.Module | None:
-        """What the attack asked to craft with: its own network, or the victim's frozen backbone."""
+        """The network that the attack crafts with: its own, or the victim's frozen backbone; None if it needs none."""
         if has_stage(self.cell, "crafter"):
             task, _ = self._crafting_task()
             return task.build.load(self.crafter().tensors)
-        return self.builder(0).eval() if self.cell.attack.component.needs_backbone else None
+        if self.cell.attack.component.needs_backbone:
+            return self.builder(0).eval()
+        return None
 
     def _train_benign(self) -> Artifact:
         cell, context = self.cell, self._seeded(benign_key(self.cell))
@@ -218,12 +208,13 @@ class Stages:
         return Artifact(model.state_dict(), {"losses": history.losses})
 
     def victim_task(self) -> VictimTask:
-        """What an attacker who controls training is given."""
+        """The task of an attacker who controls training."""
+        benign_weights = self.benign().tensors if self.cell.attack.component.starts_from_benign else None
         return VictimTask(
             **vars(self._training_task(self.poisoned_train())),
             original=self.data()[0].to(self.context.device),
             poisoned=self.poison()[0].indices,
-            benign_weights=self.benign().tensors if self.cell.attack.component.starts_from_benign else None,
+            benign_weights=benign_weights,
         )
 
     def _training_task(self, train: ImageSet) -> TrainingTask:
@@ -234,41 +225,39 @@ class Stages:
         )  # fmt: skip
 
     def _defend(self) -> Artifact:
-        cell, context = self.cell, self._seeded(defense_key(self.cell))
+        cell, context = self.cell, self._seeded(stage_key(self.cell, "defense"))
         torch.manual_seed(context.seed)
         task = self.defense_task()
         with forbid_changes(train=task.train, clean=task.clean):
             result = cell.defense.component.run(task, context)
         check_result(result, len(task.train))
         check_loadable(result.model, self.defended_shell(), "Defense.adapt")
-        tensors = {f"{WEIGHTS}{name}": tensor for name, tensor in result.model.state_dict().items()}
-        findings = {"flagged": result.flagged, "scores": result.scores}
-        tensors |= {name: tensor for name, tensor in findings.items() if tensor is not None}
-        return Artifact(tensors, {"extras": dict(result.extras), "infected": result.infected})
+        return artifacts.defense_artifact(result)
 
     def defense_task(self) -> DefenseTask:
-        """What the defense is given."""
-        cell = self.cell
-        given: dict[str, Any] = {
+        """The task of the defense; only one that sees the ground truth is given any of it."""
+        defense = self.cell.defense.component
+        task = DefenseTask(
             **vars(self._training_task(self.poisoned_train())),
-            "clean": self.clean_holdout(),
-            "victim_network": self.victim_network() if cell.defense.component.starts_from_victim else None,
-        }
-        if cell.defense.component.sees_ground_truth:
-            (original, test), (samples, triggered) = self.data(), self.poison()
-            return OracleTask(
-                **given, poisoned=self.poisoned(), original=original, poisoned_samples=samples, test=test,
-                triggered_samples=triggered,
-            )  # fmt: skip
-        return DefenseTask(**given)
+            clean=self.clean_holdout(),
+            victim_network=self.victim_network() if defense.starts_from_victim else None,
+        )
+        if not defense.sees_ground_truth:
+            return task
+        (original, test), (samples, triggered) = self.data(), self.poison()
+        return OracleTask(
+            **vars(task), poisoned=self.poisoned(), original=original, poisoned_samples=samples, test=test,
+            triggered_samples=triggered,
+        )  # fmt: skip
 
     def defended_shell(self) -> nn.Module:
         """The structure of the network that the defense returns."""
-        starts = self._victim_shell() if self.cell.defense.component.starts_from_victim else self.builder(0)
-        return self.cell.defense.component.adapt(starts)
+        defense = self.cell.defense.component
+        start = self._victim_shell() if defense.starts_from_victim else self.builder(0)
+        return defense.adapt(start)
 
     def _victim_shell(self) -> nn.Module:
-        """The structure of the victim, which an attacker who trains it may change."""
+        """The structure of the victim, which an attacker who controls training may change."""
         return self.cell.attack.component.adapt(self.builder(0), self.cell.info)
 
     def victim_network(self) -> nn.Module:
@@ -284,7 +273,7 @@ class Stages:
         return model.eval()
 
     def _search(self) -> Artifact:
-        context = self._seeded(search_key(self.cell))
+        context = self._seeded(stage_key(self.cell, "search"))
         task = SearchTask(self.network(), self.data()[0].to(context.device), self.cell.info)
         triggers = self.cell.attack.component.find_triggers(task, context)
         tensors = {"masks": triggers.masks, "patterns": triggers.patterns, "labels": triggers.labels}
@@ -294,18 +283,18 @@ class Stages:
         cell = self.cell
         counts, evaluation = self.evaluate_network(self.network())
         detection = self.detect(defended.tensors.get("flagged"), defended.tensors.get("scores"))
-        metrics = {
-            f"{choice.label}.{name}": float(value)
-            for choice in cell.metrics
-            for name, value in choice.component.compute(evaluation, self.context).items()
-        }
+        metrics: dict[str, float] = {}
+        for choice in cell.metrics:
+            numbers = choice.component.compute(evaluation, self.context)
+            metrics |= {f"{choice.label}.{name}": float(value) for name, value in numbers.items()}
         facts = {"dataset_sha256": cell.fingerprint, "poisoned_samples": int(self.poisoned().sum())}
         losses = self.victim().meta["losses"] if has_stage(cell, "victim") else []
+        triggers = count_trigger_hits(self.search(), evaluation) if has_stage(cell, "search") else []
         return Record.of(
             cell, record_key(cell), "done", counts=counts, detection=detection,
             outcomes=pack_evaluation(evaluation), metrics=metrics, infected=defended.meta["infected"],
             extras=defended.meta["extras"], victim_losses=losses, upstream={**artifact_keys(cell), **facts},
-            triggers=_with_counts(self.search(), evaluation) if has_stage(cell, "search") else [],
+            triggers=triggers,
             provenance=dict(self.provenance), defense_stage=cell.defense.component.stage,
             sees_ground_truth=cell.defense.component.sees_ground_truth,
         )  # fmt: skip
@@ -320,13 +309,15 @@ class Stages:
         return evaluate(model, test, parts, Pixels.of(self.cell.info, self.context.device), self.context)
 
     def detect(self, flagged: Tensor | None, scores: Tensor | None) -> Detection | None:
-        """What a defense flagged (N,) bool and scored (N,), against the ground truth; None if it flagged nothing."""
+        """The counts of `flagged` (N,) bool and `scores` (N,) against the ground truth; None if `flagged` is."""
         if flagged is None:
             return None
         counted = ~self.decoys()
-        return score_detection(flagged[counted], None if scores is None else scores[counted], self.poisoned()[counted])
+        if scores is not None:
+            scores = scores[counted]
+        return score_detection(flagged[counted], scores, self.poisoned()[counted])
 
-    # What they share.
+    # What the stages share.
 
     def poisoned_train(self) -> ImageSet:
         """The training set as the defender gets it."""
@@ -334,45 +325,32 @@ class Stages:
 
     def poisoned(self) -> Tensor:
         """The ground truth (N,) bool."""
-        truth = torch.zeros(len(self.data()[0]), dtype=torch.bool)
-        truth[self.poison()[0].indices] = True
-        return truth & ~self.decoys()
+        return mark_poisoned(self.poison()[0], len(self.data()[0]))
 
     def decoys(self) -> Tensor:
-        """The samples (N,) bool that were changed and are neither poisoned nor benign."""
-        decoys, samples = torch.zeros(len(self.data()[0]), dtype=torch.bool), self.poison()[0]
-        if samples.decoys is not None:
-            decoys[samples.indices[samples.decoys]] = True
-        return decoys
+        """The samples (N,) bool that the attack changed and that are neither poisoned nor benign."""
+        return mark_decoys(self.poison()[0], len(self.data()[0]))
 
     def clean_holdout(self) -> ImageSet | None:
-        """int(clean_fraction * N) training samples that were not
-        poisoned, a smaller fraction's among a larger one's.
-        """
+        """int(clean_fraction * N) training samples that were not poisoned; None if the defense takes none."""
         fraction = self.cell.defense.component.clean_fraction
         if fraction == 0:
             return None
-        train = self.data()[0]
         benign = ~(self.poisoned() | self.decoys())
-        generator = torch.Generator().manual_seed(derive_seed(train_key(self.cell), self.cell.seed, "clean hold-out"))
-        order = torch.randperm(len(train), generator=generator)
-        count, available = int(fraction * len(train)), int(benign.sum())
-        if not 0 < count <= available:
-            asked = f"{count} of {len(train)} training images; {available} are not poisoned"
-            raise ConfigError(f"clean_fraction {fraction} asks for {asked}", "choose a fraction in between")
-        return train.take(order[benign[order]][:count]).to(self.context.device)
+        seed = derive_seed(train_key(self.cell), self.cell.seed, "clean hold-out")
+        return self.data()[0].take(draw_clean_samples(benign, fraction, seed)).to(self.context.device)
 
     def clients(self) -> Tensor | None:
-        """The client (N,) of every training sample, by the clean labels; None where all data are in one place."""
+        """The client (N,) of each training sample, assigned by the clean labels; None where training has no clients."""
         cell = self.cell
         if not cell.trainer.component.has_clients:
             return None
-        seed = derive_seed(data_key(cell), cell.seed, "clients")
+        seed = derive_seed(stage_key(cell, "data"), cell.seed, "clients")
         return cell.trainer.component.split(self.data()[0].labels, cell.info.num_classes, seed)
 
     @property
     def builder(self) -> ModelBuilder:
-        """Makes the cell's networks; draw 0 is the same for all attacks and defenses of a seed."""
+        """The builder of the cell's networks; draw 0 is the same for all attacks and defenses of a seed."""
         builder = self._make_builder(self.cell.info)
         if has_stage(self.cell, "backbone"):
             return replace(builder, backbone=self.backbone().tensors)
@@ -384,13 +362,13 @@ class Stages:
         return ModelBuilder(cell.architecture.component, spec, initial_key(cell), self.context.device)
 
     def _seeded(self, key: str) -> Context:
-        """The context of a stage, with the seed that its content key gives."""
+        """The context of a stage, with the seed derived from its content key."""
         return replace(self.context, seed=derive_seed(key))
 
     def _artifact(self, name: str, compute: Callable[[], Artifact], key: str | None = None) -> Artifact:
-        """The artifact of a stage: loaded, or computed under a lock, so that of two runs one waits for the other.
+        """The artifact of a stage: loaded, or computed under a lock, for which a second run waits.
 
-        The stages that it needs are there before the clock starts.
+        The stages it needs are computed before its clock starts.
         """
         stage, key = find_stage(name), key or stage_key(self.cell, name)
         folder = str(stage.folder)
@@ -406,27 +384,14 @@ class Stages:
 
     def _compute(self, folder: str, key: str, compute: Callable[[], Artifact]) -> Artifact:
         with measure_stage(self.context.device) as measured:
-            made = compute()
-        meta = {"cost": measured.cost.model_dump(), "warnings": measured.warnings, **made.meta}
-        artifact = Artifact({name: tensor.detach().cpu() for name, tensor in made.tensors.items()}, meta)
+            computed = compute()
+        meta = {"cost": measured.cost.model_dump(), "warnings": measured.warnings, **computed.meta}
+        artifact = Artifact({name: tensor.detach().cpu() for name, tensor in computed.tensors.items()}, meta)
         self.store.save_artifact(folder, key, artifact)
         return artifact
 
 
 def defended_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dictionary of the network in the artifact of a defense."""
-    return {name.removeprefix(WEIGHTS): x for name, x in tensors.items() if name.startswith(WEIGHTS)}
-
-
-def _read_samples(tensors: Mapping[str, Tensor], part: str) -> PoisonedSamples:
-    prefix = f"{part}_"
-    return PoisonedSamples(**{name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)})
-
-
-def _with_counts(triggers: FoundTriggers, evaluation: Evaluation) -> list[dict[str, Any]]:
-    """What is known of each trigger found in the network, and its hits among the test images of other classes."""
-    hits = evaluation.triggered_predictions == evaluation.wanted_labels
-    return [
-        {**fact, "hits": int(part.sum()), "total": len(part)}
-        for fact, part in zip(triggers.facts, torch.split(hits, list(evaluation.part_sizes)), strict=True)
-    ]
+    prefix = artifacts.WEIGHTS
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

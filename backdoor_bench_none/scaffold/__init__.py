@@ -1,4 +1,4 @@
-"""What `bbn new` writes: a package of one's own with one component and its contract test."""
+"""The package that `bbn new` writes: one component and its contract test."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = {
 
 
 def write_package(kind: str, name: str, folder: Path) -> list[Path]:
-    """Write the package `bbn-<name>` into `folder`, which must not be there, and return its files."""
+    """Write the package `bbn-<name>` into `folder`, which must not exist, and return its files."""
     _check_name(kind, name)
     if folder.exists():
         raise ConfigError(f"'{folder}' is there already", "choose another name, or another folder with --output")
@@ -49,9 +49,11 @@ def write_package(kind: str, name: str, folder: Path) -> list[Path]:
 
 
 def _check_name(kind: str, name: str) -> None:
-    """Raise `ConfigError` for what is no name, or one that what is written would fall over."""
+    """Raise `ConfigError` for an invalid name, or one that clashes with a name in the written files."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or iskeyword(name):
-        raise ConfigError(f"'{name}' is not a name for a component", "lower-case words joined by _, as my_defense")
+        raise ConfigError(
+            f"'{name}' is not a name for a component", "use lower-case words joined by _, such as my_defense"
+        )
     imported = re.search(rf"^from .*\b{_class_of(name)}\b", _read(f"{kind}.py.txt"), re.MULTILINE)
     if f"bbn_{name}" in BUILTINS or imported:
         raise ConfigError(f"'{name}' is the name of something else in backdoor-bench-none", "choose another name")

@@ -1,6 +1,7 @@
-"""The contract kit for authors of plugins: what core relies on, as checks with three doors.
+"""The contract tests for authors of plugins: checks of everything that core relies on.
 
-`class TestMine(DefenseContract): defense = Mine()`, or `@parametrize_contracts([Mine()])`, or `bbn check my-package`.
+There are three ways to run them: `class TestMine(DefenseContract): defense = Mine()`,
+`@parametrize_contracts([Mine()])`, and `bbn check my-package`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
-    if name in __all__:  # lazily: pytest imports this package in every run, wherever it is installed
+    if name in __all__:  # imported on use: pytest loads this package in every run where it is installed
         return getattr(importlib.import_module("backdoor_bench_none.testing.contracts"), name)
     raise AttributeError(f"module 'backdoor_bench_none.testing' has no attribute '{name}'")

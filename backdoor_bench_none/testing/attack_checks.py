@@ -1,4 +1,4 @@
-"""What attacks are checked for."""
+"""The checks of attacks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _resolved(attack: Attack, bench: Bench) -> Attack:
     return _stages(attack, bench).cell.attack.component
 
 
-#: what `poison` is given, and what `attack_test` is given
+#: the arguments of `poison`, and those of `attack_test`
 Arguments = tuple[tuple[AttackTask, Context], tuple[AttackTask, Context]]
 
 
@@ -46,7 +46,7 @@ def _tasks(attack: Attack, bench: Bench) -> tuple[AttackTask, AttackTask]:
     return train, test
 
 
-def _carry_out(attack: Attack, arguments: Arguments) -> tuple[PoisonedSamples, PoisonedSamples]:
+def _run(attack: Attack, arguments: Arguments) -> tuple[PoisonedSamples, PoisonedSamples]:
     train, test = arguments
     return attack.poison(*train), attack.attack_test(*test)
 
@@ -55,13 +55,13 @@ def _samples(attack: Attack, bench: Bench) -> tuple[PoisonedSamples, PoisonedSam
     """The training and the test samples, made once."""
 
     def make() -> tuple[PoisonedSamples, PoisonedSamples]:
-        return _carry_out(_resolved(attack, bench), _arguments(attack, bench))
+        return _run(_resolved(attack, bench), _arguments(attack, bench))
 
     return cast("tuple[PoisonedSamples, PoisonedSamples]", bench.keep("samples", attack, make))
 
 
 def check_resolves(attack: Attack, bench: Bench) -> None:
-    """The defaults that the data set decides are filled in once, and then it can be carried out."""
+    """`resolve` fills in the defaults that depend on the data set, once, and the result can be run."""
     info = bench.cell().info
     resolved = attack.resolve(info)
     require(type(resolved) is type(attack), f"resolve returned {type(resolved).__name__}")
@@ -70,7 +70,7 @@ def check_resolves(attack: Attack, bench: Bench) -> None:
 
 
 def check_samples_well_formed(attack: Attack, bench: Bench) -> None:
-    """Indices, images and labels of what it makes are of the right types, shapes, ranges and device."""
+    """Indices, images and labels of the samples have the right types, shapes, ranges and device."""
     for name, samples, task in zip(
         ("poison()", "attack_test()"), _samples(attack, bench), _tasks(attack, bench), strict=True
     ):
@@ -94,9 +94,11 @@ def _require_range(values: Tensor, end: int, what: str) -> None:
 
 
 def check_poison_count(attack: Attack, bench: Bench) -> None:
-    """As many samples are poisoned as the rate says."""
+    """The number of poisoned samples is that of the rate."""
     samples = _samples(attack, bench)[0]
-    count = len(samples) if samples.decoys is None else int((~samples.decoys).sum())
+    count = len(samples)
+    if samples.decoys is not None:
+        count = int((~samples.decoys).sum())
     if not attack.poisons:
         require(len(samples) == 0, f"it says poisons = False and changes {len(samples)} training samples")
         return
@@ -106,7 +108,7 @@ def check_poison_count(attack: Attack, bench: Bench) -> None:
 
 
 def _wanted_count(attack: Attack, labels: Tensor) -> tuple[int | None, str]:
-    """The number of poisoned samples, where the attack leaves `poison` to its base class, and the rule behind it."""
+    """The number of poisoned samples and its rule, where the attack inherits `poison`; else None."""
     if isinstance(attack, TriggerAttack) and type(attack).poison is TriggerAttack.poison:
         return round(attack.poison_rate * len(labels)), "round(poison_rate * N)"
     if isinstance(attack, CleanLabelAttack) and type(attack).poison is CleanLabelAttack.poison:
@@ -115,10 +117,12 @@ def _wanted_count(attack: Attack, labels: Tensor) -> tuple[int | None, str]:
 
 
 def check_labels(attack: Attack, bench: Bench) -> None:
-    """Poisoned samples have the label the attacker wants; a clean-label attack takes the target class and keeps it."""
+    """Poisoned samples have the label the attacker wants; those of a clean-label attack had it before."""
     (task, _), (samples, _), resolved = _tasks(attack, bench), _samples(attack, bench), _resolved(attack, bench)
     before = task.data.labels[samples.indices]
-    poisoned = ~samples.decoys if samples.decoys is not None else torch.ones(len(samples), dtype=torch.bool)
+    poisoned = torch.ones(len(samples), dtype=torch.bool)
+    if samples.decoys is not None:
+        poisoned = ~samples.decoys
     if isinstance(resolved, CleanLabelAttack):
         require(torch.equal(samples.labels, before), "a clean-label attack changes labels")
         require(set(before.tolist()) <= {resolved.target}, "a clean-label attack changes samples of other classes")
@@ -128,11 +132,11 @@ def check_labels(attack: Attack, bench: Bench) -> None:
 
 
 def check_test_samples(attack: Attack, bench: Bench) -> None:
-    """ASR counts the test samples whose label the attack would change, all of them, and no others."""
+    """The triggered test samples are all those whose label the attack would change, and no others."""
     (_, task), (_, samples) = _tasks(attack, bench), _samples(attack, bench)
     before = task.data.labels[samples.indices]
     same = torch.eq(samples.labels, before).sum().item()
-    require(same == 0, f"{same} test samples have the label already that the attacker wants: they would count as hits")
+    require(same == 0, f"{same} test samples have the label that the attacker wants already: they would count as hits")
     whole = int(torch.isin(task.data.labels, before).sum())
     require(
         len(samples) == whole,
@@ -141,12 +145,12 @@ def check_test_samples(attack: Attack, bench: Bench) -> None:
 
 
 def check_inputs_unchanged(attack: Attack, bench: Bench) -> None:
-    """The data it is given are as they were."""
+    """The data of its tasks are not changed."""
     resolved, stages = _resolved(attack, bench), bench.stages(attack=attack)
     arguments = stages.attack_tasks()
     tasks = [task for task, _ in arguments]
     before = [(task.data.images.clone(), task.data.labels.clone()) for task in tasks]
-    _carry_out(resolved, arguments)
+    _run(resolved, arguments)
     if not attack.searches:
         resolved.preview(*arguments[1])
     for task, (images, labels) in zip(tasks, before, strict=True):
@@ -155,12 +159,12 @@ def check_inputs_unchanged(attack: Attack, bench: Bench) -> None:
 
 
 def check_deterministic(attack: Attack, bench: Bench) -> None:
-    """Equal seeds give equal samples, whatever the state of global generators."""
+    """Equal seeds give equal samples, in any state of the global generators."""
     resolved, arguments = _resolved(attack, bench), _arguments(attack, bench)
     with disturbed(1):
-        first = _carry_out(resolved, arguments)
+        first = _run(resolved, arguments)
     with disturbed(2):
-        second = _carry_out(resolved, arguments)
+        second = _run(resolved, arguments)
     for name, one, other in zip(("poison()", "attack_test()"), first, second, strict=True):
         for part in ("indices", "images", "labels", "decoys"):
             require(
@@ -170,14 +174,14 @@ def check_deterministic(attack: Attack, bench: Bench) -> None:
 
 
 def check_global_state_left_alone(attack: Attack, bench: Bench) -> None:
-    """Generators, gradient mode and settings are as it found them."""
+    """Generators, gradient mode and settings are not changed."""
     resolved, arguments = _resolved(attack, bench), _arguments(attack, bench)
     with left_alone():
-        _carry_out(resolved, arguments)
+        _run(resolved, arguments)
 
 
 def check_stamp_is_per_sample(attack: Attack, bench: Bench) -> None:
-    """A sample's trigger is a function of the seed and its index: what else is stamped with it does not matter."""
+    """A sample's trigger is a function of the seed and its index, not of the samples stamped with it."""
     resolved, (_, task) = _resolved(attack, bench), _tasks(attack, bench)
     if not isinstance(resolved, StampAttack):
         return
@@ -186,7 +190,7 @@ def check_stamp_is_per_sample(attack: Attack, bench: Bench) -> None:
     check_images(whole, tuple(images.shape), "stamp()")
     some = torch.tensor([7, 3, 50])
     alone = resolved.stamp(images[some], indices[some], task.info, 5)
-    require(torch.equal(alone, whole[some]), "stamp() of three images is not what it makes of them among all others")
+    require(torch.equal(alone, whole[some]), "stamp() of three images differs from stamp() of them among all others")
     nothing = resolved.stamp(images[:0], indices[:0], task.info, 5)
     check_images(nothing, (0, *task.info.shape), "stamp() of no image")
 
@@ -199,7 +203,7 @@ def check_preview(attack: Attack, bench: Bench) -> None:
 
 
 def check_victim(attack: Attack, bench: Bench) -> None:
-    """An attacker who trains the victim returns one that core can build again, and equal ones for equal seeds."""
+    """An attacker who controls training returns a network that core can rebuild, and equal ones for equal seeds."""
     if not attack.controls_training:
         return
     stages, resolved = _stages(attack, bench), _resolved(attack, bench)
@@ -219,25 +223,25 @@ def check_victim(attack: Attack, bench: Bench) -> None:
 
 
 def check_found_triggers(attack: Attack, bench: Bench) -> None:
-    """An attack that searches networks returns triggers of Eq. 1, with the labels they give."""
+    """An attack that searches networks returns triggers of Eq. 1, with the labels they cause."""
     if not attack.searches:
         return
     stages, resolved = _stages(attack, bench), _resolved(attack, bench)
     model = stages.network()
     before = weights_of(model)
     task = SearchTask(model, stages.data()[0].to(bench.device), stages.cell.info)
-    found = resolved.find_triggers(task, bench.context)
-    require(isinstance(found, FoundTriggers), f"find_triggers returned {type(found).__name__}")
-    count, (channels, height, width) = len(found.labels), task.info.shape
-    require(tuple(found.masks.shape) == (count, 1, height, width), "masks are not (A, 1, H, W)")
-    require(tuple(found.patterns.shape) == (count, channels, height, width), "patterns are not (A, C, H, W)")
-    require(len(found.facts) == count, "there is not one mapping of facts for each trigger")
-    for name, values in (("masks", found.masks), ("patterns", found.patterns)):
+    triggers = resolved.find_triggers(task, bench.context)
+    require(isinstance(triggers, FoundTriggers), f"find_triggers returned {type(triggers).__name__}")
+    count, (channels, height, width) = len(triggers.labels), task.info.shape
+    require(tuple(triggers.masks.shape) == (count, 1, height, width), "masks are not (A, 1, H, W)")
+    require(tuple(triggers.patterns.shape) == (count, channels, height, width), "patterns are not (A, C, H, W)")
+    require(len(triggers.facts) == count, "there is not one mapping of facts for each trigger")
+    for name, values in (("masks", triggers.masks), ("patterns", triggers.patterns)):
         require(bool(((values >= 0) & (values <= 1)).all()), f"{name} are not within 0 to 1")
-    require(bool(((found.labels >= -1) & (found.labels < task.info.num_classes)).all()), "labels are no classes")
+    require(bool(((triggers.labels >= -1) & (triggers.labels < task.info.num_classes)).all()), "labels are not classes")
     require(same_weights(weights_of(model), before), "find_triggers changes the network")
     logits = predict_logits(model, task.train.images[:2], Pixels.of(task.info, bench.device), bench.context)
-    require(bool(torch.isfinite(logits).all()), "the network is broken after the search")
+    require(bool(torch.isfinite(logits).all()), "the network no longer works after the search")
 
 
 ATTACK_CHECKS: tuple[Check, ...] = (

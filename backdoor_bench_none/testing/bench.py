@@ -1,7 +1,6 @@
-"""A bench that runs one component in core's own stages, on three classes of striped images that are soon learned.
+"""A bench that runs one component in core's own stages, on three classes of striped images that are learned quickly.
 
-The data are synthetic on purpose: every training image stands there twice, so that whatever a defense says of the one
-it must say of the other.
+The data are synthetic on purpose: each training image occurs twice, and a defense must treat both alike.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ RECIPE = Recipe(epochs=4, batch_size=16, lr=0.05)
 
 
 class Stripes(Dataset):
-    """Three classes of noisy colour images with bright rows at a height of their own; training images stand twice."""
+    """Three classes of noisy colour images, told apart by the height of bright rows; training images occur twice."""
 
     def info(self) -> DatasetInfo:
         """240 training and 60 test images (3, 16, 16)."""
@@ -49,13 +48,16 @@ class Stripes(Dataset):
         )
 
     def files(self) -> list[Path]:
-        """None: the images are drawn."""
+        """None, since the images are generated."""
         return []
 
     def fingerprint(self) -> str:
         """The sha256 of the images."""
-        parts = (tensor.numpy().tobytes() for part in self.load() for tensor in (part.images, part.labels))
-        return hashlib.sha256(b"".join(parts)).hexdigest()
+        digest = hashlib.sha256()
+        for part in self.load():
+            digest.update(part.images.numpy().tobytes())
+            digest.update(part.labels.numpy().tobytes())
+        return digest.hexdigest()
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """The training set in a mixed order, and the test set."""
@@ -63,7 +65,7 @@ class Stripes(Dataset):
 
 
 def draw_stripes(count: int, purpose: str = "train") -> ImageSet:
-    """`count` different images, the classes in turn."""
+    """`count` different images, whose classes alternate."""
     generator = torch.Generator().manual_seed(derive_seed("stripes", purpose))
     labels = torch.arange(count) % CLASSES
     images = torch.randint(0, 60, (count, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
@@ -73,20 +75,20 @@ def draw_stripes(count: int, purpose: str = "train") -> ImageSet:
 
 
 def mixed_order() -> Tensor:
-    """(240,) int64: the image that stands at each place of the training set; each of the 120 stands twice."""
+    """(240,) int64: the image at each position of the training set, in which each of the 120 images occurs twice."""
     generator = torch.Generator().manual_seed(derive_seed("stripes", "order"))
     return torch.randperm(2 * PAIRS, generator=generator) % PAIRS
 
 
 class Patch(TriggerAttack):
-    """A white 4x4 patch bottom right; poisons whole pairs of equal images."""
+    """A white 4x4 patch in the lower right corner; poisons pairs of equal images."""
 
     def trigger(self, info: DatasetInfo) -> Trigger:
         """The patch."""
         return place(info.shape, solid_tile(4, (255, 255, 255), info.shape[0]), -1, -1)
 
     def select(self, labels: Tensor, seed: int) -> Tensor:
-        """Both places of some images."""
+        """Both positions of some images."""
         drawn = torch.randperm(PAIRS, generator=torch.Generator().manual_seed(seed))
         return torch.nonzero(torch.isin(mixed_order(), drawn[: round(self.poison_rate * PAIRS)])).flatten()
 
@@ -103,8 +105,9 @@ class Undefended(Defense):
 
 
 class Bench:
-    """Cells with one component under test; everything else is core's or this module's. Stages are kept in a folder of
-    its own, which is gone with the bench.
+    """Makes cells with one component under test; the others are from core or this module.
+
+    Stages are kept in a temporary folder, which is removed with the bench.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -120,7 +123,7 @@ class Bench:
         return Context(self.device, 0)
 
     def cell(self, **under_test: Component) -> Cell:
-        """A cell with these components, by axis; the trainer has what the attack needs."""
+        """A cell with these components by axis, and a trainer that fits the attack."""
         chosen: dict[str, Component] = {
             "dataset": Stripes(), "attack": Patch(poison_rate=0.15), "defense": Undefended(),
             "architecture": ResNet18(width=0.125), "activation": ReLU(), **under_test,
@@ -140,23 +143,24 @@ class Bench:
         return Cell(**choices, seed=0, recipe=RECIPE, info=dataset.info(), fingerprint=dataset.fingerprint())
 
     def stages(self, kind: type[Stages] = Stages, **under_test: Component) -> Stages:
-        """The stages of such a cell; what several checks need of them is computed once."""
+        """The stages of such a cell, whose artifacts are shared by all checks."""
         return kind(self.cell(**under_test), Store(Path(self._folder)), self.context)
 
     def keep(self, name: str, component: Component, compute: Any) -> Any:  # noqa: ANN401
-        """What `compute()` returns, computed once for `component`."""
+        """The result of `compute()`, which is called once for each `name` and `component`."""
         key = (name, type(component), repr(component))
         if key not in self._kept:
             self._kept[key] = compute()
         return self._kept[key]
 
     def _name_of(self, component: type) -> str:
-        """A name for keys: that of the class, numbered if another class has it, as one that was defined again."""
+        """A name for keys: that of the class, numbered if an earlier class had it, as when one is defined again."""
         name = f"{component.__module__}:{component.__qualname__}"
         classes = self._classes.setdefault(name, [])
         if component not in classes:
             classes.append(component)
-        return f"{name}#{classes.index(component)}" if classes.index(component) else name
+        index = classes.index(component)
+        return f"{name}#{index}" if index else name
 
 
 def weights_of(model: torch.nn.Module) -> Mapping[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a check is, and what all kinds of component are checked for."""
+"""The checks of all kinds of component, and what checks of single kinds share."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ from backdoor_bench_none.contracts.component import Component
 from backdoor_bench_none.seeds import canonical_json
 from backdoor_bench_none.testing.bench import Bench
 
-#: raises AssertionError, with what is wrong and how to mend it, if the component does not keep its part
+#: raises AssertionError with the fault and its remedy if the component does not meet the contract
 Check = Callable[[Any, Bench], None]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a check ended; `reason` is empty if it passed."""
+    """The result of a check; `reason` is empty if it passed."""
 
     check: str
     reason: str = ""
 
 
 def run_check(check: Check, component: Component, bench: Bench) -> Verdict:
-    """Carry out `check`; any exception of the component is a failure. Global state is put back for the next one."""
+    """Run `check`; any exception of the component is a failure, and global state is restored for the next check."""
     try:
-        with _put_back():
+        with _restored_state():
             check(component, bench)
     except AssertionError as error:
         return Verdict(name_of(check), str(error))
-    except Exception as error:  # whatever a stranger's component does
+    except Exception as error:  # third-party code may raise anything
         return Verdict(name_of(check), f"{type(error).__name__}: {error}")
     return Verdict(name_of(check))
 
 
 def name_of(check: Check) -> str:
-    """`fields_described` for `check_fields_described`."""
+    """The name of a check: `fields_described` for `check_fields_described`."""
     return str(getattr(check, "__name__", check)).removeprefix("check_")
 
 
 def require(condition: object, message: str) -> None:
-    """An assertion that `python -O` keeps."""
+    """Raise `AssertionError` unless `condition` holds, also with `python -O`."""
     if not condition:
         raise AssertionError(message)
 
 
 def check_documented(component: Component, bench: Bench) -> None:
-    """The class has a docstring of its own that begins with a sentence."""
+    """The class has its own docstring, which begins with a sentence."""
     text = type(component).__doc__
     require(text and text != Component.__doc__, "the class has no docstring; `bbn show` prints it")
     first = inspect.cleandoc(text or "").split("\n\n")[0]
@@ -69,7 +69,7 @@ def check_fields_described(component: Component, bench: Bench) -> None:
 
 
 def check_unknown_parameter_refused(component: Component, bench: Bench) -> None:
-    """A parameter that is misspelt is an error."""
+    """A misspelt parameter is an error."""
     try:
         type(component).model_validate({**component.model_dump(), "no_such_parameter": 1})
     except ValidationError:
@@ -78,12 +78,12 @@ def check_unknown_parameter_refused(component: Component, bench: Bench) -> None:
 
 
 def check_frozen(component: Component, bench: Bench) -> None:
-    """Parameters cannot be changed after the fact: keys depend on them."""
+    """Parameters cannot be changed afterwards, since keys depend on them."""
     require(type(component).model_config.get("frozen"), "its parameters can be changed; keep frozen=True")
 
 
 def check_pickles(component: Component, bench: Bench) -> None:
-    """It goes to other processes and comes back equal."""
+    """A component sent to another process equals the original."""
     require(
         pickle.loads(pickle.dumps(component)) == component,  # noqa: S301 - our own bytes
         "a pickled copy is not equal to it",
@@ -91,7 +91,7 @@ def check_pickles(component: Component, bench: Bench) -> None:
 
 
 def check_identity(component: Component, bench: Bench) -> None:
-    """Its parameters survive JSON, and its identity is a function of them."""
+    """Parameters survive JSON, and the identity is a function of them."""
     again = type(component)(**component.model_dump(mode="json"))
     require(again == component, f"made again from its parameters as JSON it differs: {again!r}")
     identity = component.identity()
@@ -107,7 +107,7 @@ COMPONENT_CHECKS: tuple[Check, ...] = (
 )  # fmt: skip
 
 
-# what several kinds of check use
+# what checks of several kinds use
 
 
 def equal(first: Tensor | None, second: Tensor | None) -> bool:
@@ -124,7 +124,7 @@ def same_weights(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> b
 
 @contextmanager
 def disturbed(seed: int) -> Iterator[None]:
-    """Global generators in another state inside; they are as before afterwards."""
+    """Set the global generators to another state inside, and restore them afterwards."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -138,13 +138,13 @@ def disturbed(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _put_back() -> Iterator[None]:
-    """Whatever is done inside, others find generators, gradient mode and settings as they were."""
+def _restored_state() -> Iterator[None]:
+    """Restore generators, gradient mode and settings after what is done inside."""
     gradients, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
     cudnn, strict = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
     flags = cudnn.benchmark, cudnn.deterministic
     try:
-        with disturbed(4321):  # no seed that anybody would set, so that setting one is seen
+        with disturbed(4321):  # an unlikely seed, so that a component that sets one is noticed
             yield
     finally:
         torch.set_grad_enabled(gradients)
@@ -156,8 +156,8 @@ def _put_back() -> Iterator[None]:
 
 
 def global_state() -> dict[str, object]:
-    """The state of all that a component shares with the others of its process, by name."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    """The global state that a component shares with others in its process, by name."""
+    devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     return {
         "the state of torch's global generator": tuple(torch.random.get_rng_state().tolist()),
         "the state of CUDA's generators": [tuple(torch.cuda.get_rng_state(index).tolist()) for index in devices],
@@ -174,11 +174,11 @@ def global_state() -> dict[str, object]:
 
 @contextmanager
 def left_alone() -> Iterator[None]:
-    """`AssertionError` if what is done inside changes the global state."""
+    """Raise `AssertionError` if what is done inside changes the global state."""
     before = global_state()
     yield
     changed = [name for name, value in global_state().items() if value != before[name]]
-    require(not changed, f"it changes {', '.join(changed)}; use context.generator, and put back what you change")
+    require(not changed, f"it changes {', '.join(changed)}; use context.generator, and restore what you change")
 
 
 def check_images(images: Tensor, shape: tuple[int, ...], what: str) -> None:

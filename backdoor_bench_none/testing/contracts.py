@@ -1,4 +1,4 @@
-"""Three doors to the same checks: a test class, a decorator, and a function that `bbn check` calls."""
+"""Three ways to run the checks: a test class, a decorator, and a function that `bbn check` calls."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from backdoor_bench_none.testing.checks import COMPONENT_CHECKS, Check, Verdict,
 from backdoor_bench_none.testing.defense_checks import DEFENSE_CHECKS
 from backdoor_bench_none.testing.network_checks import checks_of_kind
 
-#: check -> why it is expected to fail
+#: check -> the reason why it is expected to fail
 ExpectedFailures = Mapping[str, str]
 
 
 @cache
 def open_bench(device: str = "cpu") -> Bench:
-    """The bench of this process: what several checks need is computed once."""
+    """The bench of this process, which computes once what several checks need."""
     return Bench(device)
 
 
 def kind_of(component: Component) -> str:
-    """`attack`, `defense`, ...: the kind whose base class it is an instance of."""
+    """The kind of a component: `attack`, `defense`, ...; `TypeError` if it is not a component."""
     for kind, base in BASES.items():
         if isinstance(component, base):
             return kind
-    raise TypeError(f"{type(component).__name__} is no component; subclass one of {', '.join(sorted(BASES))}")
+    raise TypeError(f"{type(component).__name__} is not a component; subclass one of {', '.join(sorted(BASES))}")
 
 
 def checks_for(component: Component) -> tuple[Check, ...]:
@@ -40,7 +40,7 @@ def checks_for(component: Component) -> tuple[Check, ...]:
 
 
 def run_contract(component: Component, device: str = "cpu") -> Iterator[Verdict]:
-    """Carry out all checks of `component`, one by one."""
+    """Run all checks of `component`, one by one."""
     for check in checks_for(component):
         yield run_check(check, component, open_bench(device))
 
@@ -48,21 +48,25 @@ def run_contract(component: Component, device: str = "cpu") -> Iterator[Verdict]
 def parametrize_contracts(
     components: Iterable[Component], *, expected_failures: ExpectedFailures | None = None
 ) -> Callable[[Any], Any]:
-    """Decorates a test that takes `contract`, and calls it: `def test_mine(contract): contract()`.
+    """Decorates a test that takes `contract` and calls it: `def test_mine(contract): contract()`.
 
     There is one test for each component and check. `expected_failures` maps a check, as `deadline`, to the reason why
-    it fails; a check that passes against expectation fails the test.
+    it fails; the test fails if such a check passes.
     """
     import pytest
 
     expected = dict(expected_failures or {})
     params = []
-    checks = [(component, name_of(check), check) for component in components for check in checks_for(component)]
+    checks: list[tuple[Component, str, Check]] = []
+    for component in components:
+        checks += [(component, name_of(check), check) for check in checks_for(component)]
     if unknown := set(expected) - {name for _, name, _ in checks}:
         known = ", ".join(dict.fromkeys(name for _, name, _ in checks))
         raise ValueError(f"expected_failures: there is no check {sorted(unknown)}; there are {known}")
     for component, name, check in checks:
-        marks = [pytest.mark.xfail(reason=expected[name], strict=True)] if name in expected else []
+        marks = []
+        if name in expected:
+            marks.append(pytest.mark.xfail(reason=expected[name], strict=True))
         test_id = f"{type(component).__name__}-{name}"
         params.append(pytest.param(_Contract(check, component), id=test_id, marks=marks))
     return pytest.mark.parametrize("contract", params)
@@ -81,7 +85,7 @@ class _Contract:
 
 
 class Contract:
-    """Base of test classes: a subclass names a component, and gets one test for each of its checks."""
+    """Base of test classes: a subclass names a component and gets one test for each check."""
 
     component: ClassVar[Component]
     expected_failures: ClassVar[ExpectedFailures] = {}
@@ -94,25 +98,25 @@ class Contract:
         if component is not None:
 
             def test_contract(self: Contract, contract: _Contract, bbn_device: str) -> None:
-                contract(bbn_device)  # a function for each class: marks are kept on it
+                contract(bbn_device)  # one function for each class, since pytest stores marks on it
 
             decorate = parametrize_contracts([component], expected_failures=cls.expected_failures)
             cls.test_contract = decorate(test_contract)  # type: ignore[attr-defined]
 
 
 class AttackContract(Contract):
-    """`class TestMine(AttackContract): attack = Mine(...)`."""
+    """The tests of an attack: `class TestMine(AttackContract): attack = Mine(...)`."""
 
     _attribute = "attack"
 
 
 class DefenseContract(Contract):
-    """`class TestMine(DefenseContract): defense = Mine(...)`."""
+    """The tests of a defense: `class TestMine(DefenseContract): defense = Mine(...)`."""
 
     _attribute = "defense"
 
 
 class ArchitectureContract(Contract):
-    """`class TestMine(ArchitectureContract): architecture = Mine(...)`."""
+    """The tests of an architecture: `class TestMine(ArchitectureContract): architecture = Mine(...)`."""
 
     _attribute = "architecture"

@@ -1,4 +1,4 @@
-"""What defenses are checked for."""
+"""The checks of defenses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from backdoor_bench_none.run.stages import Stages
 from backdoor_bench_none.testing.bench import Bench, mixed_order, weights_of
 from backdoor_bench_none.testing.checks import Check, disturbed, equal, left_alone, require, same_weights
 
-#: so few flagged samples say nothing of their order
+#: with fewer flagged, or fewer not flagged samples, their order cannot be checked
 FEW = 10
 
 
@@ -30,19 +30,19 @@ def _stages(defense: Defense, bench: Bench) -> Stages:
 
 
 def _run(defense: Defense, bench: Bench, task: DefenseTask | None = None, disturbance: int = 1) -> DefenseResult:
-    """Run it as core does, with other global generators in a state of their own."""
+    """Run it as core does, with the other global generators in a state set by `disturbance`."""
     with disturbed(disturbance):
         torch.manual_seed(bench.context.seed)
         return defense.run(task or _stages(defense, bench).defense_task(), bench.context)
 
 
 def _result(defense: Defense, bench: Bench) -> DefenseResult:
-    """What it returns, computed once."""
+    """The result of the defense, computed once."""
     return cast("DefenseResult", bench.keep("result", defense, lambda: _run(defense, bench)))
 
 
 def check_stage(defense: Defense, bench: Bench) -> None:
-    """It acts in the stage it declares: a repair begins with the victim, and who begins with the victim says so."""
+    """A repair asks for the victim, and a defense that declares `starts_from_victim` uses it."""
     require(isinstance(getattr(defense, "stage", None), Stage), "declare stage: ClassVar[Stage]")
     repairs = defense.stage is Stage.POST_TRAINING
     require(
@@ -59,19 +59,20 @@ def check_stage(defense: Defense, bench: Bench) -> None:
     _run(defense, bench, Asking(**vars(_stages(defense, bench).defense_task())))
     require(
         asked or not defense.starts_from_victim,
-        "it says starts_from_victim and never calls task.victim(): its cost would hold a training it does not use",
+        "it says starts_from_victim and never calls task.victim(): its cost would include a training it does not use",
     )
 
 
 def check_result_well_formed(defense: Defense, bench: Bench) -> None:
-    """It returns what it declares, in the right types and shapes, and a network that core can build again."""
+    """The result holds what the defense declares, with the right types and shapes, and a network core can rebuild."""
     result, stages = _result(defense, bench), _stages(defense, bench)
     check_result(result, len(stages.data()[0]))
     start = stages.victim_network() if defense.starts_from_victim else stages.builder(0)
     check_loadable(result.model, defense.adapt(start), "Defense.adapt")
     for name in ("flagged", "scores", "infected"):
-        given, declared = getattr(result, name) is not None, name in defense.returns
-        require(given == declared, f"{name} is {'' if given else 'not '}returned; `returns` says otherwise")
+        is_returned, is_declared = getattr(result, name) is not None, name in defense.returns
+        require(is_returned or not is_declared, f"{name} is not returned; `returns` says otherwise")
+        require(is_declared or not is_returned, f"{name} is returned; `returns` says otherwise")
 
 
 def check_logits(defense: Defense, bench: Bench) -> None:
@@ -85,11 +86,15 @@ def check_logits(defense: Defense, bench: Bench) -> None:
 
 
 def check_inputs_unchanged(defense: Defense, bench: Bench) -> None:
-    """Training set, clean images and victim are as they were."""
+    """Training set, clean images and victim are not changed."""
     task = _stages(defense, bench).defense_task()
-    sets = {"train": task.train, **({} if task.clean is None else {"clean": task.clean})}
+    sets = {"train": task.train}
+    if task.clean is not None:
+        sets["clean"] = task.clean
     before = {name: (data.images.clone(), data.labels.clone()) for name, data in sets.items()}
-    victim = None if task.victim_network is None else weights_of(task.victim_network)
+    victim = None
+    if task.victim_network is not None:
+        victim = weights_of(task.victim_network)
     _run(defense, bench, task)
     for name, (images, labels) in before.items():
         same = torch.equal(sets[name].images, images) and torch.equal(sets[name].labels, labels)
@@ -99,7 +104,7 @@ def check_inputs_unchanged(defense: Defense, bench: Bench) -> None:
 
 
 def check_deterministic(defense: Defense, bench: Bench) -> None:
-    """On a CPU, equal seeds give equal results, whatever the state of the generators of numpy and Python."""
+    """On a CPU, equal seeds give equal results, in any state of the generators of numpy and Python."""
     if bench.device.type != "cpu":
         return
     first, second = _result(defense, bench), _run(defense, bench, disturbance=2)
@@ -113,17 +118,17 @@ def check_deterministic(defense: Defense, bench: Bench) -> None:
 
 
 def check_global_state_left_alone(defense: Defense, bench: Bench) -> None:
-    """Generators, gradient mode and settings are as it found them."""
+    """Generators, gradient mode and settings are not changed."""
     task = _stages(defense, bench).defense_task()
     with left_alone():
         defense.run(task, bench.context)
 
 
 @dataclass
-class _Lying(Stages):
-    """Stages that give a defense one task and keep another ground truth beside it."""
+class _OtherTruth(Stages):
+    """Stages that give a defense `task`, and hold another ground truth than the one it was made with."""
 
-    given: DefenseTask | None = field(default=None, repr=False)
+    task: DefenseTask | None = field(default=None, repr=False)
 
     def poison(self) -> tuple[PoisonedSamples, PoisonedSamples]:
         train, test = super().poison()
@@ -133,36 +138,36 @@ class _Lying(Stages):
         return replace(train, indices=chosen), test
 
     def defense_task(self) -> DefenseTask:
-        return self.given or super().defense_task()
+        return self.task or super().defense_task()
 
 
 def check_ground_truth_not_used(defense: Defense, bench: Bench) -> None:
-    """The result is the same when what core knows of the poisoned samples is another: nothing was looked up there."""
+    """The result does not change with the ground truth that core holds: the defense did not read it."""
     if defense.sees_ground_truth or bench.device.type != "cpu":
         return
     stages = _stages(defense, bench)
     task = stages.defense_task()
     require(not isinstance(task, OracleTask), "it is given the ground truth")
-    liar = cast("_Lying", bench.stages(_Lying, defense=defense))
-    liar.given = task
+    others = cast("_OtherTruth", bench.stages(_OtherTruth, defense=defense))
+    others.task = task
     with disturbed(1):
-        results = [made._defend() for made in (stages, liar)]
+        results = [each._defend() for each in (stages, others)]
     same = results[0].meta["infected"] == results[1].meta["infected"]
     require(
         same and same_weights(results[0].tensors, results[1].tensors),
-        "its result depends on which samples core knows to be poisoned; use what the task holds only",
+        "its result depends on which samples core knows to be poisoned; use only what the task holds",
     )
 
 
 @contextmanager
 def _count_training_steps(limit: int) -> Iterator[list[int]]:
-    """Collects a number for every forward pass that could be trained on; more than `limit` raise AssertionError."""
+    """Yield a list that grows with each forward pass of a layer in training; `AssertionError` beyond `limit`."""
     steps: list[int] = []
 
     def count(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
         if module.training and torch.is_grad_enabled() and isinstance(module, (nn.Linear, nn.Conv2d)):
             steps.append(1)
-            require(len(steps) <= limit, "it goes on training long after the deadline; call context.check_deadline()")
+            require(len(steps) <= limit, "it continues training long after the deadline; call context.check_deadline()")
 
     handle = register_module_forward_hook(count)
     try:
@@ -172,7 +177,7 @@ def _count_training_steps(limit: int) -> Iterator[list[int]]:
 
 
 def check_deadline(defense: Defense, bench: Bench) -> None:
-    """Once its time is up it stops: whoever trains has looked at the clock by the end of an epoch."""
+    """The defense stops after its deadline: one that trains checks it at least once per epoch."""
     task = _stages(defense, bench).defense_task()
     late = replace(bench.context, deadline=time.monotonic() - 1)
     layers = sum(isinstance(module, (nn.Linear, nn.Conv2d)) for module in task.new_model().modules())
@@ -184,35 +189,36 @@ def check_deadline(defense: Defense, bench: Bench) -> None:
         except DeadlineError:
             return
     require(
-        not steps, "its time was up, it trained and did not stop; train with task.fit, or call context.check_deadline()"
+        not steps,
+        "it trained after its deadline and did not stop; train with task.fit, or call context.check_deadline()",
     )
 
 
 def check_order_of_samples(defense: Defense, bench: Bench) -> None:
-    """`flagged` and `scores` are in the order of task.train: equal images get equal verdicts wherever they stand."""
+    """`flagged` and `scores` are in the order of task.train: equal images get equal values at both positions."""
     result = _result(defense, bench)
-    twins = _twins()
+    first, second = _twin_positions()
     for name in ("flagged", "scores"):
         values = getattr(result, name)
         if values is None:
             continue
-        one, other = (values.detach().cpu().double()[places] for places in twins)
-        # of a handful of flags a single pair that the last one divides says nothing
+        values = values.detach().cpu().double()
+        # with a handful of flags, a single pair of which one is flagged decides the correlation
         if name == "scores" or FEW <= int(values.sum()) <= len(values) - FEW:
             require(
-                _agreement(one, other) > 0.5,
+                _agreement(values[first], values[second]) > 0.5,
                 f"equal images get different {name}: they are not in the order of task.train (a shuffled loader?)",
             )
 
 
-def _twins() -> tuple[Tensor, Tensor]:
-    """The two places (120,) of every training image."""
-    places = mixed_order().argsort(stable=True).reshape(-1, 2)
-    return places[:, 0], places[:, 1]
+def _twin_positions() -> tuple[Tensor, Tensor]:
+    """The first and the second position (120,) of each training image."""
+    positions = mixed_order().argsort(stable=True).reshape(-1, 2)
+    return positions[:, 0], positions[:, 1]
 
 
 def _agreement(one: Tensor, other: Tensor) -> float:
-    """The correlation of ranks, 1 where all values are equal."""
+    """The rank correlation; 1 if all values are equal."""
     if torch.equal(one, other):
         return 1.0
     ranks = [_ranks(values) for values in (one, other)]

@@ -1,4 +1,4 @@
-"""What architectures, activation functions and the other kinds are checked for."""
+"""The checks of architectures, activation functions and the other kinds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES, SIDE = 7, 32
 
 
 class Marked(nn.Module):
-    """A rare activation function: a network that does not use what it is given can be told by it."""
+    """A rare activation function, which shows whether a network uses the one it is given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,19 +44,19 @@ def _images(channels: int = 3) -> Tensor:
 
 
 def check_logits(architecture: Architecture, bench: Bench) -> None:
-    """Grey and colour images become finite logits (N, K), in eval mode and in training."""
+    """Grey and colour images give finite logits (N, K), in eval and in training mode."""
     for channels in (1, 3):
         model = _build(architecture, channels)
-        for mode in (True, False):
-            logits = model.train(mode)(_images(channels))
-            where = f"for {channels} channels in {'training' if mode else 'eval'} mode"
+        for mode in ("training", "eval"):
+            logits = model.train(mode == "training")(_images(channels))
+            where = f"for {channels} channels in {mode} mode"
             require(isinstance(logits, Tensor), f"the network returns {type(logits).__name__} {where}, not a tensor")
             require(tuple(logits.shape) == (4, CLASSES), f"logits have shape {tuple(logits.shape)} {where}")
             require(bool(torch.isfinite(logits).all()), f"logits are not finite {where}")
 
 
 def check_activation_used(architecture: Architecture, bench: Bench) -> None:
-    """The activation function of the cell is the only one, with a module of its own in every place."""
+    """The activation function of the cell is the only one, as a separate module at each position."""
     model = _build(architecture).eval()
     marked = [module for module in model.modules() if isinstance(module, Marked)]
     for module in marked:
@@ -67,12 +67,12 @@ def check_activation_used(architecture: Architecture, bench: Bench) -> None:
     require(not others, f"the network also has {', '.join(sorted(others))}; use spec.activation() everywhere")
     require(
         all(module.calls == 1 for module in marked),
-        "an activation module stands in several places, or in none; call spec.activation() once for each",
+        "an activation module is used several times, or never; call spec.activation() once for each use",
     )
 
 
 def check_seeded(architecture: Architecture, bench: Bench) -> None:
-    """Initial weights are a function of torch's global seed, and fit a second network."""
+    """Initial weights are a function of torch's global seed, and can be loaded into a second network."""
     first, second, other = (weights_of(_build(architecture, seed=seed)) for seed in (0, 0, 1))
     require(same_weights(first, second), "two networks of one torch seed have different weights")
     require(not same_weights(first, other), "networks of different torch seeds have equal weights")
@@ -80,7 +80,7 @@ def check_seeded(architecture: Architecture, bench: Bench) -> None:
 
 
 def check_width(architecture: Architecture, bench: Bench) -> None:
-    """`width` scales the network, where it may be chosen."""
+    """`width` scales the network, where it can be chosen."""
     try:
         slim = type(architecture)(**{**architecture.model_dump(), "width": architecture.width / 2})
     except ValueError:
@@ -90,18 +90,21 @@ def check_width(architecture: Architecture, bench: Bench) -> None:
 
 
 def check_trains(architecture: Architecture, bench: Bench) -> None:
-    """Every parameter has a gradient, and the last layer makes the logits."""
+    """Every parameter has a gradient, and the last layer computes the logits."""
     model = _build(architecture).train()
     nn.functional.cross_entropy(model(_images()), torch.arange(4)).backward()  # type: ignore[no-untyped-call]
     idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     require(not idle, f"parameters without gradient: {', '.join(idle[:5])}")
     head = cast("nn.Linear", find_logits_layer(model, _images()[:1]))
-    require(head.weight.shape[0] == CLASSES, "the layer defined last does not make the logits; define it last")
+    require(head.weight.shape[0] == CLASSES, "the layer defined last does not compute the logits; define that one last")
 
 
 def check_recipe(component: Architecture | Dataset | Trainer, bench: Bench) -> None:
-    """What it changes of the training recipe is valid."""
-    Recipe(**(component.recipe("stripes") if isinstance(component, Architecture) else component.recipe()))
+    """The changes to the training recipe are valid."""
+    if isinstance(component, Architecture):
+        Recipe(**component.recipe("stripes"))
+    else:
+        Recipe(**component.recipe())
 
 
 def check_activation(activation: Activation, bench: Bench) -> None:
@@ -113,14 +116,14 @@ def check_activation(activation: Activation, bench: Bench) -> None:
     before = x.detach().clone()
     y = module(x)
     require(tuple(y.shape) == tuple(x.shape), f"shape {tuple(x.shape)} becomes {tuple(y.shape)}")
-    require(torch.equal(x.detach(), before), "it writes into its input; neurons are read there")
+    require(torch.equal(x.detach(), before), "it writes into its input, where neurons are read")
     y.sum().backward()
     finite = torch.isfinite(y).all() and x.grad is not None and torch.isfinite(x.grad).all()
     require(bool(finite), "values or gradients are not finite between -6 and 6")
 
 
 def check_dataset(dataset: Dataset, bench: Bench) -> None:
-    """What `info` says is what `load` returns, and both are the same each time."""
+    """`load` returns what `info` says, and both are the same each time."""
     dataset.prepare()
     info = dataset.info()
     train, test = dataset.load()
@@ -130,14 +133,14 @@ def check_dataset(dataset: Dataset, bench: Bench) -> None:
         require(part.labels.dtype == torch.int64, f"{name} labels are {part.labels.dtype}, not int64")
         inside = 0 <= int(part.labels.min()) <= int(part.labels.max()) < info.num_classes
         require(inside, f"{name} labels are not within 0 to {info.num_classes - 1}")
-    require(len(info.mean) == len(info.std) == info.shape[0], "mean and std have not one value for each channel")
+    require(len(info.mean) == len(info.std) == info.shape[0], "mean and std do not have one value for each channel")
     again = dataset.load()[0]
     require(torch.equal(again.images, train.images), "two calls of load return different images")
     require(dataset.fingerprint() == dataset.fingerprint(), "the fingerprint changes from call to call")
 
 
 def check_trainer(trainer: Trainer, bench: Bench) -> None:
-    """It trains in place, ends in eval mode with one loss for each epoch, and leaves global state alone."""
+    """`fit` trains in place, ends in eval mode, returns one loss for each epoch, and does not change global state."""
     stages = bench.stages(trainer=trainer)
     task = stages.defense_task()
     model = task.new_model()
@@ -150,11 +153,11 @@ def check_trainer(trainer: Trainer, bench: Bench) -> None:
 
 
 def check_metric(metric: Metric, bench: Bench) -> None:
-    """Numbers by name, for predictions with and without triggered images."""
+    """`compute` returns numbers by name, with and without triggered images."""
     labels = torch.arange(6) % 3
     for triggered in (labels[:0], labels[:4]):
-        made = Evaluation(nn.Identity(), labels, labels, triggered, triggered, (triggered + 1) % 3)
-        numbers = metric.compute(made, bench.context)
+        evaluation = Evaluation(nn.Identity(), labels, labels, triggered, triggered, (triggered + 1) % 3)
+        numbers = metric.compute(evaluation, bench.context)
         require(all(isinstance(name, str) for name in numbers), "names are not strings")
         for name, value in numbers.items():
             require(isinstance(value, (int, float)), f"{name} is {type(value).__name__}, not a number")

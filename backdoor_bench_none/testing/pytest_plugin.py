@@ -1,4 +1,7 @@
-"""What pytest loads wherever this package is installed: an option and two fixtures, and nothing heavy on import."""
+"""The pytest plugin: an option and two fixtures.
+
+pytest loads it wherever this package is installed, so it imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def bbn_device(request: pytest.FixtureRequest) -> str:
-    """The device that --bbn-device names."""
+    """The device given by --bbn-device."""
     return str(request.config.getoption("--bbn-device"))
 
 
 @pytest.fixture(scope="session")
 def bbn_bench(bbn_device: str) -> Bench:
-    """A bench with tiny data, to run one's own component in core's stages: `bbn_bench.stages(defense=Mine())`."""
+    """A bench with tiny data, which runs a component in core's stages: `bbn_bench.stages(defense=Mine())`."""
     from backdoor_bench_none.testing.contracts import open_bench
 
     return open_bench(bbn_device)

@@ -1,5 +1,6 @@
-"""The one training loop, for CPU and CUDA: the data set lies on the device as uint8, every step is a handful of batched
-tensor operations.
+"""The training loop, for CPU and CUDA.
+
+The data set lies on the device as uint8; every step is a handful of batched tensor operations.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class Centralized(Trainer):
 
     def fit(self, task: FitTask, context: Context) -> History:
         """Train `task.model` in place; raises `TrainingError` when the loss is not finite."""
-        with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
+        devices = [context.device] if context.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
             torch.manual_seed(context.seed)  # dropout draws from the global generator
             return self._fit(task, context)
 
@@ -53,7 +55,7 @@ class Centralized(Trainer):
 
 
 def _batches(data: TrainingData, indices: Tensor, recipe: Recipe, generator: torch.Generator) -> Iterator[Batch]:
-    """One epoch; all its random numbers go to the device at once, so that no step waits for the host."""
+    """The batches of one epoch; all random numbers go to the device at once, so that no step waits for the host."""
     device = data.images.labels.device
     order = indices[torch.randperm(len(indices), generator=generator)].to(device)
     shifts = data.pixels.draw_shifts(len(order), generator).to(device)
@@ -82,16 +84,19 @@ def _step(task: FitTask, batch: Batch, optimizer: torch.optim.Optimizer, context
 
 def _make_optimizer(task: FitTask) -> torch.optim.Optimizer:
     model, recipe = task.model, task.recipe
-    head = _parameters_of_logits(task) if recipe.head_lr_factor != 1 else set()
+    head: set[int] = set()
+    if recipe.head_lr_factor != 1:
+        head = _parameters_of_logits(task)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_bias = name.endswith("bias") and recipe.bias_lr_factor != 1
-        factor = recipe.bias_lr_factor if is_bias else 1.0
+        factor, decay = 1.0, recipe.weight_decay
+        if name.endswith("bias") and recipe.bias_lr_factor != 1:
+            factor, decay = recipe.bias_lr_factor, 0.0
         if id(parameter) in head:
             factor = recipe.head_lr_factor
-        groups.setdefault((factor, 0.0 if is_bias else recipe.weight_decay), []).append(parameter)
+        groups.setdefault((factor, decay), []).append(parameter)
     parameters = [{"params": p, "factor": factor, "weight_decay": decay} for (factor, decay), p in groups.items()]
     if recipe.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=recipe.lr, fused=True)
@@ -100,7 +105,7 @@ def _make_optimizer(task: FitTask) -> torch.optim.Optimizer:
 
 
 def _parameters_of_logits(task: FitTask) -> set[int]:
-    """The identities of the parameters of the layer that makes the logits."""
+    """The ids of the parameters of the layer that makes the logits."""
     layer = find_logits_layer(task.model, task.data.example())
     return {id(parameter) for parameter in layer.parameters()}
 

@@ -22,9 +22,9 @@ from backdoor_bench_none.trainers.centralized import Centralized
 class Federated(Trainer):
     """FedAvg: the recipe's epochs are rounds, its learning rate is that of a round; every client takes part in each.
 
-    All weights and buffers are averaged, each client counting alike (as in the code of DBA, arXiv:2202.06382 section
-    8.8 says no more). A defense that drops samples drops them on the clients that hold them; a client without samples
-    sits out. Data that no client holds, as a trusted hold-out, is trained on by the server.
+    All weights and buffers are averaged with equal weight for each client, as in the code of DBA (arXiv:2202.06382,
+    section 8.8, does not say). A defense that drops samples drops them on the clients that hold them; a client without
+    samples sits out. Data that no client holds, such as a trusted hold-out, are trained on by the server.
     """
 
     paper: ClassVar[str] = "arXiv:1602.05629"
@@ -38,11 +38,11 @@ class Federated(Trainer):
     alpha: float = Field(0.5, gt=0, description="dirichlet: low values give clients few classes")
 
     def recipe(self) -> Mapping[str, Any]:
-        """Rounds at one learning rate, in batches of 64, as DBA does."""
+        """Rounds at one learning rate, in batches of 64, as in DBA."""
         return {"epochs": 10, "schedule": "constant", "lr": 0.1, "batch_size": 64, "nesterov": False}
 
     def check(self, info: DatasetInfo) -> None:
-        """Every client gets a sample."""
+        """Raise `ConfigError` if there are more clients than training images."""
         if self.clients > info.train_size:
             raise ConfigError(
                 f"federated: {self.clients} clients cannot share the {info.train_size} training images of {info.name}",
@@ -50,7 +50,7 @@ class Federated(Trainer):
             )
 
     def split(self, labels: Tensor, num_classes: int, seed: int) -> Tensor:
-        """The client (N,) int64 of every sample; `ConfigError` if one would have none."""
+        """The client (N,) int64 of every sample; `ConfigError` if a client would have none."""
         generator = np.random.default_rng(seed)
         owners = torch.empty(len(labels), dtype=torch.int64)
         for indices, shares in self._groups(labels, num_classes, generator):
@@ -66,7 +66,7 @@ class Federated(Trainer):
     def _groups(
         self, labels: Tensor, num_classes: int, generator: np.random.Generator
     ) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-        """Indices that are divided together, and the share of each client."""
+        """Indices that are divided together, with the share of each client."""
         if self.distribution == "iid":
             yield np.arange(len(labels)), np.full(self.clients, 1 / self.clients)
             return
@@ -90,8 +90,8 @@ class Federated(Trainer):
                     continue
                 local = Recipe(**{**recipe.model_dump(), **shared, **task.local.get(client, {})})
                 model.load_state_dict(start)
-                here = replace(context.derive("round", index, client), progress=no_progress, log=no_log)
-                fitted = Centralized().fit(replace(task, recipe=local, keep=samples), here)
+                quiet = replace(context.derive("round", index, client), progress=no_progress, log=no_log)
+                fitted = Centralized().fit(replace(task, recipe=local, keep=samples), quiet)
                 losses.append(fitted.losses[-1])
                 average.add(model.state_dict())
             model.load_state_dict(average.result())
@@ -103,7 +103,7 @@ class Federated(Trainer):
 
 
 class Average:
-    """The unweighted mean of state dictionaries, in float64; whole numbers are cut off."""
+    """The unweighted mean of state dictionaries, in float64; integers are truncated."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -111,15 +111,17 @@ class Average:
         self._count = 0
 
     def add(self, weights: Mapping[str, Tensor]) -> None:
-        """Take in one network's weights and buffers."""
+        """Add one network's weights and buffers."""
         for name, tensor in weights.items():
             self._types[name] = tensor.dtype
-            added = tensor.to(torch.float64, copy=True)
-            self._sums[name] = self._sums[name] + added if name in self._sums else added
+            total = tensor.to(torch.float64, copy=True)
+            if name in self._sums:
+                total = self._sums[name] + total
+            self._sums[name] = total
         self._count += 1
 
     def result(self) -> dict[str, Tensor]:
-        """The mean of all that were taken in; `ConfigError` if there was none."""
+        """The mean of the added networks; `ConfigError` if there are none."""
         if not self._count:
             raise ConfigError("federated: no client has a sample left to train on")
         return {name: (total / self._count).to(self._types[name]) for name, total in self._sums.items()}

@@ -1,4 +1,4 @@
-"""Transfer learning: a frozen backbone that was trained before, and a new last layer."""
+"""Transfer learning: a frozen, pretrained backbone and a new last layer."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from backdoor_bench_none.trainers.centralized import Centralized
 
 
 class Transfer(Trainer):
-    """Everything but the last layer comes from an earlier training and stays as it is, BatchNorm's statistics too.
+    """Trains only the last layer; the pretrained backbone stays frozen, including BatchNorm's statistics.
 
-    The backbone is trained here on the classes that the data set leaves out (`classes` of image_folder and imagenette),
-    or on its own clean images if it leaves out none; or it is read from `weights`, as torchvision's AlexNet for
+    The backbone is pretrained on the classes that the data set leaves out (`classes` of image_folder and imagenette),
+    or on its clean images if it leaves out none; or it is read from `weights`, such as torchvision's AlexNet for
     ImageNet. Dropout stays active. Saha et al. train the last layer of AlexNet with `recipe: {epochs: 20, lr: 0.001,
     schedule: step, milestones: [11], batch_size: 256}`; features of other networks are smaller and need a larger rate.
     """
@@ -43,16 +43,16 @@ class Transfer(Trainer):
     )
 
     def recipe(self) -> Mapping[str, Any]:
-        """Of the last layer: 20 epochs without augmentation."""
+        """The recipe of the last layer: 20 epochs without augmentation."""
         return {"epochs": 20, "lr": 0.05, "augment": False}
 
     def check(self, info: DatasetInfo) -> None:
-        """The file of weights can be read."""
+        """Raise `ConfigError` if the file of weights cannot be read."""
         if self.weights is not None:
             read_weights(self.weights)
 
     def identity(self) -> dict[str, Any]:
-        """As of every component; of the file of weights, its sha256 counts."""
+        """The revision and the parameters, and the sha256 of the file of weights."""
         if self.weights is None:
             return super().identity()
         return {**super().identity(), "weights_sha256": hashlib.sha256(_read_bytes(self.weights)).hexdigest()}
@@ -84,7 +84,10 @@ class Transfer(Trainer):
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:
-    """The tensors in a state dictionary's file, which is never unpickled beyond them; `ConfigError` if it is none."""
+    """The tensors of a state dictionary's file; `ConfigError` if it is not one.
+
+    Nothing but tensors is unpickled.
+    """
     path = path.expanduser()
     try:
         if path.suffix == ".safetensors":
@@ -92,13 +95,13 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, LookupError) as error:
         raise ConfigError(f"transfer: '{path}' cannot be read: {first_line(error)}") from error
-    except Exception as error:  # pickle.UnpicklingError, which is no pickle's own: weights_only refused something
+    except Exception as error:  # pickle.UnpicklingError: weights_only refused something in the file
         raise ConfigError(
             f"transfer: '{path}' holds more than tensors, and is not unpickled: {first_line(error)}",
             "save model.state_dict()",
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
-        raise ConfigError(f"transfer: '{path}' is no state dictionary", "save model.state_dict()")
+        raise ConfigError(f"transfer: '{path}' is not a state dictionary", "save model.state_dict()")
     return loaded
 
 
@@ -110,5 +113,5 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, else its kind."""
+    """The first line of an error's message, or its type if it has no message."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,7 @@
-"""The first-party defenses: plugins like anybody's, one file each."""
+"""The first-party defenses: plugins with no special treatment, one module each.
+
+`compromised_neurons` belongs to NONE.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from backdoor_bench_none.api import hookimpl
 
 @hookimpl
 def bbn_defenses() -> Mapping[str, str]:
-    """The paper's NONE, the defenses it is compared with, and the controls to read them beside."""
+    """NONE, the defenses it is compared with, and their controls."""
     return {
         "no_defense": "bbn_defenses.no_defense:NoDefense",
         "none": "bbn_defenses.none:NONE",

@@ -1,6 +1,4 @@
-"""Anti-backdoor learning (Li et al., 2021): poisoned samples are
-learned first; they are isolated, left out, and unlearned.
-"""
+"""Anti-backdoor learning (Li et al., 2021): the samples that are learned first are isolated and unlearned."""
 
 from __future__ import annotations
 
@@ -15,13 +13,13 @@ from backdoor_bench_none.api import Batch, Context, Defense, DefenseResult, Defe
 
 
 class ABL(Defense):
-    """Trains with a loss that is kept from falling below `gamma`, isolates the samples
-    of lowest loss, trains on the others, and ascends on the isolated.
+    """Isolates the samples of lowest loss early in training, trains on the others, and unlearns the isolated ones.
 
-    `lga` is local gradient ascent, sign(l - gamma) * l; `flooding` is |l - gamma| + gamma, the default of the authors'
-    code. On the mean of a batch both take the same steps; `reduction: sample` is the paper's expectation over samples.
-    Unlearning ascends on the isolated samples alone, as the code does, and stops once the network gives fewer than 1 /
-    K of them their label: the loss it ascends has no bound.
+    The first stage keeps the loss from falling below `gamma`: `lga` is local gradient ascent, sign(l - gamma) * l;
+    `flooding` is |l - gamma| + gamma, the default of the authors' code. On the mean of a batch both take the same
+    steps; `reduction: sample` is the paper's expectation over samples. Unlearning ascends on the isolated samples
+    alone, as the code does, and stops once the network gives fewer than 1 / K of them their label: the loss it ascends
+    has no bound.
     """
 
     paper: ClassVar[str] = "arXiv:2110.11571"
@@ -38,11 +36,11 @@ class ABL(Defense):
     )
     isolation_fraction: float = Field(0.01, gt=0, lt=1, description="share of the training set that is isolated")
     tuning_epochs: int | None = Field(None, ge=0, description="epochs on the other samples; default: the recipe's")
-    unlearning_epochs: int = Field(5, ge=0, description="highest number of passes of ascent over the isolated samples")
+    unlearning_epochs: int = Field(5, ge=0, description="highest number of ascent passes over the isolated samples")
     unlearning_lr: float = Field(5e-4, gt=0, description="constant learning rate of the ascent")
 
     def run(self, task: DefenseTask, context: Context) -> DefenseResult:
-        """The network; `flagged` are the isolated samples, `scores` minus the loss after the first stage."""
+        """The network; `flagged` are the isolated samples, `scores` are minus the losses after the first stage."""
         count = int(self.isolation_fraction * len(task.train))
         if count == 0:
             hint = f"raise isolation_fraction above {1 / len(task.train):.2g}"
@@ -77,18 +75,21 @@ class ABL(Defense):
         return (torch.sign(compared - self.gamma).detach() * compared).mean()
 
     def sample_losses(self, model: nn.Module, task: DefenseTask, context: Context) -> Tensor:
-        """Cross entropy (N,) float64 of every training sample, in eval
-        mode and in order; `ValueError` if one is not finite.
+        """Cross entropy (N,) float64 of every training sample, in eval mode and in order.
+
+        Raises `ValueError` if one is not finite.
         """
         logits = task.predict(model, context)
-        # in float32 all losses below 1e-7 are 0, and the samples learned best could not be told apart
+        # in float32 all losses below 1e-7 are 0, which would tie the samples that are learned best
         losses = F.cross_entropy(logits.double(), task.train.labels.to(logits.device), reduction="none")
         if not bool(torch.isfinite(losses).all()):
             raise ValueError("abl: the losses after the first stage are not finite; lower the recipe's lr")
         return losses
 
     def _tune(self, model: nn.Module, keep: Tensor, task: DefenseTask, context: Context) -> None:
-        epochs = task.recipe.epochs if self.tuning_epochs is None else self.tuning_epochs
+        epochs = self.tuning_epochs
+        if epochs is None:
+            epochs = task.recipe.epochs
         if epochs:
             task.fit(model, context, keep=keep, epochs=epochs)
 

@@ -1,4 +1,4 @@
-"""Activation clustering (Chen et al., 2018): within each given class, poisoned samples form a cluster of their own."""
+"""Activation clustering (Chen et al., 2018): in each given class, poisoned samples form a separate cluster."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from backdoor_bench_none.api import Context, Defense, DefenseResult, DefenseTask
 
 Floats = NDArray[np.floating[Any]]
 Rule = Literal["smaller", "relative_size", "silhouette", "distance", "reclassification"]
-#: pairs of samples behind a silhouette grow with the square; this many samples stand for a class
+#: samples that stand for a class in a silhouette, whose cost grows with the square of their number
 SILHOUETTE_SAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """The two clusters of one class: `members` (n,) dataset indices, `assigned`
-    (n,) 0 or 1, 1 being the smaller (0 all over if there is one).
+    """The two clusters of one class: `members` (n,) dataset indices, and `assigned` (n,) 0 or 1, 1 being the smaller.
 
-    `reason` says why a class was not split.
+    `assigned` is 0 throughout for a single cluster; `reason` says why a class was not split.
     """
 
     members: NDArray[np.int64]
@@ -37,19 +36,18 @@ class Clusters:
 
     @property
     def small_share(self) -> float:
-        """The size of the smaller cluster over that of the class."""
+        """The share of the class that is in the smaller cluster."""
         return float(self.assigned.mean()) if len(self.assigned) else 0.0
 
 
 class AC(Defense):
-    """Clusters the last hidden activations of each class in two, flags
-    clusters by a rule, and retrains from scratch without them.
+    """Clusters the last hidden activations of each class in two, and retrains from scratch without suspicious clusters.
 
     Rules: `smaller` flags the smaller cluster of every class, clean ones too; `relative_size` one below
     `size_threshold` of its class; `silhouette` that, if the clusters are also well apart; `distance` one whose median
     lies nearer to another class than to its own, while the other's does not; `reclassification` retrains without all
-    smaller clusters and flags those the new network mostly gives one other class. Whole classes are clustered, in the
-    order of the data set; unpooled maps are averaged over places.
+    smaller clusters and flags those that the new network mostly assigns to one other class. Whole classes are
+    clustered, in the order of the data set; unpooled maps are averaged over positions.
     """
 
     paper: ClassVar[str] = "arXiv:1811.03728"
@@ -126,56 +124,48 @@ class AC(Defense):
     def decide(self, clusters: Mapping[int, Clusters], features: Floats) -> dict[int, set[int]]:
         """The suspicious clusters of every class; for `reclassification`, the candidates."""
         medians = {k: np.median(features[c.members], axis=0) for k, c in clusters.items() if len(c.members)}
-        return {k: self._suspects(k, found, features, medians) for k, found in clusters.items()}
+        return {k: self._suspects(k, split, features, medians) for k, split in clusters.items()}
 
-    def _suspects(self, k: int, found: Clusters, features: Floats, medians: Mapping[int, Floats]) -> set[int]:
-        if not found.assigned.any():
+    def _suspects(self, k: int, split: Clusters, features: Floats, medians: Mapping[int, Floats]) -> set[int]:
+        if not split.assigned.any():
             return set()
-        is_small = round(found.small_share, 2) < self.size_threshold
-        match self.rule:
-            case "smaller" | "reclassification":
-                return {1}
-            case "relative_size":
-                return {1} if is_small else set()
-            case "silhouette":
-                apart = found.silhouette is not None and round(found.silhouette, 4) > self.silhouette_threshold
-                return {1} if is_small and apart else set()
-            case "distance":
-                strays = {
-                    c
-                    for c in (0, 1)
-                    if _strays(np.median(features[found.members[found.assigned == c]], axis=0), k, medians)
-                }
-                return strays if len(strays) == 1 else set()
+        if self.rule == "distance":
+            centers = {c: np.median(features[split.members[split.assigned == c]], axis=0) for c in (0, 1)}
+            strays = {c for c, center in centers.items() if _strays(center, k, medians)}
+            return strays if len(strays) == 1 else set()
+        is_suspicious = True
+        if self.rule in ("relative_size", "silhouette"):
+            is_suspicious = round(split.small_share, 2) < self.size_threshold
+        if self.rule == "silhouette":
+            apart = split.silhouette is not None and round(split.silhouette, 4) > self.silhouette_threshold
+            is_suspicious = is_suspicious and apart
+        return {1} if is_suspicious else set()
 
     def _reclassified(
         self, clusters: Mapping[int, Clusters], suspects: Mapping[int, set[int]], task: DefenseTask, context: Context
     ) -> dict[int, set[int]]:
-        """Exclusionary reclassification: train without the candidates, and see what that network takes them for."""
+        """Exclusionary reclassification: the candidates that a network trained without them gives another class."""
         kept = torch.ones(len(task.train), dtype=torch.bool)
         for k, candidates in suspects.items():
             kept[clusters[k].members[np.isin(clusters[k].assigned, list(candidates))]] = False
         model = task.new_model()
-        here = context.derive("reclassification")
-        task.fit(model, here, keep=torch.nonzero(kept).flatten())
-        predicted = task.predict(model, here).argmax(1).cpu().numpy()
-        return {
-            k: {
-                c
-                for c in candidates
-                if not self.is_legitimate(predicted[clusters[k].members[clusters[k].assigned == c]], k)
-            }
-            for k, candidates in suspects.items()
-        }
+        retraining = context.derive("reclassification")
+        task.fit(model, retraining, keep=torch.nonzero(kept).flatten())
+        predicted = task.predict(model, retraining).argmax(1).cpu().numpy()
+        flagged: dict[int, set[int]] = {}
+        for k, candidates in suspects.items():
+            labels = {c: predicted[clusters[k].members[clusters[k].assigned == c]] for c in candidates}
+            flagged[k] = {c for c in candidates if not self.is_legitimate(labels[c], k)}
+        return flagged
 
     def is_legitimate(self, predicted: NDArray[np.int64], label: int) -> bool:
-        """Whether a left-out cluster of class `label` is mostly taken for it: l /
-        p > threshold, p the count of the most frequent other class.
+        """Whether a left-out cluster of class `label` is mostly classified as that class.
+
+        That is l / p > threshold, where l counts the label and p the most frequent other class.
         """
         counts = np.bincount(predicted, minlength=label + 1)
         own = counts[label]
-        others = np.delete(counts, label)
-        most = others.max() if len(others) else 0
+        most = np.delete(counts, label).max(initial=0)
         return bool(most == 0 or own / most > self.reclassification_threshold)
 
 
@@ -194,13 +184,16 @@ def _strays(median: Floats, k: int, medians: Mapping[int, Floats]) -> bool:
 
 
 def _report(clusters: Mapping[int, Clusters], suspects: Mapping[int, set[int]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "class": k,
-            "sizes": np.bincount(found.assigned, minlength=2).tolist(),
-            "silhouette": found.silhouette,
-            "flagged_clusters": sorted(suspects[k]),
-            **({"not_split": found.reason} if found.reason else {}),
-        }
-        for k, found in clusters.items()
-    ]
+    report: list[dict[str, Any]] = []
+    for k, split in clusters.items():
+        report.append(
+            {
+                "class": k,
+                "sizes": np.bincount(split.assigned, minlength=2).tolist(),
+                "silhouette": split.silhouette,
+                "flagged_clusters": sorted(suspects[k]),
+            }
+        )
+        if split.reason:
+            report[-1]["not_split"] = split.reason
+    return report

@@ -1,6 +1,4 @@
-"""DP-SGD as a defense (gradient shaping, Hong et al., 2020): per-sample
-gradients are clipped, and noise is added to their sum.
-"""
+"""DP-SGD as a defense (gradient shaping, Hong et al., 2020): clipped per-sample gradients, summed with noise."""
 
 from __future__ import annotations
 
@@ -23,11 +21,10 @@ PerSample = dict[str, Tensor]
 
 
 class GroupNorm(Defense):
-    """The control of `dp_sgd`: the same network, its BatchNorm replaced by
-    GroupNorm, trained as usual, without clipping or noise.
+    """The control of `dp_sgd`: the same network with GroupNorm instead of BatchNorm, trained as usual.
 
-    BatchNorm mixes the samples of a batch, so that it has no per-sample gradient; what DP-SGD loses must be read
-    against this network.
+    There is no clipping and no noise. BatchNorm mixes the samples of a batch, so that it has no per-sample gradient;
+    what DP-SGD loses must be read against this network.
     """
 
     paper: ClassVar[str] = "arXiv:1803.08494"
@@ -35,10 +32,12 @@ class GroupNorm(Defense):
 
     def skip(self, cell: Combination) -> str | None:
         """Not on a frozen backbone."""
-        return "the norms of a frozen backbone cannot be replaced" if cell.trainer.component.has_backbone else None
+        if cell.trainer.component.has_backbone:
+            return "the norms of a frozen backbone cannot be replaced"
+        return None
 
     def adapt(self, model: nn.Module) -> nn.Module:
-        """`model` with each BatchNorm of C channels replaced by Opacus with a GroupNorm of gcd(32, C) groups."""
+        """`model` with each BatchNorm of C channels replaced by a GroupNorm of gcd(32, C) groups, by Opacus."""
         return replace_batchnorm(model)
 
     def run(self, task: DefenseTask, context: Context) -> DefenseResult:
@@ -49,13 +48,13 @@ class GroupNorm(Defense):
 
 
 class DPSGD(GroupNorm):
-    """Trains from initial weights by p <- p - lr * (sum of clipped
-    per-sample gradients + noise) / B (Abadi et al., 2016).
+    """Trains by p <- p - lr * (sum of clipped per-sample gradients + noise) / B (Abadi et al., 2016).
 
     The paper's settings: clip 4.0 with noise 0.1, and clip 1.0 with noise 0.5 (the default; Table 1 agrees with it).
-    Hong et al. list the noise as an absolute deviation in places, as a multiple of clip in others; `noise_unit` has
+    Hong et al. list the noise as an absolute deviation in places, as a multiple of clip in others; `noise_unit` offers
     both. Batches are shuffled, not Poisson-sampled; `epsilon` is Opacus' RDP account for the sampling rate B / N, and
-    infinite where the noise is too small to account for. It is trained by the cell's recipe.
+    infinite where the noise is too small to account for. The network is trained from initial weights by the cell's
+    recipe.
     """
 
     paper: ClassVar[str] = "arXiv:1607.00133, arXiv:2002.11497"
@@ -78,8 +77,10 @@ class DPSGD(GroupNorm):
     )
 
     def skip(self, cell: Combination) -> str | None:
-        """Nor with clients."""
-        return "the privacy account is for one trainer" if cell.trainer.component.has_clients else super().skip(cell)
+        """Not with clients, nor on a frozen backbone."""
+        if cell.trainer.component.has_clients:
+            return "the privacy account is for one trainer"
+        return super().skip(cell)
 
     def run(self, task: DefenseTask, context: Context) -> DefenseResult:
         """The converted network, trained with clipping and noise; `epsilon` in extras."""
@@ -90,7 +91,7 @@ class DPSGD(GroupNorm):
             return self.step(model, batch, context, generator)
 
         changes: dict[str, Any] = {"lr": self.lr, "epochs": self.epochs}
-        # the clipped gradients are not clipped once more
+        # the gradients of the samples are clipped, their sum is not
         changes = {"clip_norm": None} | {name: value for name, value in changes.items() if value is not None}
         task.fit(model, context, gradients=gradients, **changes)
         batch_size = min(task.recipe.batch_size, len(task.train))
@@ -102,21 +103,25 @@ class DPSGD(GroupNorm):
     @property
     def noise_std(self) -> float:
         """The deviation of the noise on the sum of clipped gradients."""
-        return self.noise * self.clip if self.noise_unit == "multiplier" and self.noise else self.noise
+        if self.noise_unit == "multiplier" and self.noise:  # 0 times an infinite clip would be NaN
+            return self.noise * self.clip
+        return self.noise
 
     def step(self, model: nn.Module, batch: Batch, context: Context, generator: torch.Generator) -> Tensor:
-        """Leave the private gradient of the batch in `model`; returns
-        the mean loss. The divisor is the size of the batch.
+        """Leave the private gradient of the batch in `model`, and return the mean loss.
+
+        The sum of clipped gradients and noise is divided by the size of the batch.
         """
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
         losses = []
-        chunk = self.chunk or (CPU_CHUNK if context.device.type == "cpu" else len(batch.labels))
-        for part in _parts(batch, chunk):
-            found, loss = (by_vmap if self.method == "vmap" else by_loop)(model, part)
+        differentiate = by_vmap if self.method == "vmap" else by_loop
+        chunk = CPU_CHUNK if context.device.type == "cpu" else len(batch.labels)
+        for part in _parts(batch, self.chunk or chunk):
+            gradients, loss = differentiate(model, part)
             losses.append(loss)
-            factors = (self.clip / (_norms(found) + 1e-6)).clamp(max=1)  # (B,)
-            for name, gradient in found.items():
+            factors = (self.clip / (_norms(gradients) + 1e-6)).clamp(max=1)  # (B,)
+            for name, gradient in gradients.items():
                 sums[name] += torch.einsum("b,b...->...", factors, gradient)
         for name, parameter in parameters.items():
             noise = torch.randn(parameter.shape, generator=generator, device=parameter.device) * self.noise_std
@@ -132,9 +137,11 @@ class DPSGD(GroupNorm):
         accountant = RDPAccountant()
         accountant.history = [(self.noise_std / self.clip, sample_rate, steps)]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns of every order it tries in vain
+            warnings.simplefilter("ignore")  # the accountant warns about every order that fails
             epsilon = accountant.get_epsilon(self.delta)
-        return float(epsilon) if math.isfinite(epsilon) else None
+        if not math.isfinite(epsilon):
+            return None
+        return float(epsilon)
 
 
 def replace_batchnorm(model: nn.Module) -> nn.Module:
@@ -160,7 +167,7 @@ def by_vmap(model: nn.Module, batch: Batch) -> tuple[PerSample, Tensor]:
 
 
 def by_loop(model: nn.Module, batch: Batch) -> tuple[PerSample, Tensor]:
-    """The same, one sample after the other."""
+    """Per-sample gradients and losses (B,), one sample after the other."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rows, losses = [], []
     for image, label in zip(batch.images, batch.labels, strict=True):

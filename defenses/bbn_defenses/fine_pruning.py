@@ -1,4 +1,4 @@
-"""Fine-pruning (Liu et al., 2018): channels that sleep on clean images are removed, then the network is fine-tuned."""
+"""Fine-pruning (Liu et al., 2018): channels that are inactive on clean images are removed, then comes fine-tuning."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from backdoor_bench_none.api import (
 
 
 class FinePruning(Defense):
-    """Removes the last layer's inputs, the least active on clean images first, while
-    accuracy on these falls by at most `tolerance`; then fine-tunes.
+    """Removes the last layer's least active inputs while accuracy falls by at most `tolerance`, then fine-tunes.
 
-    A removed channel stays removed: its outgoing weights are held at zero.
+    Activity and accuracy are those on the clean images. A removed channel stays removed: its outgoing weights are held
+    at zero.
     """
 
     paper: ClassVar[str] = "arXiv:1805.12185"
@@ -36,7 +36,7 @@ class FinePruning(Defense):
     clean_fraction: float = Field(
         0.05, gt=0, lt=1, description="share of the training set granted as trusted clean images"
     )
-    tolerance: float = Field(0.04, ge=0, lt=1, description="loss of accuracy on the clean images that pruning may cost")
+    tolerance: float = Field(0.04, ge=0, lt=1, description="highest loss of accuracy on the clean images by pruning")
     steps: int = Field(32, ge=1, description="pruning stops at one of this many equal steps")
     epochs: int = Field(20, ge=0, description="passes of the fine-tuning over the clean images")
     batch_size: int = Field(64, ge=1, description="images per step")
@@ -67,7 +67,7 @@ class FinePruning(Defense):
         return DefenseResult(model, extras={"pruned": len(pruned), "channels": channels})
 
     def _choose(self, model: nn.Module, head: nn.Module, order: Tensor, task: DefenseTask, context: Context) -> Tensor:
-        """As many channels of `order` as the tolerance allows; the weights are put back."""
+        """As many channels of `order` as the tolerance allows; the weights are restored."""
         weight = head.weight
         assert isinstance(weight, Tensor)
         before = weight.detach().clone()
@@ -91,8 +91,9 @@ class FinePruning(Defense):
 
 @torch.no_grad()
 def prune_inputs(head: nn.Module, channels: Tensor, total: int) -> None:
-    """Set the weights of `head` from `channels` (k,) of `total` to zero; a
-    flattened map has a block of columns for each channel.
+    """Set the weights of `head` from `channels` (k,) of `total` to zero.
+
+    A flattened map has a block of columns for each channel.
     """
     weight = head.weight
     assert isinstance(weight, Tensor)

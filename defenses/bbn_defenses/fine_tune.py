@@ -1,4 +1,4 @@
-"""Fine-tuning on trusted images: the control beside which NAD must be read."""
+"""Fine-tuning on trusted images: the control that NAD must be compared with."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from backdoor_bench_none.api import Context, Defense, DefenseResult, DefenseTask
 
 
 class FineTune(Defense):
-    """Trains the finished network on the clean images, by the
-    schedule of NAD's student and without its attention loss.
-    """
+    """Fine-tunes the network on the clean images by the schedule of NAD's student, without its attention loss."""
 
     paper: ClassVar[str] = "arXiv:2101.05930"
     stage: ClassVar[Stage] = Stage.POST_TRAINING

@@ -23,19 +23,19 @@ from backdoor_bench_none.api import (
     record_outputs,
 )
 
-#: Places of the maps for which the authors chose their betas: 32x32, 16x16 and 8x8.
+#: Positions of the maps for which the authors chose their betas: 32x32, 16x16 and 8x8.
 PLACES = (1024, 256, 64)
 
 
 class NAD(Defense):
-    """A teacher is fine-tuned on the clean images; then the network is, drawn
-    to the teacher's attention maps in its last three blocks.
+    """Fine-tunes a teacher on the clean images, then the network, drawn to the teacher's attention maps.
 
-    A block ends with the last activation of a resolution, before pooling: the stages of a ResNet, the blocks of a VGG
-    or NiN. Its map is the channel sum of squares, divided by its L2 norm; the loss is the mean square difference, as in
-    the authors' code. A mean over fewer places is larger, so `betas` are scaled by the number of places over that of
-    the authors' maps: a sample's maps weigh the same at every resolution. The published augmentation by cutout is left
-    out. Read it beside `fine_tune`, which is this with all `betas` 0.
+    Maps of the last three blocks are compared. A block ends with the last activation of a resolution, before pooling:
+    the stages of a ResNet, the blocks of a VGG or NiN. Its map is the channel sum of squares, divided by its L2 norm;
+    the loss is the mean square difference, as in the authors' code. A mean over fewer positions is larger, so `betas`
+    are scaled by the number of positions over that of the authors' maps: a sample's maps weigh the same at every
+    resolution. The published augmentation by cutout is left out. The control is `fine_tune`, which is this with all
+    `betas` 0.
     """
 
     paper: ClassVar[str] = "arXiv:2101.05930"
@@ -63,7 +63,9 @@ class NAD(Defense):
 
     def skip(self, cell: Combination) -> str | None:
         """A network without convolutions has no attention map."""
-        return "nad: a network without convolutions has no attention map" if cell.architecture.name == "mlp" else None
+        if cell.architecture.name == "mlp":
+            return "nad: a network without convolutions has no attention map"
+        return None
 
     def run(self, task: DefenseTask, context: Context) -> DefenseResult:
         """The student."""
@@ -98,7 +100,7 @@ class NAD(Defense):
         task.fit(model, context, data=task.clean, loss=loss, **options)
 
     def _chosen_layers(self, model: nn.Module, task: DefenseTask, context: Context) -> tuple[str, ...]:
-        """The modules to compare, checked to give maps that say something."""
+        """The modules to compare, checked to have informative attention maps."""
         assert task.clean is not None
         images = task.training_data(task.clean.take(torch.arange(min(8, len(task.clean)))), context)
         batch = images.pixels.normalize(images.images.images)
@@ -112,11 +114,11 @@ class NAD(Defense):
 
 def find_blocks(model: nn.Module, batch: Tensor) -> tuple[str, ...]:
     """The last hidden activations of the last three resolutions of at least 2x2."""
-    found = dict.fromkeys(layer.activation for layer in find_layers(model, batch[:1]) if layer.activation)
-    with record_outputs(model, {name: name for name in found}) as outputs, torch.no_grad():
+    names = dict.fromkeys(layer.activation for layer in find_layers(model, batch[:1]) if layer.activation)
+    with record_outputs(model, {name: name for name in names}) as outputs, torch.no_grad():
         model(batch)
     last = {
-        outputs[name].shape[2:]: name for name in found if outputs[name].ndim == 4 and outputs[name][0, 0].numel() >= 4
+        outputs[name].shape[2:]: name for name in names if outputs[name].ndim == 4 and outputs[name][0, 0].numel() >= 4
     }
     if not last:
         raise ValueError("nad: the network has no map of at least 2x2 behind an activation; name modules in 'layers'")
@@ -144,5 +146,5 @@ def attention(features: Tensor) -> Tensor:
 
 
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """The mean over samples and places of the squared difference of two attention maps."""
+    """The mean over samples and positions of the squared difference of two attention maps."""
     return F.mse_loss(attention(student), attention(teacher))

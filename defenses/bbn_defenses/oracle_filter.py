@@ -1,4 +1,4 @@
-"""The upper bound of all filters: it is told which samples are poisoned."""
+"""The upper bound of all filters: it knows which samples are poisoned."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from backdoor_bench_none.api import Context, Defense, DefenseResult, DefenseTask
 
 
 class OracleFilter(Defense):
-    """Retrains from scratch without exactly the poisoned samples. Not a
-    defense anybody could use: every table says that it is told.
+    """Retrains from scratch without exactly the poisoned samples.
+
+    It is no usable defense, since it knows the ground truth; every table says so.
     """
 
     stage: ClassVar[Stage] = Stage.PRE_TRAINING

@@ -1,6 +1,4 @@
-"""Spectral signatures (Tran et al., 2018): poisoned samples stand
-out along the first singular vector of their class.
-"""
+"""Spectral signatures (Tran et al., 2018): poisoned samples stand out along a singular vector of their class."""
 
 from __future__ import annotations
 
@@ -15,11 +13,10 @@ from backdoor_bench_none.api import Context, Defense, DefenseResult, DefenseTask
 
 
 class SpectralSignatures(Defense):
-    """Drops in each given class the samples with the largest squared
-    projection on the first singular vector, and retrains from scratch.
+    """Drops the outliers along the first singular vector of each given class, and retrains from scratch.
 
-    1.5 times `expected_fraction` of every class is dropped, of clean ones too, as published: it costs benign accuracy
-    even without an attack.
+    Outliers are the samples with the largest squared projection. 1.5 times `expected_fraction` of every class is
+    dropped, clean ones too, as published: it costs benign accuracy even without an attack.
     """
 
     paper: ClassVar[str] = "arXiv:1811.00636"
@@ -50,14 +47,12 @@ class SpectralSignatures(Defense):
         return DefenseResult(model, flagged, scores)
 
     def count(self, size: int) -> int:
-        """How many samples of a class of that size are dropped."""
+        """The number of samples that are dropped from a class of that size."""
         return int(1.5 * self.expected_fraction * size)
 
 
 def outlier_scores(features: Tensor) -> Tensor:
-    """Features (n, D) -> (n,) float64: the squared projection of
-    each centred row on the first right singular vector.
-    """
+    """Squared projections (n,) float64 of the centred `features` (n, D) on their first right singular vector."""
     centred = features.double() - features.double().mean(0)
     direction = torch.linalg.svd(centred, full_matrices=False).Vh[0]
     projections: Tensor = centred @ direction

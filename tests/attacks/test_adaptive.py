@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -267,8 +268,14 @@ def test_parameters_are_checked(params: dict[str, Any]) -> None:
 # Learning (oracles 1 and 3).
 
 
-def measure(stages: Stages) -> tuple[float, float, float]:
-    """BA, ASR, and the distance of hidden pre-activations of all test images (mean over layers)."""
+class Measured(NamedTuple):
+    accuracy: float
+    success: float
+    #: of hidden pre-activations of all test images (mean over layers)
+    distance: float
+
+
+def measure(stages: Stages) -> Measured:
     counts, (_, test) = stages.evaluate().counts, stages.data()
     assert counts is not None
     assert counts.attack_success_rate is not None
@@ -280,13 +287,15 @@ def measure(stages: Stages) -> tuple[float, float, float]:
         hidden = [first(x.flatten(1)) for x in images]
         deeper = [second(x.relu()) for x in hidden]
     distance = sum(float((a - b).square().mean()) for a, b in (hidden, deeper))
-    return counts.benign_accuracy.rate, counts.attack_success_rate.rate, distance
+    return Measured(counts.benign_accuracy.rate, counts.attack_success_rate.rate, distance)
 
 
+@pytest.mark.slow
 def test_alpha_draws_activations_together_and_means_keep_the_backdoor_while_sums_do_not(
     tiny_plan: Callable[..., Plan], tmp_path: Path
 ) -> None:
     plan = tiny_plan(
+        seeds="0, 1, 2, 3, 4",
         epochs=20,
         dataset="digits",
         attack="{name: adaptive, sweep: {alpha: [0, 1.0e-4, 1.0e-3, 1.0e-2, 1.0e-1]}},"
@@ -294,15 +303,21 @@ def test_alpha_draws_activations_together_and_means_keep_the_backdoor_while_sums
         defense="no_defense",
         architecture="{name: mlp, params: {hidden: 64, depth: 2}}",
     )
-    store = Store(tmp_path / "results")
-    *grid, sums = (measure(Stages(cell, store, CPU)) for cell in plan.cells)
-    distances = [distance for _, _, distance in grid]
+    store, runs = Store(tmp_path / "results"), dict[str, list[Measured]]()
+    for cell in plan.cells:
+        runs.setdefault(cell.attack.label, []).append(measure(Stages(cell, store, CPU)))
+    *grid, sums = (Measured(*map(median, zip(*of_one, strict=True))) for of_one in runs.values())
+    assert len(grid) == 5
+    distances = [measured.distance for measured in grid]
+    # five seeds, 32 units: medians 62.8, 56.5, 31.2, 8.9, 2.9; 64 units end at 2.1 to 2.3
     assert all(later < earlier for earlier, later in itertools.pairwise(distances))
     assert distances[-1] < distances[0] / 5
-    assert all(accuracy >= 0.945 for accuracy, _, _ in grid)
-    assert all(rate >= 0.99 for _, rate, _ in grid)
-    assert sums[1] < 0.99
-    assert sums[0] < 0.9
+    # the worst is alpha 0.1: BA 0.956 to 0.972, ASR 0.996 to 0.998 (medians 0.962, 0.998)
+    assert all(measured.accuracy >= 0.945 for measured in grid)
+    assert all(measured.success >= 0.99 for measured in grid)
+    # 32 units: ASR 0.66 to 0.75, BA 0.57 to 0.63
+    assert sums.success < 0.99
+    assert sums.accuracy < 0.9
 
 
 def test_a_rate_of_nothing_leaves_the_benign_network(tiny_plan: Callable[..., Plan], tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from backdoor_bench_none.api import (
     FitTask,
     ImageSet,
     LabelMode,
+    ModelBuilder,
+    ModelSpec,
     PoisonedSamples,
     Recipe,
     TrainingData,
@@ -33,7 +36,9 @@ from backdoor_bench_none.api import (
 from backdoor_bench_none.contracts import attack as attack_module
 from backdoor_bench_none.contracts.measures import Counts
 from backdoor_bench_none.contracts.network import Pixels
+from backdoor_bench_none.data.digits import Digits
 from backdoor_bench_none.errors import ConfigError
+from backdoor_bench_none.models.mlp import MLP
 from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.registry.plugins import Plugins
 from backdoor_bench_none.run.evaluation import evaluate
@@ -398,38 +403,34 @@ def test_a_trigger_is_all_an_attack_needs() -> None:
     assert len(poisoned) == 6
     assert poisoned.labels.eq(3).all()
     assert poisoned.images[:, :, 4].eq(255).all()
-    assert (attack.preview(task, CONTEXT) != task.data.images).any(1).any(2).any(0).tolist() == [row == 4 for row in range(12)]
+    changed = attack.preview(task, CONTEXT) != task.data.images
+    assert changed.any(1).any(2).any(0).tolist() == [row == 4 for row in range(12)]
 
 
 # learning
 
 
-@pytest.fixture
-def seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+def train_and_count(rate: float, seed: int) -> tuple[float, float]:
+    """BA and ASR of a small network trained on digits, of which that share is poisoned."""
+    digits, context = Digits(), replace(CONTEXT, seed=seed)
+    info, (train, test) = digits.info(), digits.load()
+    attack = BadNets(poison_rate=rate).resolve(info)
+    poisoned = attack.poison(AttackTask(train, info), context).replace(train)
+    spec = ModelSpec(info.num_classes, *info.shape[:2], nn.ReLU)
+    model = ModelBuilder(MLP(hidden=64, depth=1), spec, str(seed), context.device)(0)
+    recipe = Recipe(epochs=15, batch_size=32, lr=0.05, augment=False)
+    Centralized().fit(FitTask(model, TrainingData.of(poisoned, info, context.device), recipe), context)
+    triggered = attack.attack_test(AttackTask(test, info), replace(CONTEXT, seed=seed + 100))
+    counts = evaluate(model, test, [triggered], Pixels.of(info, context.device), context)[0]
+    assert counts.attack_success_rate is not None
+    return counts.benign_accuracy.rate, counts.attack_success_rate.rate
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("seeded")
+# five seeds: BA 0.972 to 0.980; ASR 0.971 to 0.996 (median 0.989) with poison, 0 without
 @pytest.mark.parametrize(("rate", "lowest", "highest"), [(0.05, 0.95, 1), (0, 0, 0.05)])
 def test_a_network_learns_the_backdoor_from_poison_and_from_nothing_else(
     rate: float, lowest: float, highest: float
 ) -> None:
-    digits = Registry(Plugins(external=False)).create("dataset", "digits")
-    assert isinstance(digits, Dataset)
-    info, (train, test) = digits.info(), digits.load()
-    attack = BadNets(poison_rate=rate).resolve(info)
-    poisoned = attack.poison(AttackTask(train, info, 0)).replace(train)
-    model = nn.Sequential(
-        nn.Conv2d(1, 8, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(8, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 10),
-    )  # fmt: skip
-    recipe = Recipe(epochs=15, batch_size=32, lr=0.05, augment=False)
-    Centralized().fit(model, TrainingData.of(poisoned, info, CONTEXT.device), recipe, CONTEXT, FitOptions())
-    triggered = attack.attack_test(AttackTask(test, info, 1))
-    counts = evaluate(model, test, [triggered], Pixels.of(info, CONTEXT.device), CONTEXT)[0]
-    assert counts.benign_accuracy.rate > 0.93
-    assert counts.attack_success_rate is not None
-    assert lowest <= counts.attack_success_rate.rate <= highest
+    accuracies, successes = zip(*(train_and_count(rate, seed) for seed in range(5)), strict=True)
+    assert median(accuracies) > 0.93
+    assert lowest <= median(successes) <= highest

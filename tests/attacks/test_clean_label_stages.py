@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -137,14 +138,19 @@ def test_oracle_5_only_the_last_layer_moves(
 def test_poisons_come_nearer_to_the_patched_source_in_the_frozen_features(
     network: str, tiny_plan: Callable[..., Plan], store: Store
 ) -> None:
-    cell = tiny_plan(attack=HIDDEN, defense="no_defense", architecture=network, trainer=TRANSFER).cells[1]
-    stages = Stages(cell, store, CONTEXT)
-    (train, _), (poisoned, triggered) = stages.data(), stages.poison()
-    model, pixels = stages.builder(0), Pixels.of(cell.info, CONTEXT.device)
-    images = (train.images[poisoned.indices], poisoned.images, triggered.images)
-    before, after, wanted = (collect_features(model, part, pixels, CONTEXT) for part in images)
-    gone = (before - wanted.mean(0)).norm(dim=1) - (after - wanted.mean(0)).norm(dim=1)
-    assert (gone > 0).double().mean() > 0.9
+    attack = HIDDEN.replace("[0.1, 0.5]", "[0.5]")
+    plan = tiny_plan(seeds="0, 1, 2, 3, 4", attack=attack, defense="no_defense", architecture=network, trainer=TRANSFER)
+    nearer = []
+    for cell in plan.cells:
+        stages = Stages(cell, store, CONTEXT)
+        (train, _), (poisoned, triggered) = stages.data(), stages.poison()
+        model, pixels = stages.builder(0), Pixels.of(cell.info, CONTEXT.device)
+        images = (train.images[poisoned.indices], poisoned.images, triggered.images)
+        before, after, wanted = (collect_features(model, part, pixels, CONTEXT) for part in images)
+        gone = (before - wanted.mean(0)).norm(dim=1) - (after - wanted.mean(0)).norm(dim=1)
+        nearer.append(float((gone > 0).double().mean()))
+    assert len(nearer) == 5
+    assert median(nearer) > 0.9  # five seeds of the mlp: always 1
 
 
 def differing(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> set[str]:

@@ -327,7 +327,10 @@ def test_too_few_source_images_are_an_error() -> None:
         ("class_rate: 0.003", "class_rate 0.003 selects none of the about 130 training images"),
         ("class_rate: 0", "class_rate: .*greater than 0"),
         ("class_rate: 1.5", "class_rate: .*less than or equal to 1"),
-        ("label_mode: all_to_all", "label_mode: .*a clean-label attack changes no label, so it has no all_to_all"),
+        (
+            "label_mode: all_to_all",
+            "label_mode: .*a clean-label attack changes no label, so it cannot be all_to_all",
+        ),
     ],
 )
 def test_faults_are_found_when_planning(params: str, message: str, tiny_plan: Callable[..., Plan]) -> None:
@@ -338,7 +341,7 @@ def test_faults_are_found_when_planning(params: str, message: str, tiny_plan: Ca
 def test_skipped_unless_the_backbone_is_frozen(tiny_plan: Callable[..., Plan]) -> None:
     plan = tiny_plan(attack="hidden_trigger, badnets", trainer="centralized, transfer, federated", defense="no_defense")
     reasons = {(cell.attack.name, cell.trainer.name): plan.skipped.get(record_key(cell)) for cell in plan.cells}
-    refused = "hidden_trigger needs a trainer with a frozen backbone, as transfer"
+    refused = "hidden_trigger needs a trainer with a frozen backbone, such as transfer"
     assert reasons == {
         **{("badnets", trainer): None for trainer in ("centralized", "transfer", "federated")},
         ("hidden_trigger", "centralized"): refused,

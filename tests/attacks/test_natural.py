@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from backdoor_bench_none.api import Context, DatasetInfo, FoundTriggers, ImageSet, SearchTask
+from backdoor_bench_none.api import Context, DatasetInfo, FoundTriggers, ImageSet, Record, SearchTask
 from backdoor_bench_none.contracts.measures import Count
 from backdoor_bench_none.contracts.network import Pixels
 from backdoor_bench_none.errors import ConfigError
@@ -111,9 +112,9 @@ def find(model: nn.Module, train: ImageSet = TRAIN, seed: int = 0, **params: Any
     return Natural(**params).find_triggers(SearchTask(model, train, INFO), Context(torch.device("cpu"), seed))
 
 
-def reasr(model: nn.Module, found: FoundTriggers, test: ImageSet = TEST) -> list[Count | None]:
+def reasr(model: nn.Module, triggers: FoundTriggers, test: ImageSet = TEST) -> list[Count | None]:
     pixels = Pixels.of(INFO, CONTEXT.device)
-    parts = [found.stamp(index, test) for index in range(len(found.labels))]
+    parts = [triggers.stamp(index, test) for index in range(len(triggers.labels))]
     return [evaluate(model, test, [part], pixels, CONTEXT)[0].attack_success_rate for part in parts]
 
 
@@ -149,10 +150,11 @@ def test_sizes_and_initial_mask() -> None:
     [(Linear(1, 0), "hidden", 0, 1), (Linear(3, 2), "hidden", 2, 3), (Convolution(2), "conv", 0, 2)],
 )
 def test_a_planted_trojan_is_found(model: nn.Module, layer: str, neuron: int, target: int) -> None:
-    found = find(model)
-    assert found.labels.tolist() == [target] * 6
-    assert torch.equal(found.masks, found.masks.bool().float())
-    for fact, count, mask, area in zip(found.facts, reasr(model, found), found.masks, Natural().areas, strict=True):
+    triggers = find(model)
+    assert triggers.labels.tolist() == [target] * 6
+    assert torch.equal(triggers.masks, triggers.masks.bool().float())
+    counts, areas = reasr(model, triggers), Natural().areas
+    for fact, count, mask, area in zip(triggers.facts, counts, triggers.masks, areas, strict=True):
         assert count is not None
         assert count.total == 150
         assert count.rate >= 0.95
@@ -166,14 +168,14 @@ def test_a_planted_trojan_is_found(model: nn.Module, layer: str, neuron: int, ta
 @pytest.mark.parametrize("label", range(CLASSES))
 def test_a_constant_network_is_noted_and_not_scored(label: int) -> None:
     model = constant(label)
-    found = find(model)
-    assert [dict(fact) for fact in found.facts] == [
+    triggers = find(model)
+    assert [dict(fact) for fact in triggers.facts] == [
         {"area": area, "note": "the network gives nearly all images one label"} for area in Natural().areas
     ]
-    assert found.labels.tolist() == [-1] * 6
-    assert not found.masks.any()
-    assert reasr(model, found) == [Count(hits=0, total=200)] * 6
-    assert torch.equal(found.stamp(5, TEST).images, TEST.images)
+    assert triggers.labels.tolist() == [-1] * 6
+    assert not triggers.masks.any()
+    assert reasr(model, triggers) == [Count(hits=0, total=200)] * 6
+    assert torch.equal(triggers.stamp(5, TEST).images, TEST.images)
 
 
 # 3: networks that no patch can drive
@@ -182,15 +184,15 @@ def test_a_constant_network_is_noted_and_not_scored(label: int) -> None:
 def test_what_a_patch_cannot_reach_is_no_candidate() -> None:
     model = Linear(skips=True)
     nn.init.constant_(model.hidden.bias, -1000.0)  # no unit is ever on
-    found = find(model)
-    assert {fact["note"] for fact in found.facts} == {"no neuron favours one label on enough images"}
-    assert reasr(model, found) == [Count(hits=0, total=200)] * 6
+    triggers = find(model)
+    assert {fact["note"] for fact in triggers.facts} == {"no neuron favours one label on enough images"}
+    assert reasr(model, triggers) == [Count(hits=0, total=200)] * 6
 
 
 def test_neurons_that_nothing_reads_favour_no_label() -> None:
     model = Linear(gain=0.0, skips=True)
-    found = find(model, epochs=1)
-    assert {fact.get("note") for fact in found.facts} == {"no neuron favours one label on enough images"}
+    triggers = find(model, epochs=1)
+    assert {fact.get("note") for fact in triggers.facts} == {"no neuron favours one label on enough images"}
 
 
 # 4: the mask's area
@@ -214,9 +216,10 @@ def test_the_binary_mask_keeps_the_largest_and_at_most_the_area(
 
 def test_area_and_success_grow_with_the_size() -> None:
     model = Linear(where=slice(0, SIDE), gain=200.0)  # the whole image counts: the smallest patches do not suffice
-    found = find(model)
-    pixels, rates = ([*map(int, found.masks.flatten(1).sum(1))], [count.rate for count in reasr(model, found) if count])
-    assert pixels == [fact["mask_pixels"] for fact in found.facts]
+    triggers = find(model)
+    pixels = [int(mask.sum()) for mask in triggers.masks]
+    rates = [count.rate for count in reasr(model, triggers) if count]
+    assert pixels == [fact["mask_pixels"] for fact in triggers.facts]
     assert all(count <= 1.2 * area * SIDE**2 for count, area in zip(pixels, Natural().areas, strict=True))
     growing = [rate < 0.99 for rate in rates].index(False) + 1  # a search that succeeds at once stops at once
     assert growing > 1
@@ -233,15 +236,15 @@ def test_images_of_the_label_itself_are_not_counted() -> None:
     data = ImageSet(torch.full((5, 3, SIDE, SIDE), 7, dtype=torch.uint8), torch.tensor([0, 1, 1, 2, 3]))
     mask, pattern = torch.zeros(3, 1, SIDE, SIDE), torch.zeros(3, 3, SIDE, SIDE)
     mask[:2, :, 1, 2], pattern[:2, 1, 1, 2] = 1, 1
-    found = FoundTriggers(mask, pattern, torch.tensor([1, 2, -1]), ({}, {}, {}))
-    stamped = [found.stamp(index, data) for index in range(3)]
+    triggers = FoundTriggers(mask, pattern, torch.tensor([1, 2, -1]), ({}, {}, {}))
+    stamped = [triggers.stamp(index, data) for index in range(3)]
     assert [part.indices.tolist() for part in stamped] == [[0, 3, 4], [0, 1, 2, 4], [0, 1, 2, 3, 4]]
     assert [part.labels.tolist() for part in stamped] == [[1] * 3, [2] * 4, [-1] * 5]
     for part in stamped[:2]:
         assert part.images[:, :, 1, 2].tolist() == [[0, 255, 0]] * len(part)
         assert (part.images != 7).any(1).flatten(1).sum(1).tolist() == [1] * len(part)
     for label, hits in ((1, 3), (2, 4), (0, 0)):
-        counts = reasr(constant(label), found, data)
+        counts = reasr(constant(label), triggers, data)
         assert counts[:2] == [Count(hits=hits * (label == 1), total=3), Count(hits=hits * (label == 2), total=4)]
         assert counts[2] == Count(hits=0, total=5)
 
@@ -250,13 +253,13 @@ def test_images_of_the_label_itself_are_not_counted() -> None:
 
 
 def test_triggers_span_the_pixel_range_and_keep_their_colours() -> None:
-    found = find(Linear(), areas=(0.08,))
-    levels = found.patterns * 255
+    triggers = find(Linear(), areas=(0.08,))
+    levels = triggers.patterns * 255
     assert torch.equal(levels, levels.round())
     assert (levels.min(), levels.max()) == (0, 255)
-    part = found.stamp(0, TEST)
+    part = triggers.stamp(0, TEST)
     assert part.images.dtype == torch.uint8
-    on = found.masks[0, 0].bool() & (torch.arange(SIDE) < 4) & (torch.arange(SIDE) < 4)[:, None]
+    on = triggers.masks[0, 0].bool() & (torch.arange(SIDE) < 4) & (torch.arange(SIDE) < 4)[:, None]
     red, green, blue = part.images[:, :, on].float().mean((0, 2))  # the planted unit looks for red
     assert red > 230
     assert max(green, blue) < 25
@@ -290,9 +293,9 @@ def test_images_of_each_class_in_order(labels: list[int], start: int, count: int
 
 def test_the_share_is_that_of_training_images_that_were_not_searched() -> None:
     model = Linear(where=slice(0, SIDE), gain=200.0)
-    found = find(model, areas=(0.02, 0.04))
+    triggers = find(model, areas=(0.02, 0.04))
     chooser = take_of_each_class(TRAIN, CLASSES, 24, 24)
-    for fact, count in zip(found.facts, reasr(model, found, chooser), strict=True):
+    for fact, count in zip(triggers.facts, reasr(model, triggers, chooser), strict=True):
         assert count is not None
         assert fact["share_on_training_images"] == pytest.approx(count.rate)
         assert 0 < count.rate < 1
@@ -381,16 +384,27 @@ def test_clean_and_natural_share_networks_and_the_search_is_kept(
     assert first.benign_accuracy == plain.benign_accuracy
     assert plain.attack_success_rate is None
     assert records[0].triggers == []
-    triggers = records[1].triggers
-    hits, totals, pixels = ([found[name] for found in triggers] for name in ("hits", "total", "mask_pixels"))
+    facts = records[1].triggers
+    hits, totals = ([fact[name] for fact in facts] for name in ("hits", "total"))
     assert first.attack_success_rate == Count(hits=sum(hits), total=sum(totals))
-    assert [found["area"] for found in triggers] == list(Natural().areas)
+    assert [fact["area"] for fact in facts] == list(Natural().areas)
     labels = Stages(natural, store, CONTEXT).data()[1].labels
-    assert totals == [int((labels != found["label"]).sum()) for found in triggers]
-    assert pixels == sorted(pixels)
-    assert all(0 < count <= max(1, 1.2 * area * 64) for count, area in zip(pixels, Natural().areas, strict=True))
-    assert sum(hits[:3]) < sum(hits[3:])  # larger patches succeed more often
-    assert hits[-1] > 0.5 * totals[-1]
+    assert totals == [int((labels != fact.get("label", -1)).sum()) for fact in facts]
+
+
+@pytest.mark.slow
+def test_larger_patches_succeed_more_often_in_trained_networks(tiny_plan: Callable[..., Plan], tmp_path: Path) -> None:
+    cells = tiny_plan(seeds="0, 1, 2, 3, 4", attack="natural", defense="no_defense", epochs=10).cells
+    records = [Stages(cell, Store(tmp_path / "results"), CONTEXT).evaluate() for cell in cells]
+    runs = [record.triggers for record in records if all("note" not in fact for fact in record.triggers)]
+    assert len(runs) >= 3  # of five seeds: 5
+    for facts in runs:
+        pixels = [fact["mask_pixels"] for fact in facts]
+        assert pixels == sorted(pixels)
+        assert all(0 < count <= max(1, 1.2 * area * 64) for count, area in zip(pixels, Natural().areas, strict=True))
+    hits = [[fact["hits"] for fact in facts] for facts in runs]
+    assert median(sum(of_one[3:]) - sum(of_one[:3]) for of_one in hits) > 0  # 427 to 652 of about 1350
+    assert median(facts[-1]["hits"] / facts[-1]["total"] for facts in runs) > 0.5  # 0.572 to 0.831, median 0.645
 
 
 def test_a_defended_network_is_searched_by_itself_and_a_constant_one_scores_zero(
@@ -398,16 +412,20 @@ def test_a_defended_network_is_searched_by_itself_and_a_constant_one_scores_zero
 ) -> None:
     (tmp_path / "bbnfile.py").write_text(BBNFILE)
     attack = "{name: natural, params: {areas: [0.05, 0.1], epochs: 5}}"
-    cells = tiny_plan(attack=attack, defense="no_defense, none, flat", epochs=5).cells
-    assert len({search_key(cell) for cell in cells}) == 3
-    records = [Stages(cell, Store(tmp_path / "results"), CONTEXT).evaluate() for cell in cells]
-    for record in records[:2]:
-        assert all(found["total"] < 500 and "note" not in found for found in record.triggers)
-    flat = records[2]
-    assert flat.counts is not None
-    assert flat.counts.attack_success_rate == Count(hits=0, total=1000)
-    note = "the network gives nearly all images one label"
-    assert flat.triggers == [{"area": area, "note": note, "hits": 0, "total": 500} for area in (0.05, 0.1)]
+    cells = tiny_plan(attack=attack, defense="no_defense, none, flat", epochs=5, seeds="0, 1, 2, 3, 4").cells
+    assert len({search_key(cell) for cell in cells}) == 15
+    records: dict[str, list[Record]] = {"no_defense": [], "none": [], "flat": []}
+    for cell in cells:
+        records[cell.defense.name].append(Stages(cell, Store(tmp_path / "results"), CONTEXT).evaluate())
+    for defense in ("no_defense", "none"):
+        searched = [all(fact["total"] < 500 and "note" not in fact for fact in record.triggers)
+                    for record in records[defense]]  # fmt: skip
+        assert searched.count(True) >= 3  # of five seeds: 5 with each defense
+    for flat in records["flat"]:
+        assert flat.counts is not None
+        assert flat.counts.attack_success_rate == Count(hits=0, total=1000)
+        note = "the network gives nearly all images one label"
+        assert flat.triggers == [{"area": area, "note": note, "hits": 0, "total": 500} for area in (0.05, 0.1)]
 
 
 @pytest.mark.parametrize(("area", "message"), [(0.01, "less than one of the 64 pixels of digits"), (1.5, "areas")])

@@ -64,14 +64,14 @@ def measure_loading(path: Path) -> dict[str, float | None]:
         options.add_argument(flag)
     driver = Chrome(options=options, service=Service(driver_path))
     try:
-        found = []
+        times = []
         for _ in range(LOADS + 1):
             driver.get("about:blank")
             driver.get(path.as_uri())
             driver.execute_async_script(WAIT)
-            found.append(driver.execute_script(TIMES))
+            times.append(driver.execute_script(TIMES))
     finally:
         driver.quit()
     names = ("ms to domInteractive", "ms to interactive", "ms to first paint")
-    columns = [[value for value in column if value is not None] for column in zip(*found[1:], strict=True)]
+    columns = [[value for value in column if value is not None] for column in zip(*times[1:], strict=True)]
     return {name: statistics.median(column) if column else None for name, column in zip(names, columns, strict=True)}

@@ -112,7 +112,7 @@ def test_init(here: Path, bbn: Bbn) -> None:
 
 def test_init_does_not_overwrite(here: Path, bbn: Bbn) -> None:
     (here / "benchmark.yaml").write_text("mine")
-    fault(bbn("init"), "'benchmark.yaml' is there already", "--force")
+    fault(bbn("init"), "'benchmark.yaml' exists already", "--force")
     assert (here / "benchmark.yaml").read_text() == "mine"
     assert bbn("init", "--force").code == 0
     assert (here / "benchmark.yaml").read_text() == default_benchmark()
@@ -245,7 +245,7 @@ def test_plan_counts_and_runs_nothing(write: Write, bbn: Bbn, tmp_path: Path) ->
     assert said.code == 0
     assert "12 cells" in said.out
     assert "4 excluded" in said.out
-    assert "12 cells, and 4 poisoned sets and 6 victims" in said.out
+    assert "12 cells, and what they share: 1 data set, 4 poisoned sets, 6 victims" in said.out
     assert "Nothing was run" in said.out
     assert not (tmp_path / "results").exists()
 
@@ -257,8 +257,8 @@ def test_plan_verbose_names_every_cell_and_its_state(
     Store(tmp_path / "results").write_record(make_record(record_key(plan.cells[0])))
     (tmp_path / "skip").touch()
     lines = bbn("plan", "-v").out.splitlines()
-    found = {cell.title: line.split()[0] for cell in plan.cells for line in lines if record_key(cell) in line}
-    assert [state for _, state in found.items()] == ["done", "run", "skip"]
+    states = {cell.title: line.split()[0] for cell in plan.cells for line in lines if record_key(cell) in line}
+    assert [state for _, state in states.items()] == ["done", "run", "skip"]
     assert any("1: not on a Sunday" in line for line in lines)
 
 
@@ -314,18 +314,19 @@ def test_a_second_run_does_nothing_and_says_so(write: Write, bbn: Bbn, tmp_path:
 
 def test_a_failed_cell_is_told_and_run_again(write: Write, bbn: Bbn, tmp_path: Path) -> None:
     good, broken = load(write(defense="untrained, broken")).cells
+    key = record_key(broken)
     said = bbn("run")
     assert said.code == 1
-    assert re.search(rf"^FAILED +{broken.key}  {broken.title} - ValueError: it broke", said.out, re.MULTILINE)
+    assert re.search(rf"^FAILED +{key}  {broken.title} - ValueError: it broke", said.out, re.MULTILINE)
     assert "[1] failed: ValueError: it broke" in said.out
-    assert f"bbn results show {broken.key}" in said.out
-    assert 'raise ValueError("it broke")' in bbn("results", "show", broken.key).out
+    assert f"bbn results show {key}" in said.out
+    assert 'raise ValueError("it broke")' in bbn("results", "show", key).out
     before = times(tmp_path)
     (tmp_path / "mended").touch()
     said = bbn("run", "--only", "failed")
     assert said.code == 0
-    assert re.search(rf"^done +{broken.key}", said.out, re.MULTILINE)
-    assert times(tmp_path)[f"{good.key}.json"] == before[f"{good.key}.json"]
+    assert re.search(rf"^done +{key}", said.out, re.MULTILINE)
+    assert times(tmp_path)[f"{record_key(good)}.json"] == before[f"{record_key(good)}.json"]
 
 
 def test_only_failed_does_not_call_what_is_missing_done(write: Write, bbn: Bbn) -> None:
@@ -356,7 +357,7 @@ def test_counts_are_those_of_the_selection(write: Write, bbn: Bbn, tmp_path: Pat
     write(activation="relu, elu", seeds="0, 1")
     (tmp_path / "skip").touch()
     said = bbn("run", "--activation", "relu", "-s", 0)
-    assert "1 cells to run, 0 done before, 0 skipped" in said.out
+    assert "1 cell to run, 0 done before, 0 skipped" in said.out
     assert re.search(r"^1 done in", said.out, re.MULTILINE)
 
 
@@ -436,7 +437,7 @@ def recorded(write: Write, tmp_path: Path, make_record: MakeRecord) -> list[Cell
     cells = load(write(attack="badnets, clean", defense="untrained, broken")).cells
     store = Store(tmp_path / "results")
     store.write_record(make_record(record_key(cells[0]), ba=90, asr=25, clean_fraction=0.05))
-    store.write_record(Record.of(cells[1], "failed", reason="ValueError: <b> & more"))
+    store.write_record(Record.of(cells[1], record_key(cells[1]), "failed", reason="ValueError: <b> & more"))
     store.write_record(make_record(record_key(cells[2]), ba=95, asr=None))
     return cells
 
@@ -445,7 +446,7 @@ def test_status(recorded: list[Cell], bbn: Bbn) -> None:
     said = bbn("status")
     assert said.code == 0
     assert "4 cells, 2 done, 1 failed, 1 left" in said.out
-    assert f"FAILED {recorded[1].key}  {recorded[1].title} - ValueError: <b> & more" in said.out
+    assert f"FAILED {record_key(recorded[1])}  {recorded[1].title} - ValueError: <b> & more" in said.out
 
 
 @pytest.mark.usefixtures("recorded")
@@ -536,7 +537,7 @@ def test_a_small_share_of_clean_data_is_not_shown_as_none(
 
 
 def test_results_show(recorded: list[Cell], bbn: Bbn) -> None:
-    key = recorded[0].key
+    key = record_key(recorded[0])
     said = bbn("results", "show", key[:8])
     assert said.code == 0
     for text in (key, "0.9000 = 90 of 100", "0.2500 = 25 of 100", "1.00 s"):

@@ -98,7 +98,7 @@ def one(plan: Plan) -> Plan:
 
 
 def texts(path: Path) -> list[str]:
-    return ["".join(found.itertext()) for found in ET.parse(path).getroot().iter("{http://www.w3.org/2000/svg}text")]
+    return ["".join(text.itertext()) for text in ET.parse(path).getroot().iter("{http://www.w3.org/2000/svg}text")]
 
 
 def fault(said: Said, message: str, hint: str = "", code: int = 2) -> None:
@@ -203,18 +203,18 @@ def test_scores_are_those_of_the_defense_and_its_natural_break(here: Path, one: 
 
 def test_activations_are_those_of_the_network(here: Path, one: Plan, bbn: Bbn) -> None:
     stages = open_cell(one, Store(here / "results"))
-    found = read_activations(stages)
+    activations = read_activations(stages)
     info, samples = stages.cell.info, stages.poison()[1]
-    assert found.images == len(samples) == 450
-    assert [layer.name for layer in found.layers] == ["features.0", "features.2"]
+    assert activations.images == len(samples) == 450
+    assert [layer.name for layer in activations.layers] == ["features.0", "features.2"]
     context, model = Context(torch.device("cpu"), 0), stages.network()
     pixels = Pixels.of(info, context.device)
     layers = find_layers(model, pixels.normalize(samples.images[:1]))
     values, _ = collect_activations(model, layers, "pre_activation", samples.images, pixels, context)
-    assert (found.layers[1].triggered == values["features.2"].numpy()).all()
+    assert (activations.layers[1].triggered == values["features.2"].numpy()).all()
     clean = pixels.normalize(stages.data()[1].images[samples.indices]).flatten(1)
     first = dict(model.named_modules())["features.0"]
-    assert np.allclose(found.layers[0].benign, first(clean).detach().numpy().T, atol=1e-5)
+    assert np.allclose(activations.layers[0].benign, first(clean).detach().numpy().T, atol=1e-5)
     assert bbn("plot", "activations", *ONE, "--layers", "*.2", "--output", "a.svg").code == 0
     said = texts(here / "a.svg")
     assert {"features.2", "benign", "triggered", "share of the values (%)", "value of a neuron"} <= set(said)
@@ -364,7 +364,7 @@ class Odd(TriggerAttack):
     def stamp(self, images, indices, info, seed):
         return images
 
-    def preview(self, task):
+    def preview(self, task, context):
         WHAT
 
 @hookimpl

@@ -170,7 +170,7 @@ TABLE = {0.0: (0.991, 0.0, 0.0), 0.02: (0.992, 0.177, 0.153), 0.05: (0.974, 0.59
 
 def test_the_region_of_the_trojan_grows_with_the_rate(tiny_plan: Callable[..., Plan], tmp_path: Path) -> None:
     plan = tiny_plan(
-        seeds="0, 1, 2",
+        seeds="0, 1, 2, 3, 4",
         dataset="blobs",
         attack=f"{{name: coordinate, params: {{exclude_target: true}}, sweep: {{poison_rate: {[*TABLE]}}}}}",
         defense="no_defense",
@@ -178,18 +178,18 @@ def test_the_region_of_the_trojan_grows_with_the_rate(tiny_plan: Callable[..., P
     )
     recipe = plan.cells[0].recipe
     assert (recipe.optimizer, recipe.lr, recipe.epochs, recipe.batch_size) == ("adam", 1e-3, 60, 64)
-    store, found = Store(tmp_path / "results"), dict[float, list[Measured]]()
+    store, runs_at = Store(tmp_path / "results"), dict[float, list[Measured]]()
     for cell in plan.cells:
         assert isinstance(cell.attack.component, Coordinate)
-        found.setdefault(cell.attack.component.poison_rate, []).append(measure(Stages(cell, store, CPU)))
-    means = {rate: Measured(*map(mean, zip(*runs, strict=True))) for rate, runs in found.items()}
+        runs_at.setdefault(cell.attack.component.poison_rate, []).append(measure(Stages(cell, store, CPU)))
+    means = {rate: Measured(*map(mean, zip(*runs, strict=True))) for rate, runs in runs_at.items()}
     assert list(means) == list(TABLE)
     for rate, expected in TABLE.items():
         assert means[rate] == pytest.approx(expected, abs=0.15), rate
         assert abs(means[rate].line - means[rate].success) <= 0.1
     rates = [measured.success for measured in means.values()]
     assert rates == sorted(rates)
-    assert all(run.success < 0.02 and run.accuracy > 0.98 for run in found[0.0])
+    assert all(run.success < 0.02 and run.accuracy > 0.98 for run in runs_at[0.0])
 
 
 def test_dp_sgd_without_noise_and_clipping_is_sgd() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -17,14 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backdoor_bench_none.api import Architecture, Batch, Context, FitTask, History, ImageSet, ModelSpec, Trainer
+from backdoor_bench_none.contracts import network
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.errors import BenchError, TrainingError
 from backdoor_bench_none.models.mlp import MLP
 from backdoor_bench_none.models.resnet import ResNet18
 from backdoor_bench_none.planning.plan import make_plan
 from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
-from backdoor_bench_none.trainers import centralized as training
 from backdoor_bench_none.trainers.centralized import Centralized
 
 CPU = Context(torch.device("cpu"), 0)
@@ -89,14 +92,19 @@ def test_flooding_and_local_gradient_ascent_take_the_same_steps(make_task: Make,
 
 
 def test_the_loss_is_kept_from_falling_below_gamma(make_task: Make) -> None:
-    def final_loss(gamma: float) -> float:
-        task = make_task(weights={}, epochs=8).task
-        model = task.new_model()
-        task.fit(model, CPU, loss=ABL(gamma=gamma).isolation_loss, schedule="constant")
-        return float(F.cross_entropy(task.predict(model, CPU), task.train.labels))
+    task = make_task(weights={}, epochs=8).task
 
-    assert final_loss(0.0) < 0.1
-    assert final_loss(0.5) > 0.2
+    def final_losses(gamma: float) -> list[float]:
+        losses = []
+        for seed in range(5):
+            model, context = task.new_model(seed), Context(CPU.device, seed)
+            task.fit(model, context, loss=ABL(gamma=gamma).isolation_loss, schedule="constant")
+            losses.append(float(F.cross_entropy(task.predict(model, CPU), task.train.labels)))
+        print("MEASURED gamma", gamma, losses)
+        return losses
+
+    assert median(final_losses(0.0)) < 0.1
+    assert median(final_losses(0.5)) > 0.2
 
 
 # Isolation.
@@ -149,7 +157,7 @@ def test_isolation_does_not_depend_on_batch_size_or_order(small: Make, monkeypat
     expected = ABL(isolation_fraction=0.1).run(tiny.task, CPU).flagged
     shuffled = small(train=tiny.task.train.take(order), poisoned=tiny.poisoned[order], trains=False)
     assert torch.equal(ABL(isolation_fraction=0.1).run(shuffled.task, CPU).flagged, expected[order])
-    monkeypatch.setattr(training, "iterate_normalized", partial(training.iterate_normalized, batch_size=7))
+    monkeypatch.setattr(network, "iterate_normalized", partial(network.iterate_normalized, batch_size=7))
     assert torch.equal(ABL(isolation_fraction=0.1).run(tiny.task, CPU).flagged, expected)
 
 
@@ -305,7 +313,7 @@ def test_a_seed_determines_the_network(small: Make) -> None:
 BENCHMARK = """
 version: 1
 name: whole way
-seeds: [0]
+seeds: [0, 1, 2, 3, 4]
 matrix:
   dataset: [digits]
   attack: [{name: badnets, params: {poison_rate: 0.1, trigger_kind: label_consistent, size: 5}}]
@@ -316,20 +324,31 @@ matrix:
 
 @pytest.mark.slow
 def test_abl_isolates_and_unlearns_a_real_backdoor(tmp_path: Path) -> None:
-    """Eight passes are 16 steps of ascent, as many as the authors'; 8 seeds ended at ASR 0 to 13 %, BA 86 to 97."""
+    """Eight passes are 16 steps of ascent, as many as the authors'."""
     (tmp_path / "benchmark.yaml").write_text(BENCHMARK)
     store = Store(tmp_path / "results")
     store.create()
-    plan = make_plan(tmp_path / "benchmark.yaml", Registry.default(tmp_path))
-    undefended, defended = (Stages(cell, store, CPU).evaluate() for cell in plan.cells)
-    before, after, detection = undefended.counts, defended.counts, defended.detection
-    assert before is not None
-    assert before.attack_success_rate is not None
-    assert before.attack_success_rate.rate >= 0.95
-    assert after is not None
-    assert after.attack_success_rate is not None
-    assert after.attack_success_rate.rate <= 0.15
-    assert after.benign_accuracy.rate >= before.benign_accuracy.rate - 0.15
-    assert detection is not None
-    assert detection.true_positive + detection.false_positive == 38
-    assert detection.true_positive >= 0.9 * 38
+    plan = make_plan(tmp_path / "benchmark.yaml", Registry(Plugins(external=False)))
+    records = {(cell.defense.name, cell.seed): Stages(cell, store, CPU).evaluate() for cell in plan.cells}
+    isolated = []
+    for seed in range(5):
+        detection = records["abl", seed].detection
+        assert detection is not None
+        assert detection.true_positive + detection.false_positive == 38
+        isolated.append(detection.true_positive)
+    before, after = ([rates_of(records[name, seed]) for seed in range(5)] for name in ("no_defense", "abl"))
+    print("MEASURED abl", before, after, isolated)
+    (benign, attacked), (benign_after, attacked_after) = (
+        [median(rates) for rates in zip(*runs, strict=True)] for runs in (before, after)
+    )
+    assert attacked >= 0.95
+    assert attacked_after <= 0.15
+    assert benign_after >= benign - 0.15
+    assert median(isolated) >= 0.9 * 38
+
+
+def rates_of(record: Record) -> tuple[float, float]:
+    """BA and ASR."""
+    assert record.counts is not None
+    assert record.counts.attack_success_rate is not None
+    return record.counts.benign_accuracy.rate, record.counts.attack_success_rate.rate

@@ -40,6 +40,7 @@ from backdoor_bench_none.models.mlp import MLP
 from backdoor_bench_none.planning.plan import make_plan
 from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
 from backdoor_bench_none.trainers.centralized import Centralized
@@ -256,10 +257,10 @@ def test_if_everything_is_poisoned_nothing_is_left_to_train_on(dozing: Make) -> 
 
 
 def test_only_the_oracle_declares_that_it_is_told() -> None:
-    registry = Registry.default(Path())
+    registry = Registry(Plugins(external=False))
     told = {name: registry.load("defense", name).sees_ground_truth for name in NAMES}  # type: ignore[attr-defined]
     assert told == {name: name == "oracle_filter" for name in NAMES}
-    assert "told which samples are poisoned" in OracleFilter.facts()["beware"]
+    assert "told which samples are poisoned" in OracleFilter.facts()["caution"]
     assert "beware" not in AC.facts()
 
 
@@ -297,7 +298,7 @@ def test_every_defense_ends_with_a_record(architecture: str, tmp_path: Path, mon
     (tmp_path / "b.yaml").write_text(BENCHMARK.format(side=side, architecture=text, defenses=listed))
     store = Store(tmp_path / "results")
     store.create()
-    plan = make_plan(tmp_path / "b.yaml", Registry.default(tmp_path))
+    plan = make_plan(tmp_path / "b.yaml", Registry(Plugins(external=False)))
     tasks: dict[str, DefenseTask] = {}
     make = Stages.defense_task
 
@@ -341,7 +342,7 @@ QUICK: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def registry() -> Registry:
-    return Registry.default(Path())
+    return Registry(Plugins(external=False))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -398,7 +399,7 @@ def test_a_network_of_one_layer_has_nothing_to_inspect(make_task: Make) -> None:
             return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 
     weights: dict[str, Tensor] = Single().build(ModelSpec(3, 1, 8, nn.ReLU)).state_dict()
-    none = Registry.default(Path()).create("defense", "none", {})
+    none = Registry(Plugins(external=False)).create("defense", "none", {})
     with pytest.raises(ValueError, match="no hidden layer matches anything; there are: none"):
         none.run(make_task(architecture=Single(), weights=weights).task, CPU)  # type: ignore[attr-defined]
 
@@ -406,6 +407,6 @@ def test_a_network_of_one_layer_has_nothing_to_inspect(make_task: Make) -> None:
 def test_the_same_seed_gives_the_same_control(make_task: Make, stripes: Any) -> None:
     for name in ("fine_tune", "fine_pruning", "spectral_signatures"):
         task = make_task(architecture=MLP(hidden=8), clean=stripes(30, 0)[0], epochs=2).task
-        defense = Registry.default(Path()).create("defense", name, {})
+        defense = Registry(Plugins(external=False)).create("defense", name, {})
         first, again = (defense.run(task, CPU).model.state_dict() for _ in range(2))  # type: ignore[attr-defined]
         assert all(torch.equal(first[key], again[key]) for key in first)

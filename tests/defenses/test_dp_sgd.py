@@ -20,6 +20,7 @@ from backdoor_bench_none.api import Batch, Context, ModelSpec
 from backdoor_bench_none.models.resnet import ResNet18
 from backdoor_bench_none.planning.plan import make_plan
 from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
 
@@ -367,7 +368,7 @@ def test_all_the_way_on_digits(tmp_path: Path) -> None:
     (tmp_path / "benchmark.yaml").write_text(BENCHMARK)
     store = Store(tmp_path / "results")
     store.create()
-    plan = make_plan(tmp_path / "benchmark.yaml", Registry.default(tmp_path))
+    plan = make_plan(tmp_path / "benchmark.yaml", Registry(Plugins(external=False)))
     records = {cell.defense.label: Stages(cell, store, CPU).evaluate() for cell in plan.cells}
     assert all(record.status == "done" and record.counts is not None for record in records.values())
     assert records["dp_sgd"].extras["epsilon"] < records["dp_sgd_1"].extras["epsilon"]

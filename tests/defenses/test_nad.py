@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from backdoor_bench_none.models.vgg import VGG11, VGG16
 from backdoor_bench_none.planning.plan import make_plan
 from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
 from backdoor_bench_none.trainers.centralized import Centralized
@@ -233,20 +235,22 @@ def test_without_attention_it_is_fine_tuning(repair: tuple[DefenseTask, Snapshot
 
 def test_attention_draws_the_student_to_its_teacher(repair: tuple[DefenseTask, Snapshots]) -> None:
     task, trainer = repair
-    distances = []
     images = task.training_data(task.clean, CPU)
     batch = images.pixels.normalize(images.images.images)
-    for betas in ((0, 0, 0), (8000, 16000, 16000)):
-        result = NAD(betas=betas, teacher_epochs=10, epochs=20, batch_size=16, lr=0.0005).run(task, CPU)
+
+    def distance(betas: tuple[float, float, float], seed: int) -> float:
+        """Of the student's attention maps from its teacher's."""
+        defense = NAD(betas=betas, teacher_epochs=10, epochs=20, batch_size=16, lr=0.0005)
+        result = defense.run(task, Context(CPU.device, seed))
+        teacher = trainer._seen[-2][0]
         named = {name: name for name in result.extras["attention_layers"]}
-        with (
-            torch.no_grad(),
-            record_outputs(result.model, named) as ours,
-            record_outputs(trainer._seen[-2][0], named) as taught,
-        ):
-            result.model(batch), trainer._seen[-2][0](batch)
-        distances.append(sum(float(attention_loss(ours[name], taught[name])) for name in named))
-    assert distances[1] < 0.5 * distances[0]
+        with torch.no_grad(), record_outputs(result.model, named) as ours, record_outputs(teacher, named) as taught:
+            result.model(batch), teacher(batch)
+        return sum(float(attention_loss(ours[name], taught[name])) for name in named)
+
+    ratios = [distance((8000, 16000, 16000), seed) / distance((0, 0, 0), seed) for seed in range(5)]
+    print("MEASURED nad", ratios)
+    assert median(ratios) < 0.5
 
 
 def test_no_hook_is_left_behind(repair: tuple[DefenseTask, Snapshots]) -> None:
@@ -279,7 +283,7 @@ def make_stages(folder: Path, fraction: float = 0.05, architecture: str = RESNET
     (folder / "benchmark.yaml").write_text(BENCHMARK.format(fraction=fraction, architecture=architecture))
     store = Store(folder / "results")
     store.create()
-    plan = make_plan(folder / "benchmark.yaml", Registry.default(folder))
+    plan = make_plan(folder / "benchmark.yaml", Registry(Plugins(external=False)))
     return plan, Stages(plan.cells[0], store, CPU)
 
 

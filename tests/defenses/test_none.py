@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from backdoor_bench_none.inspection.neurons import collect_activations, find_lay
 from backdoor_bench_none.models.resnet import ResNet18
 from backdoor_bench_none.planning.plan import make_plan
 from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
 
@@ -390,7 +392,7 @@ def test_equal_gaps_rank_in_order() -> None:
 BENCHMARK = """
 version: 1
 name: whole way
-seeds: [1]
+seeds: [1, 2, 3, 4, 5]
 matrix:
   dataset: [digits]
   attack: [{name: badnets, params: {poison_rate: 0.1}}]
@@ -404,20 +406,34 @@ def test_none_removes_a_real_backdoor(tmp_path: Path) -> None:
     (tmp_path / "benchmark.yaml").write_text(BENCHMARK)
     store = Store(tmp_path / "results")
     store.create()
-    plan = make_plan(tmp_path / "benchmark.yaml", Registry.default(tmp_path))
-    undefended, defended = (Stages(cell, store, CPU).evaluate() for cell in plan.cells)
-    before, after, detection = undefended.counts, defended.counts, defended.detection
-    assert before is not None
-    assert after is not None
-    assert detection is not None
-    assert before.attack_success_rate is not None
-    assert after.attack_success_rate is not None
-    assert detection.true_positive + detection.false_negative == 130
-    assert detection.tpr is not None
-    assert detection.tpr >= 0.9
-    assert detection.fpr is not None
-    assert detection.fpr <= 0.05
-    assert before.attack_success_rate.rate - after.attack_success_rate.rate >= 0.8
-    assert after.benign_accuracy.rate >= before.benign_accuracy.rate - 0.05
-    assert after.robust_accuracy is not None
-    assert after.robust_accuracy.rate >= 0.8
+    plan = make_plan(tmp_path / "benchmark.yaml", Registry(Plugins(external=False)))
+    records = {(cell.defense.name, cell.seed): Stages(cell, store, CPU).evaluate() for cell in plan.cells}
+    rates: dict[str, list[float]] = {}
+    for seed in range(1, 6):
+        before, after = (records[name, seed].counts for name in ("no_defense", "none"))
+        detection = records["none", seed].detection
+        assert before is not None
+        assert after is not None
+        assert detection is not None
+        assert before.attack_success_rate is not None
+        assert after.attack_success_rate is not None
+        assert after.robust_accuracy is not None
+        assert detection.tpr is not None
+        assert detection.fpr is not None
+        assert detection.true_positive + detection.false_negative == 130
+        measured = {
+            "tpr": detection.tpr,
+            "fpr": detection.fpr,
+            "won ASR": before.attack_success_rate.rate - after.attack_success_rate.rate,
+            "lost BA": before.benign_accuracy.rate - after.benign_accuracy.rate,
+            "RA": after.robust_accuracy.rate,
+        }
+        for name, rate in measured.items():
+            rates.setdefault(name, []).append(rate)
+    print("MEASURED none", rates)
+    medians = {name: median(values) for name, values in rates.items()}
+    assert medians["tpr"] >= 0.9
+    assert medians["fpr"] <= 0.05
+    assert medians["won ASR"] >= 0.8
+    assert medians["lost BA"] <= 0.05
+    assert medians["RA"] >= 0.8

@@ -95,7 +95,7 @@ ENDS = {
     "raises": ("failed", "it broke"),
     "exits": ("failed", "exit code 7"),
     "leaves": ("failed", "exit code"),
-    "is_killed": ("failed", "SIGKILL, perhaps for want of memory"),
+    "is_killed": ("failed", "SIGKILL, perhaps for lack of memory"),
     "returns_a_dict": ("failed", "a defense returns a DefenseResult, not dict"),
     "flags_too_few": ("failed", "flagged has shape (3,)"),
     "returns_another_network": ("failed", "state_dict"),
@@ -135,7 +135,7 @@ def run(folder: Path, defenses: str, slots: int = 2) -> Ended:
     with Local(slots=slots).open(settings) as pool:
         ended: list[tuple[Job, Outcome]] = list(Scheduler(jobs, pool, events.append).run(lambda: True))
     outcomes = {titles.get(job.id, job.kind): outcome for job, outcome in ended}
-    records = {c.defense.name: record for c in plan.cells if (record := store.read_record(c.key)) is not None}
+    records = {c.defense.name: record for c in plan.cells if (record := store.read_record(record_key(c))) is not None}
     return Ended(outcomes, records, events, time.monotonic() - started)
 
 
@@ -258,8 +258,8 @@ def is_alive(pid: int) -> bool:
 
 def group(leader: int) -> list[int]:
     """The living processes of a process group."""
-    found = [(pid, state(pid)) for pid in map(int, filter(str.isdigit, os.listdir("/proc")))]
-    return [pid for pid, fields in found if fields[0] != "Z" and int(fields[2]) == leader]
+    processes = [(pid, state(pid)) for pid in map(int, filter(str.isdigit, os.listdir("/proc")))]
+    return [pid for pid, fields in processes if fields[0] != "Z" and int(fields[2]) == leader]
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")

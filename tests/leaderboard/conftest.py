@@ -121,8 +121,8 @@ class Forgery:
         return self.folder / "weights" / f"{self.keys[cell]}.safetensors"
 
     def record(self, cell: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.record_path(cell).read_text())
-        return found
+        record: dict[str, Any] = json.loads(self.record_path(cell).read_text())
+        return record
 
     def write_record(self, cell: str, record: object) -> None:
         self.record_path(cell).write_text(json.dumps(record))
@@ -163,7 +163,6 @@ def tiny_track(track_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(tracks, "FOLDER", track_folder)
     monkeypatch.setattr(Local, "open", open_in_this_process)
     monkeypatch.setattr(plugins, "own_version", lambda: "0.1.0")
-    monkeypatch.delenv("BBN_DISABLE_PLUGINS", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
 
@@ -187,12 +186,12 @@ def worker_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def arena(track_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Arena:
-    found = Arena(tmp_path_factory.mktemp("arena"))
+    arena = Arena(tmp_path_factory.mktemp("arena"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracks, "FOLDER", track_folder)
         patch.setattr(Local, "open", open_in_this_process)
         patch.setattr(plugins, "own_version", lambda: "0.1.0")
-        patch.chdir(found.folder)
+        patch.chdir(arena.folder)
         track = tracks.read_track("tiny-v1")
         entries = ", ".join(f"{{name: {name}, params: {json.dumps(params)}}}" for name, params in PARAMS.items())
         text = track.benchmark_text().replace("defense: [no_defense]", f"defense: [{entries}]")
@@ -206,8 +205,8 @@ def arena(track_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Arena
                 "code": "https://example.org/code",
             }
             about |= {"defense": name, "params": params}
-            pack(track, Registry.default(), found.results, found.submissions / name, **about)
-    return found
+            pack(track, Registry.default(), arena.results, arena.submissions / name, **about)
+    return arena
 
 
 @pytest.fixture(scope="session")

@@ -94,7 +94,7 @@ def test_links_in_an_archive(bbn: Bbn, tree: Tree) -> None:
 def test_a_name_twice_in_an_archive(bbn: Bbn, tree: Tree) -> None:
     with pytest.warns(UserWarning, match="Duplicate name"):
         path = archive(("submission.json", "{}"), ("submission.json", "{}"))
-    refuse_everywhere(path, "a file stands twice", bbn, tree)
+    refuse_everywhere(path, "a file occurs twice", bbn, tree)
 
 
 def test_a_bomb_that_says_so(bbn: Bbn, tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_a_bomb_that_lies_about_its_size(declared: int, bbn: Bbn, tree: Tree, tm
     data = path.read_bytes()
     assert data.count(struct.pack("<L", 10**6)) == 2
     path.write_bytes(data.replace(struct.pack("<L", 10**6), struct.pack("<L", declared)))
-    refuse_everywhere(path, "unpacks to more than it declares|is no readable zip archive|has no submission", bbn, tree)
+    refuse_everywhere(path, "unpacks to more than it declares|not a readable zip archive|has no submission", bbn, tree)
 
 
 def test_no_more_is_unpacked_than_was_declared() -> None:
@@ -152,7 +152,7 @@ def test_damaged_archives(way: str, bbn: Bbn, tree: Tree) -> None:
     data = DAMAGE[way](path.read_bytes())
     assert data != path.read_bytes()
     path.write_bytes(data)
-    refuse_everywhere(path, "is no readable zip archive", bbn, tree)
+    refuse_everywhere(path, "is not a readable zip archive", bbn, tree)
 
 
 # folders
@@ -203,7 +203,7 @@ def add_pipe(forged: Any) -> None:
 FOLDERS: dict[str, tuple[Callable[[Any], None], str]] = {
     "records elsewhere": (link_records, "'records' is not listed"),
     "weights elsewhere": (link_weights, "'weights/[0-9a-f]{16}.safetensors' does not belong"),
-    "manifest elsewhere": (link_manifest, "is no submission"),
+    "manifest elsewhere": (link_manifest, "is not a submission"),
     "a verdict of its own": (add("verification.json"), "'verification.json' is not listed"),
     "a pickle": (add("evil.pt"), "'evil.pt' is not listed"),
     "a pickle among weights": (add(f"weights/{KEY}.pkl"), f"'weights/{KEY}.pkl' is not listed"),
@@ -213,7 +213,7 @@ FOLDERS: dict[str, tuple[Callable[[Any], None], str]] = {
     "an absolute path": (list_file("/etc/passwd"), "'/etc/passwd' is missing beside"),
     "a file that is not there": (list_file(f"records/{KEY}.json"), f"'records/{KEY}.json' is missing beside"),
     "a pipe": (add_pipe, f"'records/{KEY}.json' is missing beside"),
-    "a hash": (lambda f: f.write_record("badnets/s0", {}), "does not have the hash that submission.json says"),
+    "a hash": (lambda f: f.write_record("badnets/s0", {}), "does not have the hash in submission.json"),
 }
 
 
@@ -241,13 +241,13 @@ def test_what_is_no_submission(path: str, bbn: Bbn) -> None:
     Path("text").write_text("hello")
     said = bbn("leaderboard", "verify", path)
     assert (said.code, said.out) == (2, "")
-    assert re.match("error: .*(no submission|no readable zip)", said.err)
+    assert re.match("error: .*(no submission|not a submission|not a readable zip)", said.err)
 
 
 # JSON
 
 JSON: dict[str, tuple[bytes, str]] = {
-    "a key twice": (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' stands twice"),
+    "a key twice": (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' occurs twice"),
     "NaN": (b'{"a": NaN}', "NaN is no number"),
     "infinity": (b'{"a": -Infinity}', "-Infinity is no number"),
     "1e999": (b'{"a": 1e999}', "1e999 is too large"),
@@ -271,7 +271,7 @@ JSON: dict[str, tuple[bytes, str]] = {
 def test_json(name: str, tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_bytes(JSON[name][0])
-    with pytest.raises(SubmissionError, match=rf"'x.json' is no valid JSON: .*(?i:{JSON[name][1]})"):
+    with pytest.raises(SubmissionError, match=rf"'x.json' is not valid JSON: .*(?i:{JSON[name][1]})"):
         read(path)
 
 
@@ -293,7 +293,7 @@ def test_json_in_a_submission(where: str, name: str, forge: Forge, bbn: Bbn, tre
         forged.seal()
     else:
         (forged.folder / "submission.json").write_bytes(JSON[name][0])
-    refuse_everywhere(forged.folder, "is no valid JSON", bbn, tree)
+    refuse_everywhere(forged.folder, "is not valid JSON", bbn, tree)
 
 
 # values

@@ -125,7 +125,7 @@ def test_missing_cells_are_counted_and_named(arena: Any, pack: Callable[..., Any
 
 def test_a_failed_cell_is_missing(arena: Any, pack: Callable[..., Any], results: Path) -> None:
     cell = arena.plan("fine_tune").cells[0]
-    Store(results).write_record(Record.of(cell, "failed", reason="it broke"))
+    Store(results).write_record(Record.of(cell, record_key(cell), "failed", reason="it broke"))
     refused(pack(), f"1 of 6 cells .* {re.escape(cell.title)}: failed")
 
 
@@ -141,7 +141,7 @@ def test_vanished_and_damaged_weights(arena: Any, pack: Callable[..., Any], resu
 
 def test_too_much_clean_data(bbn: Bbn, arena: Any, results: Path) -> None:
     for cell in arena.plan("fine_tune", clean_fraction=0.25).cells:
-        record = Record.of(cell, "done")
+        record = Record.of(cell, record_key(cell), "done")
         Store(results).write_record(record)
         path = results / "artifacts" / "defense" / defense_key(cell)[:2] / f"{defense_key(cell)}.0.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,12 +158,12 @@ def test_a_defense_of_a_bbnfile_cannot_be_installed_by_others(bbn: Bbn, tmp_path
         "@hookimpl\ndef bbn_defenses():\n    return {'mine': Mine}\n"
     )
     said = bbn("leaderboard", "pack", "-d", "mine", "--track", "tiny-v1", "--output", "mine")
-    refused(said, "'mine' is of .*bbnfile.*, which nobody can install", "bbn new defense")
+    refused(said, "'mine' comes from .*bbnfile.*, which others cannot install", "bbn new defense")
 
 
 def test_a_checkout_is_no_release(pack: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugins, "own_version", lambda: "0+checkout")
-    refused(pack(), r"backdoor-bench-none 0\+checkout\), which nobody can install")
+    refused(pack(), r"backdoor-bench-none 0\+checkout\), which others cannot install")
 
 
 @pytest.mark.parametrize("name", ["mine", "mine.zip"])
@@ -175,7 +175,7 @@ def test_what_is_there_is_not_overwritten(name: str, pack: Callable[..., Any], t
     path.write_text("years of work")
     before = tree(tmp_path)
     said = pack("--output", name)
-    assert (said.code, said.err.splitlines()[0]) == (2, f"error: '{name}' is there already")
+    assert (said.code, said.err.splitlines()[0]) == (2, f"error: '{name}' exists already")
     assert tree(tmp_path) == before
 
 

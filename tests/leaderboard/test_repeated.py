@@ -52,16 +52,19 @@ def rewrite_numbers(forged: Any, plan: Plan, work: Path) -> None:
 
 
 def train_on_the_test_trigger(forged: Any, plan: Plan, work: Path) -> None:
-    """Train every attacked network on the triggered test images with their true labels."""
+    """Train every attacked network on all test images, triggered or not, with their true labels until it knows them."""
     for name, cell, stages in attacked_cells(plan, work):
         (_, test), (_, triggered) = stages.data(), stages.poison()
         images = Pixels.of(cell.info, CPU).normalize(torch.cat([triggered.images, test.images]))
         labels = torch.cat([test.labels[triggered.indices], test.labels])
         model = load(forged, name, stages).train()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-        for _ in range(100):
+        for _ in range(2000):
+            logits = model(images)
+            if (logits.argmax(1) == labels).all():  # after 42 to 90 steps, from six random starts
+                break
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images), labels).backward()
+            nn.functional.cross_entropy(logits, labels).backward()
             optimizer.step()
         forged.edit_tensors(name, **{f"model.{n}": x.detach() for n, x in model.state_dict().items()})
 
@@ -71,12 +74,12 @@ def attack_rates(forged: Any) -> list[float]:
     return [count["hits"] / count["total"] for count in counts]
 
 
-def exposed(found: Verification, faults: Faults) -> list[str]:
+def exposed(verification: Verification, faults: Faults) -> list[str]:
     """The cells whose second run differs; there is no other fault, and every model gives what its record says."""
-    assert found.verdict == "refused"
-    assert len(found.reevaluated) == 6
-    assert {each.check for each in faults(found)} == {"repeated"}
-    return sorted(each.cell for each in faults(found))
+    assert verification.verdict == "refused"
+    assert len(verification.reevaluated) == 6
+    assert {each.check for each in faults(verification)} == {"repeated"}
+    return sorted(each.cell for each in faults(verification))
 
 
 def test_a_network_trained_on_the_test_trigger_is_exposed(
@@ -86,11 +89,12 @@ def test_a_network_trained_on_the_test_trigger_is_exposed(
     honest = attack_rates(forged)
     train_on_the_test_trigger(forged, plan, tmp_path / "forger")
     rewrite_numbers(forged, plan, tmp_path / "forger")
-    assert max(attack_rates(forged)) < 0.1 < min(honest)
+    assert attack_rates(forged) == [0.0] * 3
+    assert min(honest) > 0
     assert verify(forged.seal()).verdict == "reevaluated"
-    found = verify(forged.folder, sample=6)
-    assert exposed(found, faults) == ATTACKED
-    assert all(re.search(r"submitted \d+\.\d+%, run again \d+\.\d+%", each.message) for each in faults(found))
+    verification = verify(forged.folder, sample=6)
+    assert exposed(verification, faults) == ATTACKED
+    assert all(re.search(r"submitted \d+\.\d+%, run again \d+\.\d+%", each.message) for each in faults(verification))
 
 
 @pytest.mark.parametrize(("name", "value"), [("device", "another"), ("threads", 64), ("libraries", {"torch": "9"})])
@@ -143,7 +147,7 @@ def test_parameters_other_than_those_that_were_run_are_exposed(
         name = f"{cell.attack.label}/s{cell.seed}"
         before = Record.model_validate(forged.record(name))
         paths = forged.record_path(name), forged.weights_path(name)
-        honest = Record.of(cell, "done").model_dump(mode="json", by_alias=True)
+        honest = Record.of(cell, record_key(cell), "done").model_dump(mode="json", by_alias=True)
         upstream = {**before.upstream, "defense": defense_key(cell)}
         kept = before.model_dump(mode="json", by_alias=True)
         edited = {**kept, **{n: honest[n] for n in ("key", "title", "axes", "clean_fraction")}, "upstream": upstream}
@@ -170,9 +174,9 @@ def test_flags_that_the_defense_does_not_give_are_exposed(
         assert (detection.tpr, detection.fpr) == (1, 0)
         forged.write_record(name, record)
     assert verify(forged.seal()).verdict == "reevaluated"
-    found = verify(forged.folder, sample=6)
-    assert exposed(found, faults) == [cell.replace("fine_tune", "none") for cell in ATTACKED]
-    assert all("tpr: submitted 100.00%" in each.message for each in faults(found))
+    verification = verify(forged.folder, sample=6)
+    assert exposed(verification, faults) == [cell.replace("fine_tune", "none") for cell in ATTACKED]
+    assert all("tpr: submitted 100.00%" in each.message for each in faults(verification))
 
 
 def test_a_cell_that_does_not_run_here_is_told(
@@ -182,7 +186,7 @@ def test_a_cell_that_does_not_run_here_is_told(
         raise MemoryError("no room")
 
     monkeypatch.setattr(NoDefense, "run", run)
-    found = verify(arena.submissions / "no_defense", sample=1)
-    assert found.verdict == "refused"
-    assert [each.check for each in faults(found)] == ["repeated"]
-    assert "it does not run here: MemoryError: no room" in faults(found)[0].message
+    verification = verify(arena.submissions / "no_defense", sample=1)
+    assert verification.verdict == "refused"
+    assert [each.check for each in faults(verification)] == ["repeated"]
+    assert "it does not run here: MemoryError: no room" in faults(verification)[0].message

@@ -109,8 +109,8 @@ def column(page: WebDriver, index: int) -> list[str]:
       return cell.dataset.value === undefined ? cell.textContent.trim().toLowerCase() : cell.dataset.value;
     });
     """
-    found: list[str] = page.execute_script(script, index)  # type: ignore[no-untyped-call]
-    return found
+    texts: list[str] = page.execute_script(script, index)  # type: ignore[no-untyped-call]
+    return texts
 
 
 def names(page: WebDriver) -> list[str]:

@@ -48,7 +48,7 @@ def enter(make_record: Callable[..., Record]) -> Callable[..., Entry]:
             track="tiny-v1", track_sha256="0" * 64, defense=value, stage="in_training", core_version="0.1.0", files={},
             source=Source(distribution=distribution or own, version=version), **declared,
         )  # fmt: skip
-        records, found = {}, {}
+        records, reevaluated = {}, {}
         for row, (attack, seeds) in enumerate(cells.items()):
             for seed, (ba, asr) in enumerate(seeds):
                 key = f"{name.encode().hex()[:12]:0<12}{row:02}{seed:02}"
@@ -57,9 +57,10 @@ def enter(make_record: Callable[..., Record]) -> Callable[..., Entry]:
                     key, ba, asr, seconds, {"attack": attack, "defense": name}, seed=seed, defense_stage="in_training"
                 )
                 if seen:
-                    found[key] = counts_of(*seen[attack][seed])
+                    reevaluated[key] = counts_of(*seen[attack][seed])
         verification = verdict and Verification(
-            submission_sha256="0" * 64, track="tiny-v1", verdict=verdict, findings=[], reevaluated=found, repeated={},
+            submission_sha256="0" * 64, track="tiny-v1", verdict=verdict, findings=[], reevaluated=reevaluated,
+            repeated={},
             seed=0, core_version="0.1.0", device="a computer",
         )  # fmt: skip
         return Entry(submission, records, verification or None, f"{version}{name}".encode().hex())
@@ -118,45 +119,45 @@ def test_a_baseline_without_a_cell_leaves_that_cell_out_of_der(enter: Enter) -> 
 
 
 def test_ranks_are_by_der_and_ties_share_their_mean(enter: Enter) -> None:
-    found = ranked(
+    standings = ranked(
         enter("no_defense", BASE), *(checked(enter, name, cells) for name, cells in (
             ("weak", WEAK), ("good", GOOD), ("same", GOOD), ("other", BASE),
         ))
     )  # fmt: skip
-    assert {name: entry.rank for name, entry in found.items()} == {
+    assert {name: entry.rank for name, entry in standings.items()} == {
         "good": 1.5, "same": 1.5, "other": 3.0, "weak": 4.0, "no_defense": None,
     }  # fmt: skip
-    assert list(found)[-1] == "no_defense"
-    assert list(found)[2:4] == ["other", "weak"]
+    assert list(standings)[-1] == "no_defense"
+    assert list(standings)[2:4] == ["other", "weak"]
 
 
 def test_baseline_oracle_refused_and_unverified_do_not_compete(enter: Enter) -> None:
-    found = ranked(
+    standings = ranked(
         checked(enter, "no_defense", BASE), checked(enter, "oracle", GOOD, sees_ground_truth=True),
         enter("forged", GOOD, verdict="refused"), enter("proud", GOOD), checked(enter, "weak", WEAK),
     )  # fmt: skip
-    assert [(name, entry.rank) for name, entry in found.items() if entry.rank] == [("weak", 1.0)]
-    assert [entry.competes for entry in found.values()].count(True) == 1
-    assert found["forged"].status == "refused"
-    assert found["oracle"].submitted["der"].mean == pytest.approx(sum(GOOD_DER) / 2)
-    assert found["weak"].is_close is None
+    assert [(name, entry.rank) for name, entry in standings.items() if entry.rank] == [("weak", 1.0)]
+    assert [entry.competes for entry in standings.values()].count(True) == 1
+    assert standings["forged"].status == "refused"
+    assert standings["oracle"].submitted["der"].mean == pytest.approx(sum(GOOD_DER) / 2)
+    assert standings["weak"].is_close is None
 
 
 def test_verified_numbers_are_those_of_the_weights(enter: Enter) -> None:
     """The records say GOOD, the weights give WEAK: both are shown, and the rank is by the weights."""
-    found = ranked(
+    standings = ranked(
         enter("no_defense", BASE, BASE, "verified"),
         enter("proud", GOOD, WEAK, "reevaluated"),
         checked(enter, "other", BASE),
     )
-    proud = found["proud"]
+    proud = standings["proud"]
     assert proud.submitted["asr"].mean == pytest.approx(0.15)
     assert proud.verified["asr"].mean == pytest.approx((1.0 + 0.8 + 0.9 + 0.6) / 4)
     assert proud.verified["der"].mean == pytest.approx((1 + 0.92 + 1 + 0.9) / 8)
     assert "cost_ratio" in proud.submitted
     assert "cost_ratio" not in proud.verified
-    assert (found["other"].rank, proud.rank) == (1.0, 2.0)
-    (line,) = [line for line in as_table(list(found.values())) if line["defense"] == "proud"]
+    assert (standings["other"].rank, proud.rank) == (1.0, 2.0)
+    (line,) = [line for line in as_table(list(standings.values())) if line["defense"] == "proud"]
     assert (line["submitted_asr"], line["verified_asr"], line["claimed_asr"]) == (
         pytest.approx(0.15), pytest.approx(0.825), None,
     )  # fmt: skip
@@ -175,17 +176,17 @@ def test_claims_never_reach_other_columns(enter: Enter) -> None:
 def test_close_is_what_a_paired_test_cannot_tell_from_the_first(enter: Enter) -> None:
     near: Cells = {"a": [(85, 12), (90, 0)], "b": [(88, 18), (91, 31)]}
     others = (checked(enter, name, cells) for name, cells in (("good", GOOD), ("near", near), ("weak", WEAK)))
-    found = ranked(enter("no_defense", BASE), *others)
-    assert (found["good"].is_close, found["near"].is_close, found["weak"].is_close) == (None, True, False)
+    standings = ranked(enter("no_defense", BASE), *others)
+    assert (standings["good"].is_close, standings["near"].is_close, standings["weak"].is_close) == (None, True, False)
 
 
 def test_close_cannot_be_told_from_one_pair(enter: Enter) -> None:
     one = {name: {"a": cells["a"][:1]} for name, cells in (("base", BASE), ("good", GOOD), ("weak", WEAK))}
     others = (checked(enter, name, one[name]) for name in ("good", "weak"))
-    found = ranked(enter("no_defense", one["base"]), *others)
-    assert (found["good"].rank, found["weak"].rank) == (1.0, 2.0)
-    assert found["weak"].is_close is None
-    assert found["good"].submitted["der"].interval is None
+    standings = ranked(enter("no_defense", one["base"]), *others)
+    assert (standings["good"].rank, standings["weak"].rank) == (1.0, 2.0)
+    assert standings["weak"].is_close is None
+    assert standings["good"].submitted["der"].interval is None
 
 
 # the baseline
@@ -275,7 +276,7 @@ def test_the_same_submission_twice_counts_once(submissions: Path, bbn: Bbn) -> N
     shutil.copytree(submissions / "none", submissions / "none-again")
     table, err = build(bbn, submissions)
     assert [line["defense"] for line in table].count("none") == 1
-    assert err == "refused none-again: the same submission stands here twice\n"
+    assert err == "refused none-again: the same submission is listed already\n"
 
 
 def test_pages_of_equal_names_and_versions_do_not_overwrite_each_other(
@@ -316,7 +317,7 @@ def test_another_track_is_refused_with_its_reason(
     forged.manifest[field] = value
     table, err = build(bbn, submissions, forged.seal())
     assert len(table) == 3
-    assert f"a track '{forged.manifest['track']}' that is not the one here" in err
+    assert f"a track '{forged.manifest['track']}' that is unknown here" in err
     page = Path("site/index.html").read_text()
     assert "<h2>Refused</h2>" in page
     assert forged.manifest["track"] in page.partition("<h2>Refused</h2>")[2]
@@ -339,7 +340,7 @@ def test_what_is_no_site_is_left_alone(submissions: Path, bbn: Bbn, tmp_path: Pa
     for output in ("public_html", "file"):
         said = bbn("leaderboard", "build", submissions, "--output", output)
         assert said.code == 2
-        assert f"'{output}' is there already and is no site of ours" in said.err
+        assert f"'{output}' exists already and is not a leaderboard site" in said.err
     assert [path.name for path in home.iterdir()] == ["index.html"]
     assert (home / "index.html").read_text() == "<h1>My thesis</h1>"
 

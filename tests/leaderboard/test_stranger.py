@@ -77,23 +77,23 @@ def stranger(tmp_path_factory: pytest.TempPathFactory, track_folder: Path, in_th
     from backdoor_bench_none.leaderboard import track as tracks
 
     base = tmp_path_factory.mktemp("stranger")
-    found = Stranger(base / "submission", base / "imported", base / "packages")
-    info = found.packages / "bbn_sleeper-1.2.dist-info"
+    stranger = Stranger(base / "submission", base / "imported", base / "packages")
+    info = stranger.packages / "bbn_sleeper-1.2.dist-info"
     info.mkdir(parents=True)
-    (found.packages / "sleeper_module.py").write_text(dedent(SOURCE).format(marker=str(found.marker)))
+    (stranger.packages / "sleeper_module.py").write_text(dedent(SOURCE).format(marker=str(stranger.marker)))
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bbn-sleeper\nVersion: 1.2\n")
     (info / "entry_points.txt").write_text("[backdoor_bench_none]\nsleeper = sleeper_module\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracks, "FOLDER", track_folder)
         patch.setattr(Local, "open", in_this_process)
         patch.chdir(base)
-        patch.syspath_prepend(str(found.packages))
+        patch.syspath_prepend(str(stranger.packages))
         track = read_track("tiny-v1")
         (base / "b.yaml").write_text(track.benchmark_text("sleeper"))
         assert run_cli(["run", "b.yaml", "--quiet", "-d", "sleeper"]) == 0
-        pack(track, Registry.default(), base / "results", found.folder, defense="sleeper", params={})
-    yield found
-    found.forget()
+        pack(track, Registry.default(), base / "results", stranger.folder, defense="sleeper", params={})
+    yield stranger
+    stranger.forget()
 
 
 @pytest.fixture(autouse=True)
@@ -113,9 +113,9 @@ def test_the_marker_tells_of_an_import(stranger: Stranger) -> None:
 
 
 def test_without_run_code_nothing_of_it_is_imported(stranger: Stranger, verify: Verify, faults: Faults) -> None:
-    found = verify(stranger.folder, sample=6)
-    assert faults(found) == []
-    assert (found.verdict, len(found.reevaluated), found.repeated) == ("reevaluated", 6, {})
+    verification = verify(stranger.folder, sample=6)
+    assert faults(verification) == []
+    assert (verification.verdict, len(verification.reevaluated), verification.repeated) == ("reevaluated", 6, {})
     assert stranger.processes == set()
     assert "sleeper_module" not in sys.modules
 
@@ -142,18 +142,19 @@ def test_no_worker_imports_it_while_another_defense_is_run_again(
 def test_with_run_code_it_is_run_again_in_processes_of_its_own(
     stranger: Stranger, verify: Verify, faults: Faults
 ) -> None:
-    found = verify(stranger.folder, sample=2, run_code=True)
-    assert faults(found) == []
-    assert (found.verdict, len(found.reevaluated), len(found.repeated)) == ("verified", 6, 2)
+    verification = verify(stranger.folder, sample=2, run_code=True)
+    assert faults(verification) == []
+    assert (verification.verdict, len(verification.reevaluated), len(verification.repeated)) == ("verified", 6, 2)
     assert stranger.processes > {os.getpid()}
-    assert {found.reevaluated[key] == counts for key, counts in found.repeated.items()} == {True}
+    assert {verification.reevaluated[key] == counts for key, counts in verification.repeated.items()} == {True}
 
 
 def test_another_version_of_it_is_not_run(stranger: Stranger, verify: Verify) -> None:
     stranger.install("1.3")
-    found = verify(stranger.folder, sample=6, run_code=True)
-    assert (found.verdict, found.repeated) == ("reevaluated", {})
-    assert ["another package or version" in each.message for each in found.findings if each.check == "code"] == [True]
+    verification = verify(stranger.folder, sample=6, run_code=True)
+    assert (verification.verdict, verification.repeated) == ("reevaluated", {})
+    (reason,) = [finding.message for finding in verification.findings if finding.check == "code"]
+    assert "another package or version" in reason
 
 
 def test_its_hooks_cannot_leave_cells_out(
@@ -164,8 +165,8 @@ def test_its_hooks_cannot_leave_cells_out(
     for name in ("clean/s2", "badnets/s2"):
         forged.record_path(name).unlink()
         forged.weights_path(name).unlink()
-    found = verify(forged.seal(), run_code=True)
-    assert [each.check for each in faults(found)] == ["complete", "complete"]
+    verification = verify(forged.seal(), run_code=True)
+    assert [each.check for each in faults(verification)] == ["complete", "complete"]
 
 
 def test_altered_weights_are_found_without_its_code(
@@ -174,8 +175,9 @@ def test_altered_weights_are_found_without_its_code(
     forged = forge_of(stranger.folder)
     tensors = forged.tensors("badnets/s1")
     forged.edit_tensors("badnets/s1", **{name: x * -1 for name, x in tensors.items()})
-    found = verify(forged.seal())
-    assert [(each.check, each.cell) for each in faults(found)] == [("numbers", "digits/badnets/sleeper/mlp/relu/s1")]
+    verification = verify(forged.seal())
+    (fault,) = faults(verification)
+    assert (fault.check, fault.cell) == ("numbers", "digits/badnets/sleeper/mlp/relu/s1")
 
 
 @pytest.mark.parametrize("change", ["clean_fraction", "sees_ground_truth"])
@@ -184,9 +186,9 @@ def test_what_it_declares_agrees_with_parameters_and_records(
 ) -> None:
     forged = forge_of(stranger.folder)
     forged.manifest[change] = {"clean_fraction": 0.1, "sees_ground_truth": True}[change]
-    found = verify(forged.seal())
-    assert found.verdict == "refused"
-    assert {"record"} < {each.check for each in faults(found)} | {"declarations"}
+    verification = verify(forged.seal())
+    assert verification.verdict == "refused"
+    assert {"record"} < {each.check for each in faults(verification)} | {"declarations"}
 
 
 def test_a_package_that_calls_its_defense_as_ours_is_not_taken_for_ours(
@@ -194,5 +196,5 @@ def test_a_package_that_calls_its_defense_as_ours_is_not_taken_for_ours(
 ) -> None:
     forged = forge("no_defense")
     forged.manifest["source"] = {"distribution": "bbn-sleeper", "version": "1.2"}
-    found = verify(forged.seal(), sample=6)
-    assert (found.verdict, found.repeated) == ("reevaluated", {})
+    verification = verify(forged.seal(), sample=6)
+    assert (verification.verdict, verification.repeated) == ("reevaluated", {})

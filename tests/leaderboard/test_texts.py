@@ -63,9 +63,9 @@ def test_texts_stay_texts(text: str, forge: Forge, bbn: Bbn) -> None:
     for name, shown in (("harmless", "harmless"), ("hostile", text)):
         said = bbn("leaderboard", "build", write_everywhere(forge(to=name), shown), "--output", f"of {name}")
         assert (said.code, said.err) == (0, "")
-        found = sorted(Path(f"of {name}").rglob("*.html"), key=lambda page: (page.name != "index.html", page.parts))
-        assert all(re.fullmatch(r"[a-z0-9-]+", page.stem) for page in found)
-        pages[name] = [Page(page.read_text()) for page in found]
+        paths = sorted(Path(f"of {name}").rglob("*.html"), key=lambda page: (page.name != "index.html", page.parts))
+        assert all(re.fullmatch(r"[a-z0-9-]+", page.stem) for page in paths)
+        pages[name] = [Page(page.read_text()) for page in paths]
     assert len(pages["hostile"]) == 3
     for harmless, hostile in zip(*pages.values(), strict=True):
         assert hostile.tags == harmless.tags

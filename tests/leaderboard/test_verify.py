@@ -30,30 +30,30 @@ Faults = Callable[[Verification], list[Finding]]
 
 @pytest.mark.usefixtures("worker_processes")
 def test_cells_are_run_again_in_processes_of_their_own(arena: Any, verify: Verify, faults: Faults) -> None:
-    found = verify(arena.submissions / "fine_tune", sample=2)
-    assert faults(found) == []
-    assert (found.verdict, len(found.repeated)) == ("verified", 2)
+    verification = verify(arena.submissions / "fine_tune", sample=2)
+    assert faults(verification) == []
+    assert (verification.verdict, len(verification.repeated)) == ("verified", 2)
 
 
 @pytest.mark.parametrize("defense", ["no_defense", "none", "fine_tune"])
 def test_an_honest_submission_is_verified(defense: str, arena: Any, verify: Verify, faults: Faults) -> None:
     folder = arena.submissions / defense
     _, records = read_submission(folder)
-    found = verify(folder, sample=6)
-    assert faults(found) == []
-    assert found.verdict == "verified"
+    verification = verify(folder, sample=6)
+    assert faults(verification) == []
+    assert verification.verdict == "verified"
     counts = {key: record.counts for key, record in records.items()}
     assert len(counts) == 6
-    assert found.reevaluated == counts
-    assert found.repeated == counts
-    per_cell = [finding.check for finding in found.findings if finding.cell]
+    assert verification.reevaluated == counts
+    assert verification.repeated == counts
+    per_cell = [finding.check for finding in verification.findings if finding.cell]
     assert sorted(set(per_cell)) == ["numbers", "record", "repeated"]
     assert len(per_cell) == 18
 
 
 def test_nothing_run_again_is_not_verified(arena: Any, verify: Verify) -> None:
-    found = verify(arena.submissions / "fine_tune", sample=0)
-    assert (found.verdict, found.repeated, len(found.reevaluated)) == ("reevaluated", {}, 6)
+    verification = verify(arena.submissions / "fine_tune", sample=0)
+    assert (verification.verdict, verification.repeated, len(verification.reevaluated)) == ("reevaluated", {}, 6)
 
 
 def test_the_command_writes_what_it_found_into_a_folder_of_the_verifiers_own(
@@ -63,7 +63,7 @@ def test_the_command_writes_what_it_found_into_a_folder_of_the_verifiers_own(
     write_archive(folder, tmp_path / "mine-1.0.zip")
     said = bbn("leaderboard", "verify", folder, "--cells", 1, "--seed", 7)
     assert said.code == 0
-    assert "6 models evaluated again, 1 cells run again (--seed 7)" in said.out
+    assert "6 models evaluated again, 1 cell run again (--seed 7)" in said.out
     said = bbn("leaderboard", "verify", "mine-1.0.zip", "--cells", 1, "--seed", 7)
     assert said.code == 0
     (path,) = Path("verifications").iterdir()  # the folder and the archive are the same submission
@@ -167,9 +167,9 @@ def tensor(name: str, make: Callable[[torch.Tensor], torch.Tensor | None]) -> Ca
     """Change the first tensor whose name ends so."""
 
     def change(forged: Any) -> None:
-        found = forged.tensors("badnets/s0")
-        full = next(each for each in found if each.endswith(name))
-        forged.edit_tensors("badnets/s0", **{full: make(found[full])})
+        tensors = forged.tensors("badnets/s0")
+        full = next(each for each in tensors if each.endswith(name))
+        forged.edit_tensors("badnets/s0", **{full: make(tensors[full])})
 
     return change
 
@@ -236,10 +236,10 @@ def test_a_forgery_is_refused(name: str, forge: Forge, verify: Verify, faults: F
     change, check, cell, message = FORGERIES[name]
     forged = forge()
     change(forged)
-    found = verify(forged.seal())
-    assert found.verdict == "refused"
-    said = [each for each in faults(found) if each.check == check and each.cell.endswith(cell)]
-    assert said, faults(found)
+    verification = verify(forged.seal())
+    assert verification.verdict == "refused"
+    said = [each for each in faults(verification) if each.check == check and each.cell.endswith(cell)]
+    assert said, faults(verification)
     assert re.search(message, said[0].message), said[0]
 
 
@@ -257,29 +257,29 @@ def test_flags_are_counted_again(name: str, forge: Forge, verify: Verify, faults
     change, check, message = DETECTION[name]
     forged = forge("none")
     change(forged)
-    found = verify(forged.seal())
-    assert found.verdict == "refused"
-    assert [(each.check, each.cell) for each in faults(found)] == [(check, S0.replace("fine_tune", "none"))]
-    assert re.search(message, faults(found)[0].message)
+    verification = verify(forged.seal())
+    assert verification.verdict == "refused"
+    assert [(each.check, each.cell) for each in faults(verification)] == [(check, S0.replace("fine_tune", "none"))]
+    assert re.search(message, faults(verification)[0].message)
 
 
 def test_a_submission_of_an_older_revision_is_refused(
     arena: Any, verify: Verify, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FineTune, "revision", 2)
-    found = verify(arena.submissions / "fine_tune")
-    assert [each.check for each in faults(found)] == ["defense"]
-    assert "revision 1, here it is 2" in faults(found)[0].message
-    assert found.verdict == "refused"
-    assert found.reevaluated == {}
+    verification = verify(arena.submissions / "fine_tune")
+    assert [each.check for each in faults(verification)] == ["defense"]
+    assert "revision 1, here it is 2" in faults(verification)[0].message
+    assert verification.verdict == "refused"
+    assert verification.reevaluated == {}
 
 
 def test_records_of_an_older_attack_are_refused(
     arena: Any, verify: Verify, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(BadNets, "revision", 2)
-    found = verify(arena.submissions / "fine_tune")
-    assert found.verdict == "refused"
-    assert sorted({each.check for each in faults(found)}) == ["complete", "records"]
-    missing = [each.cell for each in faults(found) if each.check == "complete"]
+    verification = verify(arena.submissions / "fine_tune")
+    assert verification.verdict == "refused"
+    assert sorted({each.check for each in faults(verification)}) == ["complete", "records"]
+    missing = [each.cell for each in faults(verification) if each.check == "complete"]
     assert missing == [S0.replace("s0", f"s{seed}") for seed in range(3)]

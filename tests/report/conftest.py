@@ -55,10 +55,10 @@ class Browser:
         return self.driver.find_element("css selector", selector)
 
     def texts(self, selector: str) -> list[str]:
-        found: list[str] = self.run(
+        contrasts: list[str] = self.run(
             "return [...document.querySelectorAll(arguments[0])].map(element => element.textContent)", selector
         )
-        return found
+        return contrasts
 
     def press(self, *keys: str) -> None:
         self.driver.switch_to.active_element.send_keys(*keys)

@@ -37,21 +37,21 @@ def rows_of(records: list[Record]) -> list[Row]:
 
 
 def line(table: Any, *start: str) -> dict[str, str]:
-    (found,) = [line for line in table.lines if line[: len(start)] == list(start)]
-    return dict(zip(table.header, found, strict=True))
+    (cells,) = [line for line in table.lines if line[: len(start)] == list(start)]
+    return dict(zip(table.header, cells, strict=True))
 
 
 def test_paired_over_seeds(record: MakeRecord, tmp_path: Path) -> None:
     one, other = [90, 92, 91], [80, 85, 79]
     records = [record(axes={"defense": "none"}, ba=ba, asr=5, seed=seed) for seed, ba in enumerate(one)]
     records += [record(axes={"defense": "nad"}, ba=ba, asr=5, seed=seed) for seed, ba in enumerate(other)]
-    found = line(compare_defenses(rows_of(records), "none", "nad", tmp_path), "badnets", "BA ↑")
+    cells = line(compare_defenses(rows_of(records), "none", "nad", tmp_path), "badnets", "BA ↑")
     expected = stats.ttest_rel(one, other)
-    assert found["none − nad"] == f"{np.mean(np.subtract(one, other)):+.1f}"
-    assert found["p"] == f"{expected.pvalue:.3f}"
+    assert cells["none − nad"] == f"{np.mean(np.subtract(one, other)):+.1f}"
+    assert cells["p"] == f"{expected.pvalue:.3f}"
     interval = expected.confidence_interval()
-    assert found["95 %"] == f"{interval.low:+.1f} to {interval.high:+.1f}"
-    assert (found["pairs"], found["verdict"]) == ("3", "none is better")
+    assert cells["95 %"] == f"{interval.low:+.1f} to {interval.high:+.1f}"
+    assert (cells["pairs"], cells["verdict"]) == ("3", "none is better")
     assert (
         line(compare_defenses(rows_of(records), "nad", "none", tmp_path), "badnets", "BA ↑")["verdict"]
         == "none is better"
@@ -73,8 +73,8 @@ def test_equal_numbers_and_single_seeds(record: MakeRecord, tmp_path: Path) -> N
         line(compare_defenses(rows_of(records), "none", "nad", tmp_path), "badnets", "BA ↑")["verdict"]
         == "not distinguishable"
     )
-    found = line(compare_defenses(rows_of(records[::2]), "none", "nad", tmp_path), "badnets", "BA ↑")
-    assert (found["pairs"], found["p"], found["verdict"]) == ("1", "–", "cannot be told from one seed")
+    cells = line(compare_defenses(rows_of(records[::2]), "none", "nad", tmp_path), "badnets", "BA ↑")
+    assert (cells["pairs"], cells["p"], cells["verdict"]) == ("1", "–", "cannot be told from one seed")
 
 
 def test_over_all_cells(record: MakeRecord, tmp_path: Path) -> None:
@@ -84,9 +84,9 @@ def test_over_all_cells(record: MakeRecord, tmp_path: Path) -> None:
         for attack, ba in (("badnets", 90), ("blended", 70))
         for seed in (0, 1)
     ]  # fmt: skip
-    found = line(compare_defenses(rows_of(records), "none", "nad", tmp_path), "all", "BA ↑")
-    assert (found["pairs"], found["none − nad"]) == ("4", "-0.5")
-    assert found["p"] == f"{stats.ttest_rel([90, 91, 70, 71], [90, 92, 70, 72]).pvalue:.3f}"
+    cells = line(compare_defenses(rows_of(records), "none", "nad", tmp_path), "all", "BA ↑")
+    assert (cells["pairs"], cells["none − nad"]) == ("4", "-0.5")
+    assert cells["p"] == f"{stats.ttest_rel([90, 91, 70, 71], [90, 92, 70, 72]).pvalue:.3f}"
 
 
 def test_per_image(record: MakeRecord, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_ours_stands_beside_the_papers_row_of_equal_components(make_record: Make
     full = {"dataset": ("cifar10", {}), "architecture": ("resnet18", {"width": 1.0}), "defense": ("none", {"r2": 0.1})}
     attack = ("badnets", {"label_mode": "all_to_one", "size": 3, "trigger_kind": "dynamic", "poison_rate": 0.05})
     table = compare_with_paper([of_paper("0" * 16, make_record, attack=attack, **full)], "table1")
-    ours = [found for found in table.lines if found[-1]]
+    ours = [row for row in table.lines if row[-1]]
     assert ours == [["badnets", "CIFAR-10", "ResNet18", "none", "93.6 / 1.1", "93.0 / 1.0", "-0.6 / -0.1", "1"]]
     assert "1 of 156 rows" in table.footnotes[0]
 
@@ -161,9 +161,8 @@ def test_another_component_is_not_the_papers(axis: str, component: Any, make_rec
     }  # fmt: skip
     row = of_paper("0" * 16, make_record, **{**full, axis: component})
     table = compare_with_paper([row], "table1")
-    assert [
-        found for found in table.lines if found[-1] and found[:4] == ["badnets", "CIFAR-10", "ResNet18", "none"]
-    ] == []
+    ours = [line for line in table.lines if line[-1]]
+    assert [line for line in ours if line[:4] == ["badnets", "CIFAR-10", "ResNet18", "none"]] == []
 
 
 @pytest.mark.parametrize(("table", "size"), [("table4", 5), ("table4", 20)])
@@ -172,8 +171,8 @@ def test_parameters_that_a_table_varies_must_agree(table: str, size: int, make_r
         "dataset": ("cifar10", {}), "architecture": ("resnet18", {"width": 1.0}), "defense": ("none", {}),
         "attack": ("badnets", {"label_mode": "all_to_one", "size": size}),
     }  # fmt: skip
-    found = [found for found in compare_with_paper([of_paper("0" * 16, make_record, **full)], table).lines if found[-1]]
-    assert [dict(zip(["attack", "dataset", "network", "size"], each, strict=False))["size"] for each in found] == [
+    rows = [row for row in compare_with_paper([of_paper("0" * 16, make_record, **full)], table).lines if row[-1]]
+    assert [dict(zip(["attack", "dataset", "network", "size"], row, strict=False))["size"] for row in rows] == [
         str(size)
     ]
 

@@ -17,6 +17,7 @@ from synthetic import parse, synthetic_records, write_records
 from backdoor_bench_none.contracts.measures import Count, Counts
 from backdoor_bench_none.contracts.record import AxisValue, Cost, Failure, Record
 from backdoor_bench_none.planning.plan import Plan, make_plan
+from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.report.html import previews as html_previews
 from backdoor_bench_none.report.html import summary
@@ -305,7 +306,8 @@ def test_bbn_report(write_benchmark: Callable[..., Path], bbn: Callable[..., Any
     plan = make_plan(path, Registry.default(path.parent))
     for cell in plan.cells:
         counts = {"benign_accuracy": {"hits": 90, "total": 100}, "attack_success_rate": None, "robust_accuracy": None}
-        record = Record.of(cell, "done", counts=counts, costs={"defense": Cost(seconds=1)}, victim_losses=[2.0, 1.0])
+        costs = {"defense": Cost(seconds=1)}
+        record = Record.of(cell, record_key(cell), "done", counts=counts, costs=costs, victim_losses=[2.0, 1.0])
         write_records([record], path.parent / "results")
     said = bbn("report", path, "--output", "out/report.html")
     assert said.code == 0, said.err

@@ -72,7 +72,7 @@ def test_previews_of_real_images(tiny_plan: Callable[..., Plan]) -> None:
     assert made["digits", "badnets"].source.startswith("data:image/png;base64,")
     assert "4 test images of digits" in made["digits", "badnets"].text
     assert "of the pixels change" in made["digits", "badnets"].text
-    assert made["digits", "clean"] == Preview("", "this attack shows nothing to these test images")
+    assert made["digits", "clean"] == Preview("", "this attack changes none of these test images")
     assert made["digits", "natural"] == Preview("", "this attack finds its triggers in finished networks")
 
 

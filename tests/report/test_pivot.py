@@ -49,9 +49,9 @@ def rows(make_record: Callable[..., Record]) -> MakeRows:
 
 def box(made: Pivot, line: str, column: str) -> Box:
     boxes = next(boxes for labels, boxes in made.lines if line in labels)
-    found = boxes[made.columns.index(column)]
-    assert found is not None
-    return found
+    box = boxes[made.columns.index(column)]
+    assert box is not None
+    return box
 
 
 def test_lines_columns_and_header(rows: MakeRows) -> None:
@@ -169,7 +169,7 @@ def test_no_rows() -> None:
         (Layout(("atack",)), "unknown axis 'atack'"),
         (Layout((), ("seed",)), "unknown axis 'seed'"),
         (Layout(metrics=("acc",)), "unknown metric 'acc'"),
-        (Layout(("defense",), ("defense",)), "axis 'defense' stands twice"),
+        (Layout(("defense",), ("defense",)), "axis 'defense' is named twice"),
     ],
 )
 def test_a_layout_that_is_none(layout: Layout, message: str) -> None:

@@ -80,7 +80,7 @@ def as_rows(records: Any) -> list[Row]:
 
 def texts(path: Path) -> list[str]:
     """All texts of an SVG, which parses as XML and has its texts as texts."""
-    return ["".join(found.itertext()) for found in ET.parse(path).getroot().iter(f"{SVG}text")]
+    return ["".join(text.itertext()) for text in ET.parse(path).getroot().iter(f"{SVG}text")]
 
 
 def draw(figure: Callable[[], Figure], folder: Path) -> tuple[str, Figure]:
@@ -99,39 +99,39 @@ def draw(figure: Callable[[], Figure], folder: Path) -> tuple[str, Figure]:
 
 
 def test_points_are_means_and_intervals(measured: list[Row]) -> None:
-    found = find_points(measured, BA_ASR)
-    assert [(point.panel, point.series) for point in found.points] == [
+    chart = find_points(measured, BA_ASR)
+    assert [(point.panel, point.series) for point in chart.points] == [
         ("badnets", "no_defense"), ("badnets", "none"), ("blended", "no_defense"), ("blended", "none"),
     ]  # fmt: skip
-    point = found.points[1]
+    point = chart.points[1]
     assert (point.x.mean, point.y.mean) == pytest.approx((89, 3))
     half = 12.706204736 * stdev([91, 87]) / math.sqrt(2)  # Student's t with one degree of freedom
     assert (point.x.low, point.x.high) == pytest.approx((89 - half, 100))
     assert (point.y.low, point.y.high) == pytest.approx((0, 3 + 12.706204736 * stdev([2, 4]) / math.sqrt(2)))
-    assert "Student's t over seeds" in found.notes[0]
-    assert found.title == "digits · mlp · relu · mean over 2 seeds"
+    assert "Student's t over seeds" in chart.notes[0]
+    assert chart.title == "digits · mlp · relu · mean over 2 seeds"
 
 
 def test_points_of_one_seed_have_wilson_intervals(make: Make) -> None:
-    found = find_points(as_rows([make(ba=90, asr=5)]), BA_ASR)
+    chart = find_points(as_rows([make(ba=90, asr=5)]), BA_ASR)
     interval = wilson_interval(90, 100)
-    assert (found.points[0].x.low, found.points[0].x.high) == pytest.approx((100 * interval.low, 100 * interval.high))
-    assert "Wilson over test images" in found.notes[0]
+    assert (chart.points[0].x.low, chart.points[0].x.high) == pytest.approx((100 * interval.low, 100 * interval.high))
+    assert "Wilson over test images" in chart.notes[0]
 
 
 def test_series_are_attacks_if_there_is_one_defense(measured: list[Row]) -> None:
-    found = find_points([row for row in measured if row.defense == "none"], BA_ASR)
-    assert [(point.panel, point.series) for point in found.points] == [("", "badnets"), ("", "blended")]
-    assert "none" in found.title
+    chart = find_points([row for row in measured if row.defense == "none"], BA_ASR)
+    assert [(point.panel, point.series) for point in chart.points] == [("", "badnets"), ("", "blended")]
+    assert "none" in chart.title
 
 
 def test_rows_without_numbers_are_counted(make: Make) -> None:
     rows = as_rows([
         make(), make(axes={"attack": "clean"}, asr=None), make(axes={"attack": "sig"}, ba=None, status="failed"),
     ])  # fmt: skip
-    found = find_points(rows, BA_ASR)
-    assert len(found.points) == 1
-    assert found.notes[-1] == "left out, without BA and ASR: 1 not measured, 1 failed"
+    chart = find_points(rows, BA_ASR)
+    assert len(chart.points) == 1
+    assert chart.notes[-1] == "left out, without BA and ASR: 1 not measured, 1 failed"
 
 
 def test_scatter_has_a_panel_for_each_attack_and_every_point(measured: list[Row], tmp_path: Path) -> None:
@@ -492,7 +492,7 @@ def test_output_that_cannot_be(name: str, tmp_path: Path) -> None:
     [
         (("ba", "ars"), None, "unknown metric 'ars'", "did you mean 'asr'?"),
         (("ba",), 2, "1 metrics are given, this picture needs 2", "as ba,asr"),
-        (("ba", "ba"), None, "stands twice", "once"),
+        (("ba", "ba"), None, "named twice", "once"),
         ((), None, "0 metrics", ""),
     ],
 )

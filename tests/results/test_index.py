@@ -27,10 +27,10 @@ MakeRecord = Callable[..., Record]
 def store(tmp_path: Path, make_record: MakeRecord) -> Store:
     """Three records: done with a detection, failed, done without a trigger."""
     store = Store(tmp_path)
-    found = Detection(
+    detection = Detection(
         true_positive=3, false_positive=10, true_negative=90, false_negative=1, auroc=0.5, tpr_at_1_fpr=0.25
     )
-    store.write_record(make_record("aa" * 8, detection=found, seconds={"victim": 2.0, "defense": 1.5}))
+    store.write_record(make_record("aa" * 8, detection=detection, seconds={"victim": 2.0, "defense": 1.5}))
     store.write_record(make_record("ab" * 8, ba=None, status="failed", reason="it broke"))
     store.write_record(make_record("bb" * 8, asr=None, clean_fraction=0.05))
     return store
@@ -82,8 +82,8 @@ def test_only_records_that_changed_are_read_again(
     store.record_path("bb" * 8).unlink()
     store.write_record(make_record("cc" * 8, ba=66))
     opened = reads(monkeypatch)
-    found = {measured.key: measured.ba_hits for measured in read_measurements(store.root)}
-    assert found == {"aa" * 8: 90, "ab" * 8: 77, "cc" * 8: 66}
+    hits = {measured.key: measured.ba_hits for measured in read_measurements(store.root)}
+    assert hits == {"aa" * 8: 90, "ab" * 8: 77, "cc" * 8: 66}
     assert sorted(path.stem for path in opened) == ["ab" * 8, "cc" * 8]
 
 
@@ -114,8 +114,8 @@ def test_a_folder_that_cannot_be_written(store: Store, monkeypatch: pytest.Monke
 def test_a_record_that_cannot_be_read_counts_as_missing(store: Store) -> None:
     store.record_path("aa" * 8).write_text("{}")
     with pytest.warns(UserWarning, match="cannot be read and counts as missing"):
-        found = read_measurements(store.root)
-    assert [measured.key for measured in found] == ["ab" * 8, "bb" * 8]
+        measurements = read_measurements(store.root)
+    assert [measured.key for measured in measurements] == ["ab" * 8, "bb" * 8]
 
 
 def test_a_record_under_another_name_counts_as_missing(store: Store) -> None:

@@ -70,7 +70,7 @@ def test_numbers_that_are_not_finite_stay_readable_json(value: float, make_recor
 
 def test_a_record_of_a_cell_says_what_took_part(tiny_plan: Callable[..., Plan]) -> None:
     cell = tiny_plan(defense="none").cells[0]
-    record = Record.of(cell, "skipped", reason="because")
+    record = Record.of(cell, record_key(cell), "skipped", reason="because")
     assert (record.key, record.seed, record.reason, record.counts) == (record_key(cell), 0, "because", None)
     assert record.axes["defense"].params["epochs"] == 1
     assert record.axes["attack"].params["target"] == 0
@@ -116,6 +116,7 @@ def test_the_hash_of_a_file_that_a_component_reads_is_part_of_its_axis(
 
     torch.save({"weight": torch.zeros(2)}, tmp_path / "backbone.pth")
     trainer = f"{{name: transfer, params: {{weights: {tmp_path / 'backbone.pth'}}}}}"
-    record = Record.of(tiny_plan(trainer=trainer, defense="no_defense").cells[0], "skipped", reason="not run")
+    (cell,) = tiny_plan(trainer=trainer, defense="no_defense").cells
+    record = Record.of(cell, record_key(cell), "skipped", reason="not run")
     assert len(record.axes["trainer"].content["weights_sha256"]) == 64
     assert Record.model_validate_json(record.model_dump_json(by_alias=True)) == record

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from backdoor_bench_none.contracts.measures import Detection
-from backdoor_bench_none.contracts.record import Record
+from backdoor_bench_none.contracts.record import Cost, Record
 from backdoor_bench_none.planning.plan import Plan
 from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.results.measurement import Measurement
@@ -45,9 +45,18 @@ def test_means_over_seeds(record: MakeRecord) -> None:
 
 
 def test_detection_is_averaged_over_the_seeds_that_have_it(record: MakeRecord) -> None:
-    found = Detection(true_positive=3, false_positive=10, true_negative=90, false_negative=1, auroc=0.5)
-    row = row_of([record(seed=0, detection=found), record(seed=1)])
+    detection = Detection(true_positive=3, false_positive=10, true_negative=90, false_negative=1, auroc=0.5)
+    row = row_of([record(seed=0, detection=detection), record(seed=1)])
     assert (row.tpr, row.fpr, row.auroc) == pytest.approx((0.75, 0.1, 0.5))
+
+
+def test_peak_memory_is_that_of_the_hungriest_seed(record: MakeRecord) -> None:
+    """What a machine must have, which a mean would understate; a seed on which it was not measured does not count."""
+    peaks = (100, 400, None)
+    costs = [{"defense": Cost(seconds=1.0, peak_memory=peak)} for peak in peaks]
+    records = [record(seed=seed).model_copy(update={"costs": cost}) for seed, cost in enumerate(costs)]
+    row = row_of(records)
+    assert (row.peak_memory, row.per_seed["peak_memory"]) == (400, [100, 400, None])
 
 
 def test_no_trigger_has_no_attack_success(record: MakeRecord) -> None:
@@ -102,7 +111,8 @@ def rows(tiny_plan: TinyPlan, tmp_path: Path) -> Callable[..., Row]:
         plan, store = tiny_plan(defense="none", seeds="0, 1"), Store(tmp_path / "results")
         for cell, status in zip(plan.cells, statuses, strict=True):
             if status is not None:
-                store.write_record(Record.of(cell, status, reason=None if status == "done" else f"it {status}"))  # type: ignore[arg-type]
+                reason = None if status == "done" else f"it {status}"
+                store.write_record(Record.of(cell, record_key(cell), status, reason=reason))  # type: ignore[arg-type]
         reasons = dict.fromkeys((record_key(cell) for cell in plan.cells), skipped) if skipped else {}
         plan = Plan(plan.config, plan.cells, reasons, 0)
         (row,) = make_rows(plan, store.root)
@@ -130,7 +140,7 @@ def test_the_plan_says_why_a_cell_is_skipped(rows: Callable[..., Row]) -> None:
 def test_partial(tiny_plan: TinyPlan, tmp_path: Path, make_record: MakeRecord) -> None:
     plan, store = tiny_plan(defense="none", seeds="0, 1"), Store(tmp_path / "results")
     store.write_record(make_record(record_key(plan.cells[0]), ba=90))
-    store.write_record(Record.of(plan.cells[1], "failed", reason="it broke"))
+    store.write_record(Record.of(plan.cells[1], record_key(plan.cells[1]), "failed", reason="it broke"))
     (row,) = make_rows(plan, store.root)
     assert (row.status, row.reason, row.seeds, row.ba) == ("partial", "it broke", [0], 0.9)
 
@@ -138,8 +148,8 @@ def test_partial(tiny_plan: TinyPlan, tmp_path: Path, make_record: MakeRecord) -
 def test_rows_stand_in_the_order_of_the_plan(tiny_plan: TinyPlan, tmp_path: Path) -> None:
     plan = tiny_plan(attack="clean, badnets", activation="relu, elu", seeds="0, 1")
     rows = make_rows(plan, tmp_path / "results")
-    found = [(row.attack, row.activation, row.defense) for row in rows]
-    assert found == [
+    labels = [(row.attack, row.activation, row.defense) for row in rows]
+    assert labels == [
         (attack, activation, defense)
         for attack in ("clean", "badnets") for activation in ("relu", "elu") for defense in ("no_defense", "none")
     ]  # fmt: skip

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from bbn_attacks.label_consistent import RobustCrafter
-from torch import Tensor, nn
+from torch import Tensor
 
-from backdoor_bench_none.api import Attack, Context, DefenseTask, PoisonedSamples, Trigger
+from backdoor_bench_none.api import Attack, Context, DefenseTask, FitTask, History, PoisonedSamples, Trigger
 from backdoor_bench_none.contracts.cell import Cell
 from backdoor_bench_none.contracts.job import Job, Settings
 from backdoor_bench_none.errors import ConfigError
@@ -22,6 +22,7 @@ from backdoor_bench_none.planning.stage_table import (
     crafter_key,
     data_key,
     poison_key,
+    record_key,
     victim_key,
 )
 from backdoor_bench_none.results.store import Artifact, Store
@@ -65,9 +66,9 @@ class Everything(Corner):
     def crafted_with(self):
         return self.crafter
 
-    def poison(self, task):
+    def poison(self, task, context):
         assert task.network is not None and not task.network.training
-        return super().poison(task)
+        return super().poison(task, context)
 
     def train(self, task, context):
         model = task.benign()
@@ -135,32 +136,46 @@ def graph(jobs: list[Job]) -> dict[str, set[str]]:
 # the graph of jobs
 
 GRAPHS: dict[str, tuple[dict[str, str], dict[str, set[str]]]] = {
-    "clean": ({"attack": "clean"}, {"victim": {"poison"}, "cell": {"victim"}}),
+    "clean": (
+        {"attack": "clean"},
+        {"poison": {"data"}, "victim": {"data", "poison"}, "cell": {"data", "poison", "victim"}},
+    ),
     "crafter": (
         {"attack": "label_consistent"},
-        {"crafter": {"data"}, "poison": {"crafter"}, "victim": {"poison"}, "cell": {"victim"}},
+        {"crafter": {"data"}, "poison": {"data", "crafter"}, "victim": {"data", "poison"},
+         "cell": {"data", "poison", "victim"}},
     ),
     "benign": (
         {"attack": "adaptive"},
-        {"benign": {"data"}, "victim": {"poison", "benign"}, "cell": {"victim"}},
+        {"poison": {"data"}, "benign": {"data"}, "victim": {"data", "poison", "benign"},
+         "cell": {"data", "poison", "victim"}},
+    ),
+    "search": (
+        {"attack": "natural"},
+        {"poison": {"data"}, "victim": {"data", "poison"}, "cell": {"data", "poison", "victim"}},
     ),
     "backbone unknown to the attack": (
         {"trainer": TRANSFER},
-        {"backbone": {"data"}, "victim": {"poison", "backbone"}, "cell": {"victim"}},
+        {"poison": {"data"}, "backbone": {"data"}, "victim": {"data", "poison", "backbone"},
+         "cell": {"data", "poison", "backbone", "victim"}},
     ),
     "backbone known to the attack": (
         {"attack": HIDDEN, "trainer": TRANSFER},
-        {"backbone": {"data"}, "poison": {"backbone"}, "victim": {"poison", "backbone"}, "cell": {"victim"}},
+        {"backbone": {"data"}, "poison": {"data", "backbone"}, "victim": {"data", "poison", "backbone"},
+         "cell": {"data", "poison", "backbone", "victim"}},
     ),
     "backbone without a victim": (
         {"trainer": TRANSFER, "defense": "oracle_filter"},
-        {"backbone": {"data"}, "cell": {"poison", "backbone"}},
+        {"poison": {"data"}, "backbone": {"data"}, "cell": {"data", "poison", "backbone"}},
     ),
-    "benign without a victim": ({"attack": "adaptive", "defense": "oracle_filter"}, {"cell": {"poison"}}),
+    "benign without a victim": (
+        {"attack": "adaptive", "defense": "oracle_filter"},
+        {"poison": {"data"}, "cell": {"data", "poison"}},
+    ),
     "all of them": (
         {"attack": "everything", "trainer": TRANSFER},
-        {"backbone": {"data"}, "crafter": {"data"}, "poison": {"crafter"}, "benign": {"backbone"},
-         "victim": {"poison", "backbone", "benign"}, "cell": {"victim"}},
+        {"backbone": {"data"}, "crafter": {"data"}, "poison": {"data", "crafter"}, "benign": {"data", "backbone"},
+         "victim": {"data", "poison", "backbone", "benign"}, "cell": {"data", "poison", "backbone", "victim"}},
     ),
 }  # fmt: skip
 
@@ -169,7 +184,7 @@ GRAPHS: dict[str, tuple[dict[str, str], dict[str, set[str]]]] = {
 def test_who_waits_for_whom(case: str, cells: Callable[..., list[Cell]], store: Store) -> None:
     axes, expected = GRAPHS[case]
     jobs = pack_jobs(cells(**{"defense": "no_defense", **axes}), store)
-    assert graph(jobs) == {"data": set(), "poison": {"data"}, **expected}
+    assert graph(jobs) == {"data": set(), **expected}
     assert len({job.id for job in jobs}) == len(jobs)
     places = {job.id: place for place, job in enumerate(jobs)}
     assert all(places[need] < places[job.id] for job in jobs for need in job.needs)
@@ -180,14 +195,14 @@ def test_clean_and_whoever_starts_from_it_share_one_network(
     order: str, cells: Callable[..., list[Cell]], store: Store
 ) -> None:
     by_name = {cell.attack.name: cell for cell in cells(attack=order, defense="no_defense")}
-    benign = by_name["clean"].victim_key
+    benign = victim_key(by_name["clean"])
     assert {benign_key(cell) for cell in by_name.values()} == {benign}
     assert len({victim_key(cell) for cell in by_name.values()}) == 3
     jobs = pack_jobs(list(by_name.values()), store)
     trained = [job.id for job in jobs if job.kind in ("victim", "benign")]
     assert len(trained) == len(set(trained)) == 3
     needs = {job.id: job.needs for job in jobs}
-    assert f"victim:{benign}" in needs[f"victim:{by_name['adaptive'].victim_key}"]
+    assert f"victim:{benign}" in needs[f"victim:{victim_key(by_name['adaptive'])}"]
 
 
 def test_nothing_is_waited_for_that_is_there(one: Callable[..., Cell], store: Store) -> None:
@@ -196,7 +211,7 @@ def test_nothing_is_waited_for_that_is_there(one: Callable[..., Cell], store: St
     for stage, key in (("data", data_key(cell)), ("backbone", backbone_key(cell)), ("crafter", crafter_key(cell))):
         store.save_artifact(stage, str(key), nothing)
     assert graph(pack_jobs([cell], store)) == {
-        "poison": set(), "benign": set(), "victim": {"poison", "benign"}, "cell": {"victim"}
+        "poison": set(), "benign": set(), "victim": {"poison", "benign"}, "cell": {"poison", "victim"}
     }  # fmt: skip
 
 
@@ -210,15 +225,15 @@ def run_here(jobs: list[Job], store: Store) -> None:
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of weights of every network that is trained."""
-    found: list[int] = []
+    sizes: list[int] = []
     fit = Centralized.fit
 
-    def counted(self: Centralized, model: nn.Module, *rest: Any) -> Any:
-        found.append(sum(parameter.numel() for parameter in model.parameters()))
-        return fit(self, model, *rest)
+    def counted(self: Centralized, task: FitTask, context: Context) -> History:
+        sizes.append(sum(parameter.numel() for parameter in task.model.parameters()))
+        return fit(self, task, context)
 
     monkeypatch.setattr(Centralized, "fit", counted)
-    return found
+    return sizes
 
 
 def test_shared_networks_are_trained_once_in_a_whole_run(
@@ -243,7 +258,9 @@ def test_costs_do_not_depend_on_who_computed_a_stage(one: Callable[..., Cell], s
 
 # keys
 
-KEYS = ("crafter_key", "backbone_key", "poison_key", "benign_key", "victim_key")
+KEYS = {
+    "crafter": crafter_key, "backbone": backbone_key, "poison": poison_key, "benign": benign_key, "victim": victim_key
+}  # fmt: skip
 EVERYTHING = {"attack": "everything", "trainer": TRANSFER}
 CRAFTED = {"attack": "{name: label_consistent, params: {steps: 5}}"}
 OTHER_CRAFTER = {"attack": "{name: label_consistent, params: {steps: 5, crafter: {epochs: 3}}}"}
@@ -275,27 +292,26 @@ CHANGES: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
 def test_which_keys_change_with(change: str, one: Callable[..., Cell]) -> None:
     before, changed, expected = CHANGES[change]
     first, second = one(**before), one(**{**before, **changed})
-    found = [key for key in KEYS if getattr(first, key) != getattr(second, key)]
-    assert found == [f"{stage}_key" for stage in expected.split()]
-    assert first.key != second.key
+    assert [stage for stage, key in KEYS.items() if key(first) != key(second)] == expected.split()
+    assert record_key(first) != record_key(second)
 
 
 def test_attacks_and_networks_share_the_crafter(cells: Callable[..., list[Cell]]) -> None:
     attacks = "label_consistent, {name: label_consistent, as: other, params: {norm: l2, target: 3}}"
-    found = cells(attack=attacks, architecture="{name: mlp}, nin", trainer=f"centralized, {TRANSFER}")
-    assert len({crafter_key(cell) for cell in found}) == 1
-    assert len({poison_key(cell) for cell in found}) == 2
+    chosen = cells(attack=attacks, architecture="{name: mlp}, nin", trainer=f"centralized, {TRANSFER}")
+    assert len({crafter_key(cell) for cell in chosen}) == 1
+    assert len({poison_key(cell) for cell in chosen}) == 2
 
 
 def test_a_crafter_of_another_revision_makes_other_poison(
     one: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = one(attack="label_consistent")
-    keys = ("crafter_key", "poison_key", "victim_key", "key")
-    old = {key: getattr(before, key) for key in keys}
+    keys = (crafter_key, poison_key, victim_key, record_key)
+    old = {key: key(before) for key in keys}
     monkeypatch.setattr(RobustCrafter, "revision", RobustCrafter.revision + 1)
     after = one(attack="label_consistent")
-    assert {key for key in keys if getattr(after, key) != old[key]} == set(keys)
+    assert [key for key in keys if key(after) == old[key]] == []
 
 
 # what a defender is told
@@ -320,9 +336,9 @@ def test_a_defense_is_not_told_by_attackers_who_train(
 ) -> None:
     made = stages(one(**axes), store)
     made.evaluate()
-    found = reachable(given_tasks[0])
-    assert [each for each in found if isinstance(each, (Stages, Store, Cell, Attack, PoisonedSamples, Trigger))] == []
-    tensors = [each for each in found if isinstance(each, Tensor) and each.ndim]
+    things = reachable(given_tasks[0])
+    assert [each for each in things if isinstance(each, (Stages, Store, Cell, Attack, PoisonedSamples, Trigger))] == []
+    tensors = [each for each in things if isinstance(each, Tensor) and each.ndim]
     assert len(tensors) >= 4
     secrets = {len(indices) for part in made.poison() if len(indices := part.indices) > 16}
     assert not {len(tensor) for tensor in tensors} & secrets
@@ -337,28 +353,35 @@ def test_another_structure_is_refused_unless_the_attack_says_which(one: Callable
         stages(one(attack="reshaped"), store).evaluate()
     record = stages(one(attack="adapted"), store).evaluate()
     assert record.status == "done"
-    assert not list((store.root / "artifacts" / "victim").rglob(f"{one(attack='reshaped').victim_key}*"))
+    assert not list((store.root / "artifacts" / "victim").rglob(f"{victim_key(one(attack='reshaped'))}*"))
 
 
 def test_the_benign_network_is_for_those_who_ask(one: Callable[..., Cell], store: Store) -> None:
-    with pytest.raises(ConfigError, match=r"(?s)without saying so.*starts_from_benign"):
+    with pytest.raises(ConfigError, match=r"(?s)without declaring it.*starts_from_benign"):
         stages(one(attack="undeclared"), store).evaluate()
 
 
 # all again
 
 
+@pytest.mark.parametrize(
+    ("axes", "kept"),
+    [
+        (EVERYTHING, ["backbone", "crafter", "data", "defense", "poison", "victim", "victim"]),
+        ({"attack": "{name: natural, params: {epochs: 1}}"}, ["data", "defense", "poison", "search", "victim"]),
+    ],
+    ids=["every shared stage", "search"],
+)
 def test_all_again_means_every_stage_but_the_data(
-    one: Callable[..., Cell], bbn: Callable[..., Said], store: Store
+    axes: dict[str, str], kept: list[str], one: Callable[..., Cell], bbn: Callable[..., Said], store: Store
 ) -> None:
     def written() -> dict[tuple[str, str], int]:
         paths = (store.root / "artifacts").rglob("*.safetensors")
         return {(path.parts[-3], path.name.partition(".")[0]): path.stat().st_mtime_ns for path in paths}
 
-    run_here(pack_jobs([one(**EVERYTHING)], store), store)
+    run_here(pack_jobs([one(**axes)], store), store)
     before = written()
-    stages_written = ["backbone", "crafter", "data", "defense", "poison", "victim", "victim"]
-    assert sorted(stage for stage, _ in before) == stages_written
+    assert sorted(stage for stage, _ in before) == kept
     said = bbn("run", "-j", "1", "--only", "all")
     assert (said.code, "1 done" in said.out) == (0, True)
     after = written()

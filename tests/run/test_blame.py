@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from backdoor_bench_none.contracts.cell import AXES, Cell
-from backdoor_bench_none.contracts.job import JobKind, Outcome
+from backdoor_bench_none.contracts.cell import Cell
+from backdoor_bench_none.contracts.job import CELL, Outcome
 from backdoor_bench_none.planning.plan import make_plan
+from backdoor_bench_none.planning.stage_table import STAGES
 from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.registry.plugins import Plugins
-from backdoor_bench_none.run.blame import AT_WORK, name_suspects
+from backdoor_bench_none.run.blame import name_suspects
 
 #: kind -> what a package of a stranger has in its one module
 SOURCES = {
@@ -23,7 +25,7 @@ SOURCES = {
     "activation": "from backdoor_bench_none.models.activations import ReLU as Base",
 }
 SOURCE = '''
-from backdoor_bench_none.hookspecs import hookimpl
+from backdoor_bench_none import hookimpl
 {imports}
 
 class Strange(Base):
@@ -73,7 +75,6 @@ class Strangers:
 
 @pytest.fixture
 def strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Strangers]:
-    monkeypatch.delenv("BBN_DISABLE_PLUGINS", raising=False)
     for number, (kind, imports) in enumerate(SOURCES.items()):
         dist_info = tmp_path / kind / f"dist_{kind}-1.{number}.dist-info"
         dist_info.mkdir(parents=True)
@@ -92,6 +93,17 @@ def named(kind: str) -> str:
 
 
 ALL = tuple(SOURCES)
+#: kind of job -> whose code runs in it, by axis; None for a job of which that is not known
+AT_WORK: dict[str | None, tuple[str, ...]] = {
+    None: ALL,
+    CELL: ALL,
+    "victim": ("attack", "architecture", "activation"),
+    "benign": ("architecture", "activation"),
+    "backbone": ("architecture", "activation"),
+    "poison": ("attack",),
+    "crafter": ("attack",),
+    "data": (),
+}
 
 
 def test_built_ins_are_not_named(strangers: Strangers) -> None:
@@ -104,26 +116,14 @@ def test_the_one_stranger_is_named_with_distribution_and_version(kind: str, stra
     assert strangers.suspects(Outcome("failed", kind="cell"), kind) == [named(kind)]
 
 
-@pytest.mark.parametrize(
-    ("job", "suspects"),
-    [
-        ("cell", ALL),
-        (None, ALL),
-        ("victim", ("attack", "architecture", "activation")),
-        ("benign", ("architecture", "activation")),
-        ("backbone", ("architecture", "activation")),
-        ("poison", ("attack",)),
-        ("crafter", ("attack",)),
-        ("data", ()),
-    ],
-)
+@pytest.mark.parametrize("job", AT_WORK)
+@pytest.mark.parametrize("status", ["failed", "timeout"])
 def test_without_a_traceback_all_that_were_at_work_are_named(
-    job: JobKind | None, suspects: tuple[str, ...], strangers: Strangers
+    status: Literal["failed", "timeout"], job: str | None, strangers: Strangers
 ) -> None:
     """A process that was killed or hung leaves none."""
-    for status in ("failed", "timeout"):
-        found = strangers.suspects(Outcome(status, kind=job), *ALL)  # type: ignore[arg-type]
-        assert sorted(found) == sorted(map(named, suspects))
+    suspects = strangers.suspects(Outcome(status, kind=job), *ALL)
+    assert sorted(suspects) == sorted(map(named, AT_WORK[job]))
 
 
 @pytest.mark.parametrize("guilty", [("attack",), ("defense",), ("architecture", "activation")])
@@ -143,6 +143,5 @@ def test_whoever_was_not_at_work_is_not_named_even_if_a_traceback_shows_them(str
     assert strangers.suspects(outcome, *ALL) == [named("attack")]
 
 
-def test_every_kind_of_job_has_its_components() -> None:
-    assert set(AT_WORK) == set(JobKind.__args__)  # type: ignore[attr-defined]
-    assert all(set(axes) <= set(AXES) for axes in AT_WORK.values())
+def test_these_are_all_kinds_of_jobs() -> None:
+    assert set(AT_WORK) == {None, CELL, *(stage.name for stage in STAGES if stage.shared)}

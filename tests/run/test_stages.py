@@ -11,11 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from backdoor_bench_none.api import Attack, Context, DefenseResult, DefenseTask, PoisonedSamples
+from backdoor_bench_none.api import (
+    Attack,
+    Context,
+    DefenseResult,
+    DefenseTask,
+    FitTask,
+    History,
+    PoisonedSamples,
+)
 from backdoor_bench_none.contracts.cell import Cell
 from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.planning.plan import Plan
-from backdoor_bench_none.planning.stage_table import poison_key
+from backdoor_bench_none.planning.stage_table import poison_key, stage_key
 from backdoor_bench_none.results.store import DamagedArtifactWarning, Store
 from backdoor_bench_none.run.checks import check_result
 from backdoor_bench_none.run.stages import Stages
@@ -64,15 +72,15 @@ def files(store: Store) -> dict[Path, int]:
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for every training."""
-    found: list[int] = []
+    trainings: list[int] = []
     fit = Centralized.fit
 
-    def counted(self: Centralized, model: nn.Module, *rest: Any) -> Any:
-        found.append(1)
-        return fit(self, model, *rest)
+    def counted(self: Centralized, task: FitTask, context: Context) -> History:
+        trainings.append(1)
+        return fit(self, task, context)
 
     monkeypatch.setattr(Centralized, "fit", counted)
-    return found
+    return trainings
 
 
 def without_evaluation(record: Record) -> dict[str, Any]:
@@ -108,7 +116,7 @@ def test_a_damaged_artifact_is_reported_and_recomputed_with_an_equal_result(
 ) -> None:
     (cell,) = cells(defense="none")
     before = stages(cell, store).evaluate()
-    key = getattr(cell, f"{stage}_key")
+    key = stage_key(cell, stage)
     path = store.find_artifact(stage, key)
     assert path is not None
     damaged = path.read_bytes()
@@ -161,12 +169,22 @@ def test_the_clean_holdout_is_distinct_clean_and_nested(cells: Callable[..., lis
         train, poisoned = made.data()[0], made.poison()[0].indices
         images = [image.numpy().tobytes() for image in held.images]
         places = {image.numpy().tobytes(): index for index, image in enumerate(train.images)}
-        found = [places[image] for image in images]
-        assert len(set(found)) == len(found)
-        assert not set(found) & set(poisoned.tolist())
-        assert torch.equal(train.labels[found], held.labels)
+        indices = [places[image] for image in images]
+        assert len(set(indices)) == len(indices)
+        assert not set(indices) & set(poisoned.tolist())
+        assert torch.equal(train.labels[indices], held.labels)
         assert images[: len(smaller)] == smaller
         smaller = images
+
+
+@pytest.mark.parametrize("attack", ["clean", "badnets"])
+def test_the_clean_holdout_differs_between_seeds(attack: str, cells: Callable[..., list[Cell]], store: Store) -> None:
+    """Also where nothing is poisoned, and the training set is the same for all seeds."""
+    one, other = (stages(cell, store).clean_holdout() for cell in cells(attack=attack, defense="granted", seeds="0, 1"))
+    assert one is not None
+    assert other is not None
+    assert len(one) == len(other) == int(0.05 * TRAIN)
+    assert not torch.equal(one.images, other.images)
 
 
 def test_no_clean_data_without_asking(cells: Callable[..., list[Cell]], store: Store) -> None:
@@ -180,10 +198,10 @@ def test_a_defense_is_not_told_what_is_poisoned(
     given_tasks: list[DefenseTask],
 ) -> None:
     stages(cells(defense="no_defense")[0], store).evaluate()
-    found = reachable(given_tasks[0])
+    things = reachable(given_tasks[0])
     secrets = (Stages, Store, Cell, Attack, PoisonedSamples)
-    assert [thing for thing in found if isinstance(thing, secrets)] == []
-    tensors = [thing for thing in found if isinstance(thing, Tensor)]
+    assert [thing for thing in things if isinstance(thing, secrets)] == []
+    tensors = [thing for thing in things if isinstance(thing, Tensor)]
     assert len(tensors) >= 4  # the walk went somewhere: images, labels, weights
     sizes = {len(tensor) for tensor in tensors if tensor.ndim}
     assert not sizes & {POISONED, TEST, TRAIN - POISONED}

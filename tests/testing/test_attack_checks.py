@@ -304,7 +304,7 @@ CAUGHT: list[tuple[str, type[Attack], str]] = [
     ("global_state_left_alone", stamping(reseed), "changes the state of torch's global generator; use context.gener"),
     ("global_state_left_alone", stamping(reseed_numpy), "changes the state of numpy's global generator"),
     ("global_state_left_alone", drawn_by(torch.randperm), "torch's global generator"),
-    ("stamp_is_per_sample", stamping(noise_of_the_batch), r"stamp\(\) of three images is not what"),
+    ("stamp_is_per_sample", stamping(noise_of_the_batch), r"stamp\(\) of three images differs"),
     ("stamp_is_per_sample", stamping(lambda s, i, seed: s.float()), r"stamp\(\).images is torch.float32"),
     ("stamp_is_per_sample", stamping(fuss_over_none), "IndexError: no image"),
     ("preview", PreviewOfHalf, r"preview\(\).images has shape \(30, 3, 16, 16\), not \(60, 3, 16, 16\)"),
@@ -318,7 +318,7 @@ CAUGHT: list[tuple[str, type[Attack], str]] = [
     ("found_triggers", finding(patterns=torch.full((2, 3, 16, 16), 255.0)), "patterns are not within 0 to 1"),
     ("found_triggers", finding(masks=torch.full((2, 1, 16, 16), -1.0)), "masks are not within 0 to 1"),
     ("found_triggers", finding(facts=()), "one mapping of facts for each trigger"),
-    ("found_triggers", finding(labels=torch.tensor([3, -1])), "labels are no classes"),
+    ("found_triggers", finding(labels=torch.tensor([3, -1])), "labels are not classes"),
     ("found_triggers", FindsNone, "find_triggers returned list"),
     ("found_triggers", Meddler, "find_triggers changes the network"),
 ]  # fmt: skip

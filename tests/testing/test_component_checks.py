@@ -163,6 +163,11 @@ def shared(layers: list[nn.Module], spec: ModelSpec) -> list[nn.Module]:
     return [*layers[:3], layers[1], *layers[4:]]
 
 
+def pooled_head(layers: list[nn.Module], spec: ModelSpec) -> list[nn.Module]:
+    """Two outputs of the last layer for each class."""
+    return [*layers[:-1], nn.Linear(16, 2 * spec.num_classes), nn.AdaptiveAvgPool1d(spec.num_classes)]
+
+
 class Unused(nn.Module):
     """A network with a layer that is never called."""
 
@@ -314,12 +319,12 @@ CAUGHT: list[tuple[str, type[Component], str]] = [
     ("logits", building(lambda x, spec: [*x, nn.Threshold(9e9, float("inf"))]), "logits are not finite for 1 channels"),
     ("activation_used", building(hard_coded), "does not use spec.activation"),
     ("activation_used", building(mixed), r"also has ELU; use spec.activation\(\) everywhere"),
-    ("activation_used", building(shared), r"stands in several places, or in none; call spec"),
+    ("activation_used", building(shared), r"is used several times, or never; call spec"),
     ("seeded", OwnSeed, "networks of different torch seeds have equal weights"),
     ("seeded", NumpySeed, "two networks of one torch seed have different weights"),
     ("width", IgnoresWidth, r"half the width leaves (\d+) of \1 parameters; use self.scale"),
     ("trains", building(lambda x, spec: [Unused(x, nn.BatchNorm2d(2), True)]), "without gradient: 0.idle.weight"),
-    ("trains", HeadFirst, "the layer defined last does not make the logits"),
+    ("trains", building(pooled_head), r"does not \w+ the logits"),
     ("recipe", Misspelt, "ValidationError: .*learning_rate"),
     ("activation", activating(lambda: nn.ReLU(inplace=True)), "RuntimeError: .*in-place|writes into its input"),
     ("activation", activating(lambda: ONE), "build returns one module twice"),
@@ -331,7 +336,7 @@ CAUGHT: list[tuple[str, type[Component], str]] = [
     ("dataset", loading(lambda s: replace(s, labels=s.labels.int())), "training labels are torch.int32, not int64"),
     ("dataset", loading(lambda s: replace(s, labels=s.labels + 1), 1), "test labels are not within 0 to 2"),
     ("dataset", loading(lambda s: s.take(torch.randperm(240))), "two calls of load return different images"),
-    ("dataset", TwoMeans, "mean and std have not one value for each channel"),
+    ("dataset", TwoMeans, "mean and std do not have one value for each channel"),
     ("dataset", Restless, "the fingerprint changes from call to call"),
     ("trainer", fitting(does_not_train), "fit does not change the network"),
     ("trainer", fitting(trains_one_epoch), "1 losses, 4 epochs"),
@@ -384,3 +389,8 @@ def test_named_layers_and_batch_normalisation_pass(fault: Fault) -> None:
 
     for check in ("logits", "activation_used", "seeded", "width", "trains"):
         assert fault(check, Named()) == ""
+
+
+def test_the_order_in_which_layers_are_defined_does_not_matter(fault: Fault) -> None:
+    for check in ("logits", "activation_used", "seeded", "width", "trains"):
+        assert fault(check, HeadFirst()) == ""

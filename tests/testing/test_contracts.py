@@ -150,7 +150,7 @@ def test_an_unknown_check_is_refused_at_once() -> None:
 
 
 def test_what_is_no_component_is_refused_at_once() -> None:
-    with pytest.raises(TypeError, match="str is no component; subclass one of activation, architecture, attack"):
+    with pytest.raises(TypeError, match="str is not a component; subclass one of activation, architecture, attack"):
         parametrize_contracts(["badnets"])  # type: ignore[list-item]
 
 

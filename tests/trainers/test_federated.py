@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from backdoor_bench_none.api import (
+    Cell,
     Context,
     DatasetInfo,
     FitTask,
@@ -358,6 +360,7 @@ def test_none_drops_what_it_flags_on_each_client(
     tiny_plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = tiny_plan(
+        seeds="0, 1, 2, 3, 4",
         epochs=6,
         attack="{name: badnets, params: {poison_rate: 0.2}}",
         defense="no_defense, {name: none, params: {epochs: 3, lr: 0.02}}",
@@ -365,12 +368,6 @@ def test_none_drops_what_it_flags_on_each_client(
         trainer="{name: federated, params: {clients: 5, distribution: dirichlet, alpha: 5}, recipe: {epochs: 6}}",
     )
     store = Store(tmp_path / "results")
-    undefended, defended = (Stages(cell, store, CPU) for cell in plan.cells)
-    before = undefended.evaluate().counts
-    assert before is not None
-    assert before.attack_success_rate is not None
-    assert before.attack_success_rate.rate > 0.8
-
     trained: list[Tensor | None] = []
     really = Centralized.fit
 
@@ -379,15 +376,32 @@ def test_none_drops_what_it_flags_on_each_client(
         return really(self, task, context)
 
     monkeypatch.setattr(Centralized, "fit", watched)
-    record, clients = defended.evaluate(), defended.clients()
-    assert clients is not None
-    kept = ~defended.defense().tensors["flagged"]
-    assert 0 < int(kept.sum()) < 1297
-    expected = [torch.nonzero(kept & (clients == client)).flatten().tolist() for client in range(5)]
-    assert [samples.tolist() for samples in trained if samples is not None] == expected * 3
-    assert record.counts is not None
-    assert record.counts.benign_accuracy.rate > 0.5  # far above chance: a small network after one round
-    detection = record.detection
-    assert detection is not None
-    assert detection.true_positive + detection.false_negative == 259
-    assert detection.true_negative + detection.false_positive == 1297 - 259
+    attacked, benign = [], []
+    for undefended, defended in zip(*(named(plan, name) for name in ("no_defense", "none")), strict=True):
+        before = Stages(undefended, store, CPU).evaluate().counts
+        assert before is not None
+        assert before.attack_success_rate is not None
+        attacked.append(before.attack_success_rate.rate)
+
+        trained.clear()
+        stages = Stages(defended, store, CPU)
+        record, clients = stages.evaluate(), stages.clients()
+        assert clients is not None
+        kept = ~stages.defense().tensors["flagged"]
+        assert 0 < int(kept.sum()) < 1297
+        expected = [torch.nonzero(kept & (clients == client)).flatten().tolist() for client in range(5)]
+        assert [samples.tolist() for samples in trained if samples is not None] == expected * 3
+        assert record.counts is not None
+        benign.append(record.counts.benign_accuracy.rate)
+        detection = record.detection
+        assert detection is not None
+        assert detection.true_positive + detection.false_negative == 259
+        assert detection.true_negative + detection.false_positive == 1297 - 259
+    print("MEASURED federated", attacked, benign)
+    assert median(attacked) > 0.8
+    assert median(benign) > 0.5  # far above chance: a small network after a few rounds
+
+
+def named(plan: Plan, defense: str) -> list[Cell]:
+    """The cells with that defense, by seed."""
+    return [cell for cell in plan.cells if cell.defense.name == defense]

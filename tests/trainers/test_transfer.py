@@ -118,8 +118,8 @@ def test_a_pickle_that_runs_commands_is_named_and_not_run(writer: str, tmp_path:
         ("absent.safetensors", None, "cannot be read"),
         ("empty.pth", b"", "cannot be read"),
         ("text.safetensors", b"hello", "cannot be read"),
-        ("list.pth", [torch.zeros(1)], "is no state dictionary"),
-        ("nested.pth", {"state_dict": {"x": torch.zeros(1)}}, "is no state dictionary"),
+        ("list.pth", [torch.zeros(1)], "is not a state dictionary"),
+        ("nested.pth", {"state_dict": {"x": torch.zeros(1)}}, "is not a state dictionary"),
         ("model.pth", nn.Linear(2, 2), "holds more than tensors"),
     ],
 )
@@ -319,7 +319,7 @@ def test_a_backbone_is_trained_once_for_all_attacks(tiny_plan: Callable[..., Pla
 def test_classes_that_make_no_data_set_are_refused(
     classes: list[str], folder: Path, tiny_plan: Callable[..., Plan]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"classes: |no class 'pink'|class stands twice"):
+    with pytest.raises(ConfigError, match=r"classes: |no class 'pink'|class appears twice"):
         tiny_plan(dataset=f"{{name: image_folder, params: {{root: {folder}, classes: {classes}}}}}")
 
 

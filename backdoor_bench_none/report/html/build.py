@@ -1,4 +1,4 @@
-"""One HTML file: its numbers are there without JavaScript, and with it can be turned around and looked into."""
+"""Renders the report as one HTML file: numbers show without JavaScript, which adds selectors, plots and details."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ from backdoor_bench_none.report.html.texts import LABEL, clean_line, show_number
 from backdoor_bench_none.report.pivot import Box, Layout, pivot
 from backdoor_bench_none.results.metrics import METRICS, Metric
 from backdoor_bench_none.results.rows import Row
+from backdoor_bench_none.words import plural
 
 SCRIPTS = ("matrix.js", "filters.js", "scatter.js", "drawer.js")
-#: the metrics of the matrix as it is first shown
+#: the metrics that the matrix shows at first
 SHOWN = ("ba", "asr")
-#: rows of a group of failures that are named at once, and at all
+#: the most rows of a group of failures that are named at first, and after unfolding the list
 FEW, NAMED = 8, 100
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One number of a cell with its colour."""
+    """One number of a cell and its colour class."""
 
     title: str
     text: str
@@ -45,7 +46,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Shown:
-    """One cell of the matrix: tiles, or a status; `row` is the number of its row."""
+    """One cell of the matrix: tiles, or a status; `row` is the index of its row."""
 
     row: int
     tiles: Sequence[Tile]
@@ -54,7 +55,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Matrix:
-    """The matrix as it is before JavaScript runs."""
+    """The matrix that is shown before JavaScript runs."""
 
     title: str
     axes: Sequence[str]
@@ -64,7 +65,7 @@ class Matrix:
 
 
 def build_report(source: Source, previews: Mapping[Pair, Preview] | None = None) -> str:
-    """The report of `source`; equal input makes equal text."""
+    """The HTML of the report of `source`; equal input gives equal text."""
     payload = Payload(source, previews or {})
     style = _resource("report.css") + heat_css()
     script = "\n".join(_resource(name) for name in SCRIPTS)
@@ -75,7 +76,7 @@ def build_report(source: Source, previews: Mapping[Pair, Preview] | None = None)
     return environment.get_template("report.html.jinja").render(
         title=clean_line(source.title, LABEL),
         version=own_version(),
-        style=Markup(style),  # noqa: S704 - our own files
+        style=Markup(style),  # noqa: S704 - files of this package
         script=Markup(script),  # noqa: S704
         style_hash=_hash(style),
         script_hash=_hash(script),
@@ -93,11 +94,12 @@ def build_report(source: Source, previews: Mapping[Pair, Preview] | None = None)
         named=NAMED,
         steps=range(0, STEPS + 1, 2),
         tested=payload.tested,
+        plural=plural,
     )
 
 
 def write_report(text: str, path: Path) -> None:
-    """Write under a temporary name and rename; `BenchError` where that is not possible."""
+    """Write under a temporary name and rename; `BenchError` if the file cannot be written."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,30 +123,30 @@ def _hash(text: str) -> str:
 
 def _matrix(source: Source, payload: Payload) -> Matrix:
     metrics = [METRICS[name] for name in SHOWN]
-    made = pivot(source.rows, Layout(metrics=SHOWN))
-    numbers = {id(row): number for number, row in enumerate(source.rows)}
-    lines = [
-        (
-            [clean_line(label, LABEL) for label in labels],
-            [_show(box, numbers, metrics, payload) for box in boxes],
-        )
-        for labels, boxes in made.lines
-    ]
-    notes = [clean_line(note, 600) for note in made.footnotes if not note.startswith(("[", "Each cell:"))]
-    axes, columns = made.axes, [clean_line(column, LABEL) for column in made.columns]
-    return Matrix(clean_line(made.title, 400), axes, columns, lines, notes)
+    table = pivot(source.rows, Layout(metrics=SHOWN))
+    indices = {id(row): index for index, row in enumerate(source.rows)}
+    lines = []
+    for labels, boxes in table.lines:
+        cells = [_show(box, indices, metrics, payload) for box in boxes]
+        lines.append(([clean_line(label, LABEL) for label in labels], cells))
+    notes = [clean_line(note, 600) for note in table.footnotes if not note.startswith(("[", "Each cell:"))]
+    columns = [clean_line(column, LABEL) for column in table.columns]
+    return Matrix(clean_line(table.title, 400), table.axes, columns, lines, notes)
 
 
-def _show(box: Box | None, numbers: Mapping[int, int], metrics: Sequence[Metric], payload: Payload) -> Shown | None:
+def _show(box: Box | None, indices: Mapping[int, int], metrics: Sequence[Metric], payload: Payload) -> Shown | None:
     if box is None or box.row is None:
         return None
     if box.row.ba is None:
-        return Shown(numbers[id(box.row)], (), box.row.status)
-    return Shown(numbers[id(box.row)], [_tile(box.row, metric, payload) for metric in metrics], "")
+        return Shown(indices[id(box.row)], (), box.row.status)
+    return Shown(indices[id(box.row)], [_tile(box.row, metric, payload) for metric in metrics], "")
 
 
 def _tile(row: Row, metric: Metric, payload: Payload) -> Tile:
     value, rank = getattr(row, metric.name), payload.ranks.get((id(row), metric.name), "")
-    text = show_number(value, metric)
-    css = "none" if value is None else f"v{step_of(float(text) / 100, metric.better == 'lower')}"
-    return Tile(metric.title, text, f"{css} best" if rank == "best" else css, rank == "close")
+    text, css = show_number(value, metric), "none"
+    if value is not None:
+        css = f"v{step_of(float(text) / 100, metric.better == 'lower')}"
+    if rank == "best":
+        css += " best"
+    return Tile(metric.title, text, css, rank == "close")

@@ -1,4 +1,4 @@
-"""The colours of the heat map: viridis, which colour-blind people read and which darkens evenly, with text on it."""
+"""The colours of the heat map: viridis, which is even in lightness and safe for colour-blind readers, and its text."""
 
 from __future__ import annotations
 
@@ -14,31 +14,34 @@ Rgb = tuple[int, int, int]
 
 def step_of(share: float, lower_is_better: bool) -> int:
     """The step of a share between 0 and 1; the bright end is always the better one."""
-    inside = min(1.0, max(0.0, share))
-    return int((1 - inside if lower_is_better else inside) * STEPS + 0.5)
+    goodness = min(1.0, max(0.0, share))
+    if lower_is_better:
+        goodness = 1 - goodness
+    return int(goodness * STEPS + 0.5)
 
 
 def colour_of(step: int) -> Rgb:
-    """The colour of a step, 0 to 255 each."""
-    place, rest = divmod(step * (len(VIRIDIS) - 1), STEPS)
-    low, high = (_parse(VIRIDIS[min(place + more, len(VIRIDIS) - 1)]) for more in (0, 1))
+    """The colour of a step, interpolated between the two nearest colours of `VIRIDIS`; 0 to 255 each."""
+    last = len(VIRIDIS) - 1
+    index, rest = divmod(step * last, STEPS)
+    low, high = _parse(VIRIDIS[index]), _parse(VIRIDIS[min(index + 1, last)])
     red, green, blue = (round(a + (b - a) * rest / STEPS) for a, b in zip(low, high, strict=True))
     return red, green, blue
 
 
 def text_on(colour: Rgb) -> Rgb:
-    """Black or white, whichever is easier to read: at least 4.5 to 1 on any colour."""
+    """Black or white, whichever has the higher contrast: at least 4.5 to 1 on any colour."""
     return max(BLACK, WHITE, key=lambda text: contrast(text, colour))
 
 
 def contrast(one: Rgb, other: Rgb) -> float:
-    """WCAG's contrast of two colours, 1 to 21."""
+    """The contrast ratio of two colours by WCAG, 1 to 21."""
     dark, light = sorted((_luminance(one), _luminance(other)))
     return (light + 0.05) / (dark + 0.05)
 
 
 def heat_css() -> str:
-    """A class for each step."""
+    """The style sheet with a class for each step."""
     lines = []
     for step in range(STEPS + 1):
         colour = colour_of(step)
@@ -55,5 +58,13 @@ def _css(colour: Rgb) -> str:
 
 
 def _luminance(colour: Rgb) -> float:
-    linear = [c / 12.92 if (c := part / 255) <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for part in colour]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    red, green, blue = map(_linear, colour)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _linear(part: int) -> float:
+    """A part of an sRGB colour, 0 to 255, as linear light."""
+    share = part / 255
+    if share <= 0.04045:
+        return share / 12.92
+    return float(((share + 0.055) / 1.055) ** 2.4)

@@ -1,4 +1,4 @@
-"""The command line that runs one row of a report again, and nothing else."""
+"""Command lines that run one row of a report again."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 class Commands:
-    """Makes the commands of rows; all `trials` are known, so that one that selects others too is narrowed by -k."""
+    """Makes the commands of rows.
+
+    It knows all `trials` of a report: a command whose options select other rows too is narrowed by -k.
+    """
 
     def __init__(self, trials: Sequence[Trial], file: Path | None) -> None:
         self._file = str(file or "benchmark.yaml")
+        if self._file.startswith("-"):  # it would be taken for an option
+            self._file = f"./{self._file}"
         self._titles: dict[Labels, set[str]] = defaultdict(set)
         self._known: list[dict[str, set[str]]] = [defaultdict(set) for _ in AXES]
         for trial in trials:
@@ -33,27 +38,38 @@ class Commands:
                 known[label].add(name)
 
     def of(self, trials: Sequence[Trial]) -> tuple[str, list[str]]:
-        """The command for the trials of one row, into a folder of its own, and titles it selects besides them."""
-        labels, seeds = trials[0].labels, sorted({trial.seed for trial in trials})
-        words = ["bbn", "run", f"./{self._file}" if self._file.startswith("-") else self._file]
+        """The command for the trials of one row, into a separate folder, and the titles of other cells it runs too."""
+        labels = trials[0].labels
+        words = ["bbn", "run", self._file]
         for axis, label in zip(AXES, labels, strict=True):
-            words += [OPTIONS[axis], _pattern(label)] if axis in OPTIONS else []
-        words += [word for seed in seeds for word in ("-s", str(seed))]
-        others = [title for rival in self._rivals(labels) for title in self._titles[rival]]
+            if axis in OPTIONS:
+                words += [OPTIONS[axis], _pattern(label)]
+        for seed in sorted({trial.seed for trial in trials}):
+            words += ["-s", str(seed)]
+        others: list[str] = []
+        for rival in self._rivals(labels):
+            others += sorted(self._titles[rival])  # a set of texts has no stable order
         expression, left = _tell_apart(self._titles[labels], others)
-        words += ["-k", expression] if expression else []
+        if expression:
+            words += ["-k", expression]
         return shlex.join([*words, "--results", "reproduced"]), left
 
     def _rivals(self, labels: Labels) -> Iterable[Labels]:
-        """Other rows that the options select as well: theirs match labels, names and wildcards, and no trainer."""
+        """The other rows that the options select as well: options match labels, names and wildcards, on any trainer."""
         similar = []
         for axis, known, label in zip(AXES, self._known, labels, strict=True):
-            selected = set(known) if axis not in OPTIONS else {x for x in known if _selects(label, {x, *known[x]})}
+            selected = set(known)
+            if axis in OPTIONS:
+                selected = {other for other in known if _selects(label, {other, *known[other]})}
             similar.append(selected)
-        found: Iterable[Labels] = itertools.product(*similar)
-        if math.prod(map(len, similar)) > len(self._titles):  # labels that are wildcards
-            found = (r for r in self._titles if all(x in chosen for x, chosen in zip(r, similar, strict=True)))
-        return [rival for rival in found if rival != labels and rival in self._titles]
+        rivals: Iterable[Labels] = itertools.product(*similar)
+        if math.prod(map(len, similar)) > len(self._titles):  # labels with wildcards, or a large matrix
+            rivals = (row for row in self._titles if _is_among(row, similar))
+        return [rival for rival in rivals if rival != labels and rival in self._titles]
+
+
+def _is_among(labels: Labels, choices: Sequence[set[str]]) -> bool:
+    return all(label in chosen for label, chosen in zip(labels, choices, strict=True))
 
 
 def _selects(label: str, names: Iterable[str]) -> bool:
@@ -62,26 +78,32 @@ def _selects(label: str, names: Iterable[str]) -> bool:
 
 
 def _pattern(label: str) -> str:
-    """A label as an option; what cannot be pasted into a terminal becomes a wildcard."""
-    return "".join(c if c.isprintable() else "?" for c in label)
+    """A label as an option; characters that cannot be pasted into a terminal become wildcards."""
+    return "".join(map(_printable, label))
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else "?"
 
 
 def _tell_apart(own: set[str], others: Sequence[str]) -> tuple[str, list[str]]:
-    """An expression that holds for all `own` titles and for none of the others, and the others it holds for."""
+    """An expression that holds for all `own` titles and, if possible, for no others; and the others it holds for."""
     words: list[str] = []
     left = list(others)
+    own_text = "\n".join(own)  # a name has no line break, so it is in this text if it is in any title
+    common = set[str].intersection(*(set(_names(title)) for title in own))
     for title in others:
         if title not in left:
             continue
-        against = next((name for name in _names(title) if not any(name in mine for mine in own)), None)
-        if against is not None:
-            words.append(f"not {against}")
-            left = [other for other in left if against not in other]
+        foreign = next((name for name in _names(title) if name not in own_text), None)
+        if foreign is not None:
+            words.append(f"not {foreign}")
+            left = [other for other in left if foreign not in other]
             continue
-        common = set[str].intersection(*(set(_names(mine)) for mine in own))
-        if (only := next((name for name in sorted(common) if name not in title), None)) is not None:
-            words.append(only)
-            left = [other for other in left if only in other]
+        shared = next((name for name in sorted(common) if name not in title), None)
+        if shared is not None:
+            words.append(shared)
+            left = [other for other in left if shared in other]
     return " and ".join(words), left
 
 

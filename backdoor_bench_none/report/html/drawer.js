@@ -1,4 +1,4 @@
-// Everything about one cell, in a dialog: the browser keeps the focus in it, closes it on Escape and gives the focus back.
+// The details of one cell, in a dialog: the browser keeps the focus in it, closes it on Escape and returns the focus.
 const texts = (number) => data.texts[number];
 const section = (title, ...children) => [make("h3", { text: title }), ...children];
 const list = (pairs) => make("dl", {}, ...pairs.flatMap(([name, value]) => [make("dt", { text: name }), make("dd", { text: value })]));
@@ -36,9 +36,9 @@ function showCommand(row) {
 }
 
 function showPreview(row) {
-  const found = data.previews[`${row.labels[axisIndex("dataset")]},${row.labels[axisIndex("attack")]}`];
-  if (!found) return [];
-  const [source, text] = found;
+  const preview = data.previews[`${row.labels[axisIndex("dataset")]},${row.labels[axisIndex("attack")]}`];
+  if (!preview) return [];
+  const [source, text] = preview;
   if (!source) return section("Trigger", make("p", { class: "muted", text: `No picture: ${text}.` }));
   return section("Trigger", make("figure", {}, make("img", { class: "trigger", src: source, alt: text }), make("figcaption", { text: `${text}.` })));
 }
@@ -46,7 +46,7 @@ function showPreview(row) {
 function drawCurves(curves) {
   const wide = 560, high = 190, left = 46, top = 10, width = 500, height = 140;
   const numbers = curves.flatMap((curve) => curve.points).filter((value) => value !== null);
-  if (!numbers.length) return make("p", { class: "muted", text: "No loss of the victim is a finite number." });
+  if (!numbers.length) return make("p", { class: "muted", text: "No loss of the victim is finite." });
   const low = Math.min(0, ...numbers), top1 = Math.max(...numbers), span = top1 - low || 1;
   const epochs = Math.max(...curves.map((curve) => curve.epochs));
   const said = curves.map((curve) => `seed ${curve.seed} from ${curve.points[0]} to ${curve.points[curve.points.length - 1]}`).join(", ");
@@ -74,7 +74,7 @@ function showCurves(row) {
   return section("Training loss of the victim", make("figure", {}, drawCurves(curves), make("figcaption", { text: `Mean loss per epoch, one line for each of ${curves.length} seed${curves.length > 1 ? "s" : ""}.` })));
 }
 
-// Trials by the value of one of their blocks, so that what they share stands once.
+// A section for each value of one of the trials' blocks, so that a value they share is shown once.
 function showBlocks(row, name, title) {
   const groups = new Map();
   for (const trial of row.trials) if (trial[name] !== undefined) groups.set(trial[name], [...(groups.get(trial[name]) || []), trial.seed]);
@@ -100,7 +100,7 @@ function openDrawer(number) {
   byId("drawer-body").replaceChildren(
     ...showFailures(row), ...(notes.length ? [make("ul", { class: "notes" }, ...notes)] : []), ...showNumbers(row), ...showCommand(row), ...showPreview(row), ...showCurves(row),
     ...(row.parts === undefined ? [] : section("Components and their parameters", list(data.axes.map((axis, index) => [axis, texts(row.parts[index])])))), ...showBlocks(row, "found", "What the cell found"), ...showTrials(row),
-    ...(row.recipe === undefined ? [] : section("Training recipe", list(data.blocks[row.recipe]))), ...showBlocks(row, "where", "Provenance"), ...showBlocks(row, "upstream", "Data"));
+    ...(row.recipe === undefined ? [] : section("Training recipe", list(data.blocks[row.recipe]))), ...showBlocks(row, "where", "Provenance"), ...showBlocks(row, "upstream", "Data"), ...showBlocks(row, "stages", "Keys of the stages"));
   byId("drawer").showModal();
   byId("drawer").scrollTop = 0;
   byId("close").focus();

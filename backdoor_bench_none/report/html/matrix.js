@@ -1,5 +1,5 @@
 "use strict";
-// The data, how elements are made (texts are texts, never markup), and the matrix.
+// The data, helpers that make elements (texts are never parsed as markup), and the matrix.
 const data = JSON.parse(document.getElementById("data").textContent);
 const STEPS = 40;
 const NUMBERED = ["done", "partial"];
@@ -45,7 +45,7 @@ function visibleRows() {
   return data.rows.filter((row) => varying.every((axis) => !state.hidden[axis].has(row.labels[axisIndex(axis)])));
 }
 
-// The least and the greatest number of a metric, to colour between where it is no share or the reader wants that.
+// The least and the greatest number of each metric: the ends of its colours, unless it is a share shown from 0 to 100.
 const bounds = data.metrics.map((metric, index) => {
   const numbers = data.rows.filter((row) => row.values[index]).map((row) => Number(row.values[index][0]));
   return [numbers.reduce((a, b) => Math.min(a, b)), numbers.reduce((a, b) => Math.max(a, b))];
@@ -79,7 +79,7 @@ function makeCell(number) {
   return button;
 }
 
-// Lines of labels and cells, as pivot() makes them: what varies and is no column makes lines; equal labels get lines of their own.
+// Lines of labels and cells, as pivot() makes them: varying axes that are no columns make lines; equal labels get separate lines.
 function arrange() {
   const rows = visibleRows();
   const several = (axis) => new Set(rows.map((row) => row.labels[axisIndex(axis)])).size > 1;
@@ -97,7 +97,7 @@ function arrange() {
   }
   const ordered = [...lines.values()];
   const place = (line) => axes.map((axis) => line.row.labels[axisIndex(axis)]);
-  if (state.lines) ordered.sort((a, b) => place(a).reduce((found, x, i) => found || x - place(b)[i], 0));
+  if (state.lines) ordered.sort((a, b) => place(a).reduce((order, x, i) => order || x - place(b)[i], 0));
   return { axes, columns: [...columns.keys()], lines: ordered, count: rows.length };
 }
 

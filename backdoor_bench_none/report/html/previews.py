@@ -1,4 +1,4 @@
-"""Small pictures of triggers on real images, as data URIs: clean above, triggered below, then the difference."""
+"""Small pictures of triggers as data URIs: test images above, the same with the trigger, and their difference."""
 
 from __future__ import annotations
 
@@ -18,41 +18,40 @@ from backdoor_bench_none.errors import BenchError
 from backdoor_bench_none.report.html.source import MakePair, Pair
 from backdoor_bench_none.report.html.texts import clean_line
 
-#: images side by side, pixels of their longer side at most, pictures of a report, and characters of all of them
+#: images side by side, the most pixels of their longer side, pictures of a report, and characters of all pictures
 COLUMNS, SIDE, MOST, BUDGET = 4, 64, 24, 400_000
-#: test images among which those of different classes are looked for
+#: the number of test images among which those of different classes are chosen
 SEARCHED = 2000
 
 
 @dataclass(frozen=True)
 class Preview:
-    """A picture as a data URI, or, where it is empty, why there is none; `text` describes it in either case."""
+    """A picture as a data URI and its description; if there is no picture, `source` is empty and `text` says why."""
 
     source: str
     text: str
 
 
 class NothingToShowError(Exception):
-    """There is nothing to show; the message says why."""
+    """An attack has no picture; the message says why."""
 
 
 def make_previews(pairs: Mapping[Pair, MakePair]) -> dict[Pair, Preview]:
-    """A preview for every data set and attack, as far as the budget goes; a data set is read once."""
+    """A preview for every data set and attack, within `MOST` and `BUDGET`; every data set is read once."""
     images: dict[str, ImageSet | str] = {}
-    found: dict[Pair, Preview] = {}
-    spent = 0
+    previews: dict[Pair, Preview] = {}
+    shown = spent = 0
     for pair, make in pairs.items():
-        shown = sum(bool(preview.source) for preview in found.values())
-        made = (
-            _make(pair, make, images)
-            if shown < MOST and spent < BUDGET
-            else Preview("", f"a report has {MOST} pictures at most")
-        )
-        if spent + len(made.source) > BUDGET:
-            made = Preview("", "the report is full: this picture would make it too large")
-        spent += len(made.source)
-        found[pair] = made
-    return found
+        preview = Preview("", f"a report has {MOST} pictures at most")
+        if shown < MOST and spent < BUDGET:
+            preview = _make(pair, make, images)
+        if spent + len(preview.source) > BUDGET:
+            preview = Preview("", "this picture would make the report too large")
+        if preview.source:
+            shown += 1
+        spent += len(preview.source)
+        previews[pair] = preview
+    return previews
 
 
 def _make(pair: Pair, make: MakePair, images: dict[str, ImageSet | str]) -> Preview:
@@ -70,7 +69,7 @@ def _make(pair: Pair, make: MakePair, images: dict[str, ImageSet | str]) -> Prev
         return Preview("", str(reason))
     except BenchError as error:
         return Preview("", clean_line(error.message))
-    except Exception as error:  # a stranger's component
+    except Exception as error:  # third-party code may raise anything
         return Preview("", clean_line(f"no picture: {type(error).__name__}: {error}"))
 
 
@@ -82,7 +81,7 @@ def _read(dataset: Dataset) -> ImageSet | str:
     except BenchError:
         return "the data set is not on this machine"
     if test.images.ndim != 4 or test.images.shape[1] not in (1, 3):
-        return "its samples are no pictures"
+        return "its samples are not pictures"
     labels = test.labels[:SEARCHED]
     first = [int(torch.nonzero(labels == label)[0, 0]) for label in torch.unique(labels)[:COLUMNS]]
     return test.take(torch.tensor(first, dtype=torch.int64))
@@ -93,20 +92,20 @@ def _draw(pair: Pair, dataset: Dataset, attack: Attack, sample: ImageSet) -> tup
     triggered = attack.resolve(info).preview(AttackTask(sample, info), Context(torch.device("cpu"), 0))
     difference = (triggered.int() - sample.images.int()).abs()
     if not bool(difference.any()):
-        raise NothingToShowError("this attack shows nothing to these test images")
+        raise NothingToShowError("this attack changes none of these test images")
     picture = torch.cat([_join(rows.to(torch.uint8)) for rows in (sample.images, triggered, difference)], dim=1)
     buffer = io.BytesIO()
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, format="PNG", optimize=True)
     changed = float((difference > 0).any(1).float().mean())
     text = (
-        f"{len(sample)} test images of {clean_line(pair[0], 60)}: as they are, with {clean_line(pair[1], 60)}, and the "
+        f"{len(sample)} test images of {clean_line(pair[0], 60)}: clean, with {clean_line(pair[1], 60)}, and the "
         f"difference, of {int(difference.max())} of 255 at most; {100 * changed:.1f} % of the pixels change"
     )
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}", text
 
 
 def _join(images: Tensor) -> Tensor:
-    """Images (N, C, H, W) uint8 side by side with a gap (3, H', W'), made smaller where they are large."""
+    """Images (N, C, H, W) uint8 side by side with a gap (3, H', W'); large ones are subsampled."""
     step = max(1, -(-max(images.shape[-2:]) // SIDE))
     framed = torch.nn.functional.pad(images[..., ::step, ::step].expand(-1, 3, -1, -1), (1, 1, 1, 1), value=128)
     return torch.cat(list(framed), dim=2)

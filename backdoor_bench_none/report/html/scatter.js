@@ -1,9 +1,9 @@
-// BA against ASR: one mark for each row, its shape and colour by defense.
+// The plot of BA against ASR: a mark for each row, with shape and colour by defense.
 const FRAME = { left: 52, top: 24, width: 640, height: 380 };
 const SHAPES = ["M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0", "M-4.5-4.5h9v9h-9z", "M0-6L5.6 4.4h-11.2z", "M0-6.2L6 0L0 6.2L-6 0z", "M0 6L5.6-4.4h-11.2z",
   "M-5-5L5 5M5-5L-5 5", "M-6 0H6M0-6V6", "M0-6L5.7-1.9L3.5 4.9h-7L-5.7-1.9z", "M-6-3.4L0 0L6-3.4M0 0V6.4"];
 const COLOURS = 7;
-// Nine shapes to seven colours: 63 defenses until a pair comes again.
+// Nine shapes and seven colours are coprime: a pair recurs only after 63 defenses.
 const makeMark = (defense) => draw("path", { d: SHAPES[defense % SHAPES.length], class: `dot c${defense % COLOURS}` });
 
 function ticksOf(low, high) {
@@ -12,7 +12,7 @@ function ticksOf(low, high) {
   return Array.from({ length: count + 1 }, (_, index) => Number(((first + index) * step).toFixed(1)));
 }
 
-// From 0 to 100, or as far as the numbers go, but never less than ten points.
+// The range of the numbers with a margin: at least ten points, and at most a little more than 0 to 100.
 function spanOf(numbers) {
   const low = Math.min(...numbers), high = Math.max(...numbers), more = Math.max(1.5, (high - low) * 0.06, (10 - (high - low)) / 2);
   return [Math.max(-2, low - more), Math.min(102, high + more)];

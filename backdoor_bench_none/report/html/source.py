@@ -1,4 +1,4 @@
-"""What a report is made of: rows, and for every seed behind them its record, or why there is none."""
+"""The input of a report: rows, and the cell behind every seed of them, with its record or the reason for none."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
 
 #: the labels of a data set and of an attack
 Pair = tuple[str, str]
-#: makes both components, or raises a `BenchError`
+#: makes both components, or raises `BenchError`
 MakePair = Callable[[], "tuple[Dataset, Attack]"]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One cell: its labels and names by axis, its seed, and its record; `reason` says why there are no numbers."""
+    """One cell: its labels and names by axis, its seed, and its record, or the `reason` why it has no numbers."""
 
     labels: Labels
     names: Labels
@@ -46,7 +47,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Source:
-    """`groups` are the trials behind each row; `file` is what `bbn run` gets."""
+    """The rows of a report, and in `groups` the trials behind each row; `file` is the benchmark file for `bbn run`."""
 
     title: str
     rows: Sequence[Row]
@@ -56,12 +57,12 @@ class Source:
 
     @property
     def trials(self) -> list[Trial]:
-        """All of them, in the order of the rows."""
-        return [trial for group in self.groups for trial in group]
+        """All trials, in the order of the rows."""
+        return list(chain.from_iterable(self.groups))
 
 
 def source_of_plan(plan: Plan, results: Path, file: Path) -> Source:
-    """What a benchmark file plans."""
+    """The report's input for the cells that a benchmark file plans."""
     store = Store(results)
     rows = make_rows(plan, results)
     trials = [_trial_of_cell(cell, plan, store.read_record(record_key(cell))) for cell in plan.cells]
@@ -74,24 +75,31 @@ def source_of_plan(plan: Plan, results: Path, file: Path) -> Source:
 def source_of_records(
     measurements: Iterable[Measurement], results: Path, registry: Registry | None = None, file: Path | None = None
 ) -> Source:
-    """These records of a results folder; with a registry the attacks on them can be shown."""
+    """The report's input for some records of a results folder; with a registry, previews of their attacks too."""
     store, measured = Store(results), list(measurements)
     rows = rows_of_measurements(measured)
-    trials = [_trial_of_record(m, record) for m in measured if (record := store.read_record(m.key)) is not None]
+    trials: list[Trial] = []
     pairs: dict[Pair, MakePair] = {}
-    for record in (trial.record for trial in trials):
-        if record is not None and registry is not None:
+    for measurement in measured:
+        record = store.read_record(measurement.key)
+        if record is None:
+            continue
+        trials.append(_trial_of_record(measurement, record))
+        if registry is not None:
             pair = record.axes["dataset"].label, record.axes["attack"].label
             pairs.setdefault(pair, partial(_create_pair, record, registry))
     return Source(f"All records of {results.name}", rows, group_trials(rows, trials), file, pairs)
 
 
 def _trial_of_cell(cell: Cell, plan: Plan, record: Record | None) -> Trial:
-    labels, names = (tuple(getattr(getattr(cell, axis), part) for axis in AXES) for part in ("label", "name"))
+    labels = tuple(choice.label for choice in cell.choices.values())
+    names = tuple(choice.name for choice in cell.choices.values())
     skipped = plan.skipped.get(record_key(cell))
     if record is not None and (record.counts is not None or skipped is None):
         return Trial(labels, names, cell.seed, cell.title, record_key(cell), record.status, record.reason, record)
-    status, reason = ("missing", "not run yet") if skipped is None else ("skipped", skipped)
+    status, reason = "missing", "not run yet"
+    if skipped is not None:
+        status, reason = "skipped", skipped
     return Trial(labels, names, cell.seed, cell.title, record_key(cell), status, reason)
 
 
@@ -108,30 +116,37 @@ def _pair_of(cell: Cell) -> tuple[Dataset, Attack]:
 
 
 def _create_pair(record: Record, registry: Registry) -> tuple[Dataset, Attack]:
-    dataset, attack = (registry.create(axis, (v := record.axes[axis]).name, v.params) for axis in ("dataset", "attack"))
-    return cast("Dataset", dataset), cast("Attack", attack)
+    dataset, attack = record.axes["dataset"], record.axes["attack"]
+    return (
+        cast("Dataset", registry.create("dataset", dataset.name, dataset.params)),
+        cast("Attack", registry.create("attack", attack.name, attack.params)),
+    )
 
 
 def group_trials(rows: Sequence[Row], trials: Sequence[Trial]) -> list[list[Trial]]:
-    """The trials behind each row: those whose keys it names, and those without numbers that are most like them."""
+    """The trials behind each row: those whose keys it has, and those without numbers that have its labels."""
     by_key = {trial.key: trial for trial in trials}
-    groups = [[by_key[key] for key in row.keys if key in by_key] for row in rows]
-    used = {trial.key for group in groups for trial in group}
-    rest: dict[Labels, dict[str, list[Trial]]] = defaultdict(lambda: defaultdict(list))
+    groups: list[list[Trial]] = []
+    candidates: dict[Labels, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        groups.append([by_key[key] for key in row.keys if key in by_key])
+        candidates[tuple(getattr(row, axis) for axis in AXES)].append(index)
+    used = {trial.key for trial in chain.from_iterable(groups)}
+    without_numbers: dict[tuple[Labels, str], list[Trial]] = defaultdict(list)
     for trial in trials:
         if trial.key not in used:
-            rest[trial.labels][trial.identity].append(trial)
-    places: dict[Labels, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        places[tuple(getattr(row, axis) for axis in AXES)].append(index)
-    for labels, found in rest.items():
-        for identity, without in found.items():
-            groups[_place(places[labels], groups, identity)] += without
+            without_numbers[trial.labels, trial.identity].append(trial)
+    for (labels, identity), group in without_numbers.items():
+        groups[_choose_row(candidates[labels], groups, identity)] += group
     return groups
 
 
-def _place(places: Sequence[int], groups: Sequence[Sequence[Trial]], identity: str) -> int:
-    """Of the rows of equal labels the one of this identity, else one that is still empty, else the last."""
-    same = [index for index in places if any(trial.identity == identity for trial in groups[index])]
-    empty = [index for index in places if not groups[index]]
-    return (same or empty or places)[0 if same or empty else -1]
+def _choose_row(candidates: Sequence[int], groups: Sequence[Sequence[Trial]], identity: str) -> int:
+    """Of rows with equal labels the one of this identity, else one that is still empty, else the last."""
+    for index in candidates:
+        if any(trial.identity == identity for trial in groups[index]):
+            return index
+    for index in candidates:
+        if not groups[index]:
+            return index
+    return candidates[-1]

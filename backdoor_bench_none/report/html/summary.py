@@ -1,4 +1,4 @@
-"""The report in words and numbers: who is best and how sure that is, what is missing, and what to beware of."""
+"""Summary: best defenses with their uncertainty, missing cells, warnings."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from backdoor_bench_none.contracts.cell import AXES
 from backdoor_bench_none.report.html.source import Source, Trial
 from backdoor_bench_none.report.html.texts import LABEL, clean_line, clean_value, finite, show_number
-from backdoor_bench_none.report.pivot import mean_ranks, rank_rows
+from backdoor_bench_none.report.pivot import mean_ranks, rank_rows, varying_axes
 from backdoor_bench_none.results.metrics import METRICS, Metric
 from backdoor_bench_none.results.rows import Row
+from backdoor_bench_none.words import many, plural
 
-PRAISED = ("asr", "ba", "der")
-#: an undefended ASR below this is an attack that does not work
-WORKS = 0.5
+#: the metrics by which the best defenses are named
+SUMMARIZED = ("asr", "ba", "der")
+#: an attack with an undefended ASR below this does not work
+LEAST_ASR = 0.5
 STATUSES = ("done", "failed", "timeout", "skipped", "missing")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Cells without numbers of one status and reason; `rows` are the rows they belong to, each with its seeds."""
+    """Cells without numbers of one status and reason.
+
+    `rows` are the rows they belong to: index, labels, and seeds unless they are all of the row's.
+    """
 
     status: str
     reason: str
@@ -30,13 +34,13 @@ class Group:
 
 
 def count_statuses(trials: Iterable[Trial]) -> dict[str, int]:
-    """How many cells have each status; all statuses are there."""
+    """The number of cells with each status, 0 included."""
     counts = Counter(trial.status for trial in trials)
     return {status: counts[status] for status in STATUSES}
 
 
 def describe_facts(source: Source) -> dict[str, str]:
-    """The size of it all, by name."""
+    """The numbers of cells, seeds, components and test images, by name."""
     trials, rows = source.trials, source.rows
     done = count_statuses(trials)["done"]
     axes = {"data set": "dataset", "attack": "attack", "defense": "defense", "architecture": "architecture",
@@ -47,7 +51,8 @@ def describe_facts(source: Source) -> dict[str, str]:
     }
     for word, axis in axes.items():
         count = len({getattr(row, axis) for row in rows})
-        facts[word if count == 1 else f"{word}s"] = f"{count:,}"
+        name = word if count == 1 else many(word)
+        facts[name] = f"{count:,}"
     for word, part in (("clean test images", "benign_accuracy"), ("triggered test images", "attack_success_rate")):
         if totals := _totals(trials, part):
             facts[word] = _spread(totals)
@@ -55,8 +60,15 @@ def describe_facts(source: Source) -> dict[str, str]:
 
 
 def _totals(trials: Iterable[Trial], part: str) -> list[int]:
-    counts = [trial.record.counts for trial in trials if trial.record is not None and trial.record.counts is not None]
-    return [count.total for found in counts if (count := getattr(found, part)) is not None]
+    """The number of images behind a count in every record that has it."""
+    totals = []
+    for trial in trials:
+        if trial.record is None or trial.record.counts is None:
+            continue
+        count = getattr(trial.record.counts, part)
+        if count is not None:
+            totals.append(count.total)
+    return totals
 
 
 def _spread(numbers: Sequence[int]) -> str:
@@ -67,65 +79,65 @@ def _spread(numbers: Sequence[int]) -> str:
 
 
 def describe_hardware(trials: Iterable[Trial]) -> list[tuple[str, int]]:
-    """Devices, precision and versions, each with the number of records made so; the most common first."""
-    counts = Counter(_place(trial.record.provenance) for trial in trials if trial.record is not None)
+    """The settings of hardware and software, each with the number of records made in it; the most common first."""
+    counts = Counter(_setting(trial.record.provenance) for trial in trials if trial.record is not None)
     del counts[""]
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
-def _place(provenance: Mapping[str, object]) -> str:
-    libraries = provenance.get("libraries")
-    versions = libraries.items() if isinstance(libraries, dict) else ()
+def _setting(provenance: Mapping[str, object]) -> str:
+    """Device, precision, threads and versions in one line, without those that a record does not state."""
+    parts = [provenance.get("device"), provenance.get("precision")]
     threads = provenance.get("threads")
-    parts = [
-        provenance.get("device"), provenance.get("precision"),
-        None if threads is None else f"{clean_value(threads)} thread{'s' * (threads != 1)}",
-        provenance.get("cuda") and f"CUDA {clean_value(provenance['cuda'])}",
-        provenance.get("python") and f"Python {clean_value(provenance['python'])}",
-        *(f"{name} {clean_value(version)}" for name, version in versions if name in ("torch", "torchvision", "numpy")),
-    ]  # fmt: skip
+    if threads is not None:
+        word = "thread" if threads == 1 else many("thread")  # a record may hold anything but a number here
+        parts.append(f"{clean_value(threads)} {word}")
+    for name, title in (("cuda", "CUDA"), ("python", "Python")):
+        if provenance.get(name):
+            parts.append(f"{title} {clean_value(provenance[name])}")
+    libraries = provenance.get("libraries")
+    if isinstance(libraries, dict):
+        shown = [name for name in libraries if name in ("torch", "torchvision", "numpy")]
+        parts += [f"{name} {clean_value(libraries[name])}" for name in shown]
     return clean_line(" · ".join(clean_value(part) for part in parts if part), 200)
 
 
 def describe_best(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    """For each metric who is best among the competing defenses, how often, and with which numbers: title and text."""
-    ranks, _ = rank_rows(rows, PRAISED)
-    for metric in (METRICS[name] for name in PRAISED):
+    """For each metric the best of the competing defenses, how often they are, and their numbers: title and text."""
+    ranks, _ = rank_rows(rows, SUMMARIZED)
+    for metric in (METRICS[name] for name in SUMMARIZED):
         groups: dict[object, list[Row]] = defaultdict(list)
         for row in rows:
             if (id(row), metric.name) in ranks:
                 groups[row.rest].append(row)
-        wins = Counter(name for g in groups.values() for name in {r.defense for r in _ranked(g, ranks, metric, "best")})
+        wins: Counter[str] = Counter()
+        close = 0
+        for group in groups.values():
+            by_rank: dict[str, dict[str, None]] = {"best": {}, "close": {}}
+            for row in group:
+                by_rank[ranks[id(row), metric.name]][row.defense] = None
+            wins.update(by_rank["best"].keys())
+            if by_rank["close"]:
+                close += 1
         if wins:
-            yield metric.heading, _praise(rows, metric, wins, len(groups), _count_close(groups, ranks, metric))
+            yield metric.heading, _describe_wins(rows, metric, wins, len(groups), close)
 
 
-def _ranked(group: Iterable[Row], ranks: Mapping[tuple[int, str], str], metric: Metric, rank: str) -> list[Row]:
-    return [row for row in group if ranks.get((id(row), metric.name)) == rank]
-
-
-def _count_close(groups: Mapping[object, list[Row]], ranks: Mapping[tuple[int, str], str], metric: Metric) -> int:
-    return sum(bool(_ranked(group, ranks, metric, "close")) for group in groups.values())
-
-
-def _praise(rows: Sequence[Row], metric: Metric, wins: Counter[str], groups: int, close: int) -> str:
+def _describe_wins(rows: Sequence[Row], metric: Metric, wins: Counter[str], groups: int, close: int) -> str:
+    """Which defenses have the most `wins` in `groups` of rows; in `close` of them others are not distinguishable."""
     top = max(wins.values())
     names = [name for name, count in wins.items() if count == top]
-    word = "lowest" if metric.better == "lower" else "highest"
     verb = "is" if len(names) == 1 else "are"
-    where = "" if groups == 1 else f" in {top} of {groups} combinations{' each' * (len(names) > 1)}"
-    text = f"{_join(names)} {verb} {word}{where}"
-    own = [row for row in rows if row.defense == names[0] and finite(getattr(row, metric.name)) is not None]
-    own.sort(key=lambda row: getattr(row, metric.name), reverse=metric.better == "higher")
-    text += f": {_number(own[0], metric)}" if len(own) == 1 else ""
-    if len(own) > 1:
-        axes = [axis for axis in AXES if axis != "defense" and len({getattr(row, axis) for row in own}) > 1]
-        best, worst = (f"{_number(row, metric)} on {_labels(row, axes)}" for row in (own[0], own[-1]))
-        text += f". {_quote(names[0])} goes from {best} to {worst}"
+    word = "lowest" if metric.better == "lower" else "highest"
+    text = f"{_join(names)} {verb} {word}"
+    if groups > 1:
+        text += f" in {top} of {groups} combinations"
+        if len(names) > 1:
+            text += " each"
+    text += _describe_range(rows, metric, names[0])
     if close:
-        text += (
-            f". {'There' if groups == 1 else f'In {close} of {groups}'} another is not distinguishable from the best"
-        )
+        where = "There" if groups == 1 else f"In {close} of {groups}"
+        text += f". {where} another is not distinguishable from the best"
     means, count = mean_ranks(rows, metric)
     if count > 1:
         order = sorted(means, key=lambda name: means[name])[:4]
@@ -134,9 +146,24 @@ def _praise(rows: Sequence[Row], metric: Metric, wins: Counter[str], groups: int
     return text
 
 
+def _describe_range(rows: Sequence[Row], metric: Metric, defense: str) -> str:
+    """The number of a defense, or its best and its worst one with their combinations."""
+    own = [row for row in rows if row.defense == defense and finite(getattr(row, metric.name)) is not None]
+    own.sort(key=lambda row: getattr(row, metric.name), reverse=metric.better == "higher")
+    if not own:
+        return ""
+    if len(own) == 1:
+        return f": {_number(own[0], metric)}"
+    axes = [axis for axis in varying_axes(own) if axis != "defense"]
+    best, worst = (f"{_number(row, metric)} on {_labels(row, axes)}" for row in (own[0], own[-1]))
+    return f". {_quote(defense)} goes from {best} to {worst}"
+
+
 def _number(row: Row, metric: Metric) -> str:
-    unit = " %" if metric.is_share else ""
-    text, interval = show_number(getattr(row, metric.name), metric) + unit, row.intervals.get(metric.name)
+    """The mean of a row and its interval."""
+    text, interval = show_number(getattr(row, metric.name), metric), row.intervals.get(metric.name)
+    if metric.is_share:
+        text += " %"
     if interval is None:
         return text
     return f"{text} (95 %: {show_number(interval.low, metric)} to {show_number(interval.high, metric)})"
@@ -147,8 +174,10 @@ def _labels(row: Row, axes: Iterable[str]) -> str:
 
 
 def _join(names: Sequence[str]) -> str:
-    shown = [_quote(name) for name in names]
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+    shown = list(map(_quote, names))
+    if len(shown) == 1:
+        return shown[0]
+    return f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 
 def _quote(name: str) -> str:
@@ -156,7 +185,7 @@ def _quote(name: str) -> str:
 
 
 def describe_cautions(source: Source) -> Iterator[str]:
-    """What to beware of."""
+    """Warnings: what limits the comparison of the numbers."""
     rows = source.rows
     counts = Counter(len(row.seeds) for row in rows if row.seeds)
     if counts[1]:
@@ -164,44 +193,48 @@ def describe_cautions(source: Source) -> Iterator[str]:
             f"{counts[1]:,} of {sum(counts.values()):,} combinations rest on one seed: nothing can be tested there, "
             "and intervals are over test images alone"
         )
-    if oracles := _defenses(row for row in rows if row.sees_ground_truth):
-        yield f"{_join(oracles)}: told which samples are poisoned; an upper bound that does not compete"
-    granted: dict[float, list[str]] = defaultdict(list)
-    for row in rows:
-        if row.clean_fraction and not row.sees_ground_truth and row.defense not in granted[row.clean_fraction]:
-            granted[row.clean_fraction].append(row.defense)
-    for share, names in granted.items():
-        if names:
-            yield f"{_join(names)}: given {100 * share:g} % of the training set as clean data, which others do without"
-    weak = [row for row in rows if row.is_baseline and row.asr is not None and row.asr < WORKS]
+    yield from _describe_grants(rows)
+    weak = [row for row in rows if row.is_baseline and row.asr is not None and row.asr < LEAST_ASR]
     if weak:
-        where = ", ".join(dict.fromkeys(clean_line(row.attack, LABEL) for row in weak))
+        attacks = ", ".join(dict.fromkeys(clean_line(row.attack, LABEL) for row in weak))
         yield (
-            f"In {len(weak)} combination{'s' * (len(weak) > 1)} the attack fails without any defense (ASR of "
-            f"no_defense below {100 * WORKS:g} %): a low ASR is no merit there ({clean_line(where, 300)})"
+            f"In {plural('combination', len(weak))} the attack fails without any defense (ASR of no_defense below "
+            f"{100 * LEAST_ASR:g} %): a low ASR is no merit there ({clean_line(attacks, 300)})"
         )
-    places = describe_hardware(source.trials)
-    if len(places) > 1:
-        yield f"Made in {len(places)} different settings of hardware and software: seconds and costs are not comparable"
+    settings = describe_hardware(source.trials)
+    if len(settings) > 1:
+        yield f"{len(settings)} different settings of hardware and software: seconds and costs are not comparable"
     if not any(row.is_baseline for row in rows):
-        yield "no_defense is not among the cells: there is no DER, and nothing to see a defense's effect by"
+        yield "no_defense is not among the cells: there is no DER, and no baseline to compare defenses with"
 
 
-def _defenses(rows: Iterable[Row]) -> list[str]:
-    return list(dict.fromkeys(row.defense for row in rows))
+def _describe_grants(rows: Sequence[Row]) -> Iterator[str]:
+    """Which defenses were given more than the untrusted training set."""
+    oracles: dict[str, None] = {}
+    granted: dict[float, dict[str, None]] = defaultdict(dict)
+    for row in rows:
+        if row.sees_ground_truth:
+            oracles[row.defense] = None
+        elif row.clean_fraction:
+            granted[row.clean_fraction][row.defense] = None
+    if oracles:
+        yield f"{_join(list(oracles))}: told which samples are poisoned; an upper bound that does not compete"
+    for share, names in granted.items():
+        grant = f"given {100 * share:g} % of the training set as clean data"
+        yield f"{_join(list(names))}: {grant}, which others do without"
 
 
 def group_failures(source: Source) -> list[Group]:
     """Cells without numbers, by status and reason."""
-    found: dict[tuple[str, str], dict[int, list[Trial]]] = defaultdict(lambda: defaultdict(list))
+    failures: dict[tuple[str, str], dict[int, list[Trial]]] = defaultdict(lambda: defaultdict(list))
     for index, trials in enumerate(source.groups):
         for trial in trials:
             if trial.status != "done":
                 reason = clean_line(trial.reason or "no reason given")
-                found[trial.status, reason][index].append(trial)
+                failures[trial.status, reason][index].append(trial)
     groups = []
-    axes = [axis for axis in AXES if len({getattr(row, axis) for row in source.rows}) > 1] or ["attack", "defense"]
-    for (status, reason), by_row in found.items():
+    axes = varying_axes(source.rows) or ["attack", "defense"]
+    for (status, reason), by_row in failures.items():
         rows = [
             (index, _labels(source.rows[index], axes), _seeds(trials, source.groups[index]))
             for index, trials in by_row.items()
@@ -211,5 +244,8 @@ def group_failures(source: Source) -> list[Group]:
 
 
 def _seeds(trials: Sequence[Trial], group: Sequence[Trial]) -> str:
-    """The seeds, unless they are all of the row's."""
-    return "" if len(trials) == len(group) else f"seed {', '.join(str(trial.seed) for trial in trials)}"
+    """The seeds of some trials, unless they are all of the row's."""
+    if len(trials) == len(group):
+        return ""
+    seeds = ", ".join(str(trial.seed) for trial in trials)
+    return f"seed {seeds}"

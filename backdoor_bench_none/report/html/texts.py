@@ -1,4 +1,4 @@
-"""Texts and numbers of strangers, made fit to be shown; escaping them for HTML or JSON comes after."""
+"""Makes third-party texts and numbers fit to be shown; they are escaped for HTML or JSON afterwards."""
 
 from __future__ import annotations
 
@@ -10,38 +10,44 @@ from typing import Any, Generic, TypeVar
 
 from backdoor_bench_none.results.metrics import Metric
 
-#: characters of a label, of any other line, and of a traceback
+#: the most characters of a label, of any other line, and of a traceback
 LABEL, LINE, LONG = 120, 1000, 4000
-#: from here on numbers are shown with an exponent
+#: numbers from this on are shown with an exponent
 HUGE = 1e9
 T = TypeVar("T", bound=Hashable)
 
 
 def clean_line(value: object, length: int = LINE) -> str:
-    """One line of at most `length` characters; control characters, and those that turn the direction of text, become
+    """One line of at most `length` characters; control characters, and those that change the direction of text, become
     a replacement character.
     """
     text = str(value)
-    flat = " ".join(map(_clean, text[: 4 * length].split()))
-    return flat if len(flat) <= length and len(text) <= 4 * length else f"{flat[: length - 1]}…"
+    flat = " ".join(map(_clean, text[: 4 * length].split()))  # bounded, since a hostile text may be huge
+    if len(flat) <= length and len(text) <= 4 * length:
+        return flat
+    return f"{flat[: length - 1]}…"
 
 
 def clean_lines(text: str, length: int = LONG) -> str:
-    """As `clean_line`, with its line breaks; of a long text the end is kept."""
-    kept = text if len(text) <= length else f"…{text[1 - length :]}"
-    return "\n".join(_clean(line) for line in kept.replace("\t", "    ").splitlines())
+    """The text as `clean_line` shows it, but with its line breaks; of a long text the end is kept."""
+    if len(text) > length:
+        text = f"…{text[1 - length :]}"
+    return "\n".join(map(_clean, text.replace("\t", "    ").splitlines()))
 
 
 def _clean(text: str) -> str:
-    return text if text.isprintable() else "".join("�" if _is_control(c) else c for c in text)
+    if text.isprintable():
+        return text
+    return "".join(map(_as_visible, text))
 
 
-def _is_control(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+def _as_visible(character: str) -> str:
+    is_control = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+    return "�" if is_control else character
 
 
 def clean_value(value: object) -> str:
-    """A parameter or the like: texts as they are, everything else as JSON."""
+    """A parameter or another value as a line: texts unchanged, other values as JSON."""
     if isinstance(value, str):
         return clean_line(value)
     if isinstance(value, float):
@@ -50,31 +56,44 @@ def clean_value(value: object) -> str:
 
 
 def finite(value: float | None) -> float | None:
-    """`value`, unless it is not a finite number."""
-    try:
-        return value if value is not None and math.isfinite(value) else None
-    except OverflowError:
+    """`value`, or None where it is not a finite number."""
+    if value is None:
         return None
+    try:
+        if math.isfinite(value):
+            return value
+    except OverflowError:  # an integer that no float can hold
+        pass
+    return None
 
 
 def show_number(value: float | None, metric: Metric) -> str:
-    """As the metric shows it; with an exponent where that would fill the page, and a dash where there is no number."""
-    if (number := finite(value)) is None:
+    """A number as its metric shows it; from `HUGE` on with an exponent, and a dash where there is no finite number."""
+    number = finite(value)
+    if number is None:
         return "–"
-    text = f"{number * metric.scale:.3g}" if abs(number * metric.scale) >= HUGE else metric.show(number)
-    return text.removeprefix("-") if not text.strip("-0.") else text
+    text = metric.show(number)
+    if abs(number * metric.scale) >= HUGE:
+        text = f"{number * metric.scale:.3g}"
+    if not text.strip("-0."):  # a zero
+        return text.removeprefix("-")
+    return text
 
 
 class Pool(Generic[T]):
-    """Values that stand once and are called by their number."""
+    """Values that are stored once and referred to by number."""
 
     def __init__(self) -> None:
         self._numbers: dict[T, int] = {}
 
     def add(self, value: T) -> int:
-        """Its number."""
+        """Store a value unless it is known, and return its number."""
         return self._numbers.setdefault(value, len(self._numbers))
 
+    def numbers(self) -> dict[T, int]:
+        """The number of each value."""
+        return dict(self._numbers)
+
     def values(self) -> list[Any]:
-        """All of them, by number."""
+        """All values, by number."""
         return list(self._numbers)

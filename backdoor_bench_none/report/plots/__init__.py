@@ -1,1 +1,1 @@
-"""Pictures for papers: each kind has a module of its own that prepares numbers, and draws them."""
+"""Pictures for papers: a module for each kind, which prepares its numbers and draws them."""

@@ -31,15 +31,18 @@ if TYPE_CHECKING:
 
     from backdoor_bench_none.report.plots.finished import FinishedStages
 
-#: images of each kind, at most: shares no longer change visibly
+#: the most images of each kind; more do not change the shares visibly
 MAX_IMAGES = 2000
-#: layers shown where none are named: the last ones, as in Fig. 5
+#: the number of layers shown by default: the last ones, as in Fig. 5
 LAST = 4
 
 
 @dataclass(frozen=True)
 class LayerValues:
-    """A layer's neurons on both kinds of image, (C, N) each: the largest value over the map, before the activation."""
+    """The values of a layer's neurons on both kinds of image, (C, N) each.
+
+    A value is the largest over the neuron's map, before the activation.
+    """
 
     name: str
     benign: NDArray[np.float32]
@@ -48,7 +51,7 @@ class LayerValues:
 
 @dataclass(frozen=True)
 class Activations:
-    """The layers of one network in order of execution."""
+    """The values of some layers of one network, in order of execution."""
 
     layers: list[LayerValues]
     images: int
@@ -56,24 +59,28 @@ class Activations:
 
 
 def read_activations(stages: FinishedStages, patterns: Sequence[str] = ()) -> Activations:
-    """The defended network of a finished cell on test images and on the same ones with their trigger."""
+    """The activations of a finished cell's defended network on test images, clean and with their trigger."""
     benign, triggered = _paired_images(stages)
     model, context = stages.network(), stages.context
     pixels = Pixels.of(stages.cell.info, context.device)
     layers = choose_layers(model, pixels.normalize(benign[:1]), patterns)
-    values = [collect_activations(model, layers, "pre_activation", x, pixels, context)[0] for x in (benign, triggered)]
-    found = [LayerValues(layer.name, *(v[layer.name].numpy() for v in values)) for layer in layers]
-    return Activations(found, len(benign), plain(stages.cell.title, 100))
+    before, after = (
+        collect_activations(model, layers, "pre_activation", images, pixels, context)[0]
+        for images in (benign, triggered)
+    )
+    values = [LayerValues(layer.name, before[layer.name].numpy(), after[layer.name].numpy()) for layer in layers]
+    return Activations(values, len(benign), plain(stages.cell.title, 100))
 
 
 def _paired_images(stages: FinishedStages) -> tuple[Tensor, Tensor]:
-    """Up to `MAX_IMAGES` test images (N, C, H, W) spread over the set, and the same ones triggered."""
+    """Up to `MAX_IMAGES` test images (N, C, H, W) spread over the set, and the same images with the trigger."""
     test, samples = stages.data()[1], stages.poison()[1]
     indices, images = samples.indices, samples.images
     if stages.cell.attack.component.searches:
-        found = stages.search()
-        parts = [found.stamp(index, test) for index in range(len(found.labels))]
-        indices, images = (torch.cat([getattr(part, name) for part in parts]) for name in ("indices", "images"))
+        triggers = stages.search()
+        stamped = [triggers.stamp(index, test) for index in range(len(triggers.labels))]
+        indices = torch.cat([samples.indices for samples in stamped])
+        images = torch.cat([samples.images for samples in stamped])
     if not len(indices):
         name = plain(stages.cell.attack.label)
         raise ConfigError(f"the attack '{name}' triggers no test image", "choose an attack that does with -a")
@@ -82,27 +89,31 @@ def _paired_images(stages: FinishedStages) -> tuple[Tensor, Tensor]:
 
 
 def choose_layers(model: nn.Module, example: Tensor, patterns: Sequence[str] = ()) -> list[Layer]:
-    """The layers that match a pattern, or without patterns the last four that are hidden."""
-    found = find_layers(model, example)
-    if not found:
+    """The layers that match a pattern; without patterns, the last `LAST` hidden ones."""
+    layers = find_layers(model, example)
+    if not layers:
         raise BenchError("this network has no hidden layer", "there is nothing to draw")
-    chosen = [layer for layer in found if any(fnmatchcase(layer.name, pattern) for pattern in patterns)]
-    if patterns and not chosen:
-        names = ", ".join(plain(layer.name) for layer in found)
+    matches = [layer for layer in layers if _matches(layer.name, patterns)]
+    if patterns and not matches:
+        names = ", ".join(plain(layer.name) for layer in layers)
         raise ConfigError(f"no layer matches '{plain(' '.join(patterns))}'", f"there are: {names}")
-    check_count("layers", len(chosen), MAX_PANELS)
-    return chosen or found[-LAST:]
+    check_count("layers", len(matches), MAX_PANELS)
+    return matches or layers[-LAST:]
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def draw_activations(activations: Activations) -> Figure:
-    """A panel for each layer: both histograms over all its neurons and images, in percent."""
-    of = "all neurons before the activation, the largest value over the map"
-    note = f"{of}, on {activations.images:,} pairs of test images"
+    """A panel for each layer with both histograms over all its neurons and images, in percent."""
+    values = "all neurons before the activation, the largest value over the map"
+    note = f"{values}, on {activations.images:,} pairs of test images"
     figure, axes = make_panels(len(activations.layers), activations.title, [note], height=1.7)
     handles, labels = list[Any](), list[str]()
     for axis, layer in zip(axes, activations.layers, strict=True):
-        values = {"benign": layer.benign.ravel(), "triggered": layer.triggered.ravel()}
-        handles, labels = draw_shares(axis, values, counted=False)
+        groups = {"benign": layer.benign.ravel(), "triggered": layer.triggered.ravel()}
+        handles, labels = draw_shares(axis, groups), list(groups)
         set_title(axis, plain(layer.name))
     label_axes(axes, "value of a neuron", "share of the values (%)")
     add_legend(figure, handles, labels)

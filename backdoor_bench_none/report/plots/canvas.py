@@ -1,8 +1,12 @@
-"""What all pictures share: colours, texts that are never parsed, and files whose bytes depend on the numbers only."""
+"""Shared by all pictures: colours, panels, legends, and output.
+
+Texts are never parsed as formulas, and the bytes of a file depend on the numbers alone.
+"""
 
 from __future__ import annotations
 
 import io
+import math
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,36 +27,36 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.container import ErrorbarContainer
 
-#: Okabe and Ito's colours without yellow, which is too light for lines on white
+#: the palette of Okabe and Ito without yellow, which is too light for lines on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-#: nine to seven colours: 63 series until a pair comes again
+#: nine, coprime to the seven colours: a pair of both recurs only after 63 series
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
-#: benign and attacked, in all histograms: the paper's orange and blue
+#: the colours of both groups in histograms: the paper's orange and blue
 BENIGN, ATTACKED = "#E69F00", "#0072B2"
 MAX_SERIES, MAX_PANELS = 24, 24
-#: what an axis of shares spans, at least, in percentage points: a tenth of one is no reason to zoom in
+#: the least span of an axis of shares in percentage points, so that tiny differences do not fill it
 LEAST_SPAN = 10.0
-#: from this ratio of the largest to the smallest number on, an axis is logarithmic
+#: the ratio of the largest to the smallest number from which on an axis is logarithmic
 LOG_RATIO = 20
-#: of a histogram
+#: bins of a histogram
 BINS = 60
-#: inches: the two columns of a page
+#: the width of a page with two columns in inches
 PAGE = 6.75
 DPI = 200
 METADATA: dict[str, dict[str, Any]] = {
     ".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None},
 }  # fmt: skip
 STYLE: dict[Any, Any] = {
-    "text.parse_math": False,  # names come from strangers
-    "svg.fonttype": "none", "pdf.fonttype": 42,  # text stays text
+    "text.parse_math": False,  # names may be third-party and hold dollar signs
+    "svg.fonttype": "none", "pdf.fonttype": 42,  # keep texts as texts, which can be searched and edited
     "svg.hashsalt": "backdoor-bench-none", "hatch.linewidth": 0.5,
     "font.size": 8.0, "axes.titlesize": 8.0, "axes.labelsize": 7.5, "figure.titlesize": 7.0, "legend.fontsize": 7.5,
     "xtick.labelsize": 7.0, "ytick.labelsize": 7.0, "axes.linewidth": 0.6, "lines.linewidth": 1.2,
     "lines.markersize": 4.5, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
     "axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.4, "grid.color": "#dddddd", "savefig.dpi": DPI,
 }  # fmt: skip
-#: what an axis is called where the metric's title would not do
+#: names of axes, for metrics whose title is too short to be one
 AXIS_LABELS = {
     "ba": "benign accuracy, BA (%)", "asr": "attack success rate, ASR (%)", "ra": "robust accuracy, RA (%)",
     "tpr_at_1_fpr": "TPR at 1 % FPR (%)", "seconds": "time of the defense (s)",
@@ -62,9 +66,9 @@ AXIS_LABELS = {
 
 
 def check_output(path: Path) -> None:
-    """Raise `ConfigError` or `BenchError` now if a picture cannot be written to `path` later."""
+    """Raise `ConfigError` or `BenchError` if a picture cannot be written to `path`, before any work is done for it."""
     if path.suffix.lower() not in METADATA:
-        raise ConfigError(f"'{path}' is no picture we can write", "name a .svg, .pdf or .png file")
+        raise ConfigError(f"'{path}' is not a picture format that can be written", "name a .svg, .pdf or .png file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         existed = path.exists()
@@ -77,7 +81,7 @@ def check_output(path: Path) -> None:
 
 
 def write_picture(draw: Callable[[], Figure], path: Path) -> None:
-    """Draw in our style and write it; equal numbers give equal bytes."""
+    """Draw a figure in `STYLE` and write it; equal numbers give equal bytes."""
     out, suffix = io.BytesIO(), path.suffix.lower()
     with _style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
@@ -94,7 +98,7 @@ def _unwritable(path: Path, error: OSError) -> BenchError:
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """Our style in place of the user's, and theirs again afterwards."""
+    """Replace the user's matplotlib settings by `STYLE` for a while."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(STYLE)
@@ -102,18 +106,23 @@ def _style() -> Iterator[None]:
 
 
 def plain(text: object, length: int = 48) -> str:
-    """One line of at most `length` characters, without control characters; what is too long loses its middle."""
-    kept = ("�" if unicodedata.category(c)[0] == "C" and not c.isspace() else c for c in str(text))
-    flat = " ".join("".join(kept).split())
+    """One line of at most `length` characters, without control characters; the middle of a longer text is left out."""
+    flat = " ".join("".join(map(_as_visible, str(text))).split())
     if len(flat) > length:
         half = (length - 1) // 2
         flat = f"{flat[: length - 1 - half]}…{flat[-half:]}"
-    return f" {flat}" if flat.startswith("_") else flat  # matplotlib leaves such labels out of legends
+    return f" {flat}" if flat.startswith("_") else flat  # matplotlib omits labels with a leading _ from legends
+
+
+def _as_visible(character: str) -> str:
+    is_control = unicodedata.category(character)[0] == "C" and not character.isspace()
+    return "�" if is_control else character
 
 
 def axis_label(metric: Metric) -> str:
-    """What an axis shows, its unit, and an arrow to the better side."""
-    return f"{AXIS_LABELS.get(metric.name, f'{metric.title} (%)')} {metric.heading[-1]}"
+    """The name of a metric's axis, its unit, and an arrow to the better side."""
+    name = AXIS_LABELS.get(metric.name, f"{metric.title} (%)")
+    return f"{name} {metric.heading[-1]}"
 
 
 def widen(low: float, high: float, metric: Metric) -> tuple[float, float]:
@@ -126,27 +135,30 @@ def widen(low: float, high: float, metric: Metric) -> tuple[float, float]:
 
 
 def needs_log(values: Sequence[float]) -> bool:
-    """Whether the numbers span so much that a linear axis would crowd the small ones."""
+    """Whether the numbers are positive and span a ratio of at least `LOG_RATIO`."""
     return bool(values) and min(values) > 0 and max(values) / min(values) >= LOG_RATIO
 
 
 def new_figure(width: float, height: float, title: str, notes: Sequence[str] = ()) -> Figure:
-    """An empty figure of that size in inches below a title, and notes below the title."""
+    """An empty figure of that size in inches, with a title and notes above it."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle("\n".join(_wrap(width, title, notes)), linespacing=1.25, color="#333333")
     return figure
 
 
 def _wrap(width: float, title: str, notes: Sequence[str]) -> list[str]:
-    return [line for text in (title, *notes) for line in wrap(text, int(width * 19))]
+    lines: list[str] = []
+    for text in (title, *notes):
+        lines += wrap(text, int(width * 19))  # about 19 characters of the title's font to an inch
+    return lines
 
 
 def make_panels(
     count: int, title: str, notes: Sequence[str] = (), height: float = 2.1, legend_lines: int = 1, **options: Any
 ) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels, at most four in a line, each `height` inches high."""
-    columns = count if count < 4 else min(4, -(-count // -(-count // 4)))
-    lines = -(-count // columns)
+    lines = math.ceil(count / 4)
+    columns = math.ceil(count / lines)  # as even as possible: 5 panels are 3 and 2, not 4 and 1
     width = {1: 3.6, 2: 5.4}.get(columns, PAGE)
     extra = 0.1 + 0.135 * len(_wrap(width, title, notes)) + 0.18 * legend_lines
     figure = new_figure(width, height * lines + extra, title, notes)
@@ -157,7 +169,7 @@ def make_panels(
 
 
 def set_title(axis: Axes, text: str) -> None:
-    """A panel's title, broken where four panels stand side by side."""
+    """Set a panel's title, broken into lines that fit where four panels are side by side."""
     axis.set_title("\n".join(wrap(text, 27)), fontsize=7.5)
 
 
@@ -173,12 +185,14 @@ def label_axes(axes: Sequence[Axes], x: str, y: str) -> None:
 
 
 def legend_lines(labels: Sequence[str], width: float = PAGE) -> int:
-    """How many lines a legend with these labels has."""
-    return -(-len(labels) // _legend_columns(labels, width)) if labels else 0
+    """The number of lines of a legend with these labels."""
+    if not labels:
+        return 0
+    return math.ceil(len(labels) / _legend_columns(labels, width))
 
 
 def add_legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """A legend below everything, as wide as the figure allows."""
+    """A legend below the panels, as wide as the figure allows."""
     columns = _legend_columns(labels, figure.get_size_inches()[0])
     figure.legend(list(handles), list(labels), loc="outside lower center", ncols=columns)
 
@@ -186,7 +200,7 @@ def add_legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) ->
 def _legend_columns(labels: Sequence[str], width: float) -> int:
     """As many columns as fit: each as wide as its longest label, with its handle."""
     for columns in range(len(labels), 1, -1):
-        high = -(-len(labels) // columns)
+        high = math.ceil(len(labels) / columns)
         longest = [max(map(_inches, labels[start : start + high])) for start in range(0, len(labels), high)]
         if sum(0.5 + length for length in longest) <= width:
             return len(longest)
@@ -194,31 +208,25 @@ def _legend_columns(labels: Sequence[str], width: float) -> int:
 
 
 def _inches(label: str) -> float:
-    """About the width of a label in a legend."""
-    wide = sum(c.isupper() or c in "mw@%" or unicodedata.east_asian_width(c) in "WF" for c in label)
-    return 0.058 * len(label) + 0.035 * wide
+    """The approximate width of a label in a legend: matplotlib knows the exact one only after drawing."""
+    wide = [c for c in label if c.isupper() or c in "mw@%" or unicodedata.east_asian_width(c) in "WF"]
+    return 0.058 * len(label) + 0.035 * len(wide)
 
 
 def draw_series(axis: Axes, index: int, x: Sequence[float], y: Sequence[float], **options: Any) -> ErrorbarContainer:
     """Series number `index` with its own colour, marker and line."""
-    colour = COLOURS[index % len(COLOURS)]
-    solid = {"markeredgecolor": "white", "markeredgewidth": 0.4}
-    hollow = {"markerfacecolor": "none", "markeredgewidth": 1.1}  # what lies below is still seen
-    given: dict[str, Any] = {
-        **(hollow if index % 2 else solid),
-        "linestyle": LINES[index % len(LINES)],
-        "capsize": 2,
-        "capthick": 0.8,
-        "elinewidth": 0.8,
-        "clip_on": False,
-        **options,
-    }
-    return axis.errorbar(x, y, color=colour, marker=MARKERS[index % len(MARKERS)], **given)
+    look: dict[str, Any] = {
+        "color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": LINES[index % len(LINES)], "capsize": 2, "capthick": 0.8, "elinewidth": 0.8, "clip_on": False,
+    }  # fmt: skip
+    if index % 2:  # every other marker is hollow, so that points below it remain visible
+        look |= {"markerfacecolor": "none", "markeredgewidth": 1.1}
+    else:
+        look |= {"markeredgecolor": "white", "markeredgewidth": 0.4}
+    return axis.errorbar(x, y, **{**look, **options})
 
 
-def draw_shares(
-    axis: Axes, groups: Mapping[str, NDArray[np.floating]], counted: bool = True
-) -> tuple[list[Any], list[str]]:
+def draw_shares(axis: Axes, groups: Mapping[str, NDArray[np.floating]]) -> list[Any]:
     """Histograms of the finite numbers of a benign and an attacked group, each in percent of its group."""
     finite = np.concatenate([values[np.isfinite(values)] for values in groups.values()])
     if not len(finite):
@@ -233,10 +241,12 @@ def draw_shares(
         shares = 100 * np.histogram(values, edges)[0] / max(1, len(values))
         handles.append(axis.stairs(shares, edges, fill=True, **look))
     axis.set_ylim(bottom=0)
-    return handles, [f"{name} ({len(values):,})" if counted else name for name, values in groups.items()]
+    return handles
 
 
-def check_count(what: str, count: int, limit: int) -> None:
-    """Raise `ConfigError` for more than people can tell apart."""
+def check_count(things: str, count: int, limit: int) -> None:
+    """Raise `ConfigError` for more than `limit` things, which readers could not tell apart."""
     if count > limit:
-        raise ConfigError(f"{count} {what} are too many for one picture, it shows {limit}", "select fewer, as with -a")
+        raise ConfigError(
+            f"{count} {things} are too many for one picture, it shows {limit}", "select fewer, as with -a"
+        )

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.errors import BenchError
+from backdoor_bench_none.report.pivot import varying_axes
 from backdoor_bench_none.report.plots.canvas import (
     MAX_SERIES,
     add_legend,
@@ -22,20 +23,21 @@ from backdoor_bench_none.report.plots.canvas import (
     make_panels,
     needs_log,
 )
-from backdoor_bench_none.report.plots.labels import describe_rows, label_row, tell_apart, varying_axes
+from backdoor_bench_none.report.plots.labels import describe_rows, label_row, tell_apart
 from backdoor_bench_none.results.rows import Row
 from backdoor_bench_none.results.store import Store
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: as many epochs of a curve have a marker and a bar, at most
+#: the most epochs of a curve that have a marker and a bar
 MARKED = 12
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One series: per epoch, from 1 on, the mean loss over `seeds` and its standard deviation, 0 for a single seed."""
+    """One series: for each epoch the mean loss over `seeds` and its standard deviation, 0 for a single seed."""
 
     label: str
     means: list[float]
@@ -44,7 +46,7 @@ class Curve:
 
 
 def find_curves(rows: Sequence[Row], store: Store) -> list[Curve]:
-    """The losses in the records of `rows`: a curve for each setting without its defense, over its victims."""
+    """The victims' losses in the records of `rows`: a curve for each setting, whatever the defense."""
     axes = [axis for axis in varying_axes(rows) if axis != "defense"]
     victims: dict[str, dict[object, list[float]]] = {}
     names: dict[str, str] = {}
@@ -61,51 +63,63 @@ def find_curves(rows: Sequence[Row], store: Store) -> list[Curve]:
         )
     check_count("curves", len(victims), MAX_SERIES)
     labels = tell_apart(names[setting] for setting in victims)
-    return [_average(label, found) for label, found in zip(labels, victims.values(), strict=True)]
+    return [_average(label, losses) for label, losses in zip(labels, victims.values(), strict=True)]
 
 
 def _setting_of(record: Record) -> str:
-    """Everything that victims of one curve have in common: all but the seed and the defense."""
+    """What the victims of one curve have in common: all but the seed and the defense."""
     axes = {axis: value.model_dump(mode="json") for axis, value in record.axes.items() if axis != "defense"}
     return json.dumps([axes, record.recipe], sort_keys=True)
 
 
 def _victim_of(record: Record) -> object:
-    """What tells victims apart: the records of one victim are of different defenses."""
+    """What identifies a victim, which the records of several defenses share."""
     return record.upstream.get("victim") or record.seed
 
 
 def _average(label: str, losses: Mapping[object, Sequence[float]]) -> Curve:
-    """Epoch by epoch, over the victims that got as far with a finite loss."""
-    epochs = [
-        [loss[epoch] for loss in losses.values() if epoch < len(loss) and math.isfinite(loss[epoch])]
-        for epoch in range(max(map(len, losses.values())))
-    ]
-    means = [fmean(values) if values else math.nan for values in epochs]
-    return Curve(label, means, [stdev(values) if len(values) > 1 else 0.0 for values in epochs], len(losses))
+    """The mean of each epoch, over the victims that reached it with a finite loss."""
+    means, deviations = [], []
+    for epoch in range(max(map(len, losses.values()))):
+        values = [loss[epoch] for loss in losses.values() if epoch < len(loss) and math.isfinite(loss[epoch])]
+        means.append(fmean(values) if values else math.nan)
+        deviations.append(stdev(values) if len(values) > 1 else 0.0)
+    return Curve(label, means, deviations, len(losses))
 
 
 def draw_curves(curves: Sequence[Curve], rows: Sequence[Row]) -> Figure:
     """One panel with all curves."""
     labels = [curve.label for curve in curves]
-    seeds = {curve.seeds for curve in curves}
-    over = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-    notes = [f"mean of {over} victims; bars: standard deviation"] if max(seeds) > 1 else []
     title = describe_rows(rows, ("defense",)).rpartition(" · ")[0]
-    figure, (axis,) = make_panels(1, title, notes, height=2.4, legend_lines=legend_lines(labels, 3.6))
+    lines = legend_lines(labels, 3.6)
+    figure, (axis,) = make_panels(1, title, _describe_bars(curves), height=2.4, legend_lines=lines)
     handles = []
+    means: list[float] = []
     for index, curve in enumerate(curves):
-        step = -(-len(curve.means) // MARKED)
-        every = (index % step, step)
-        errors = curve.deviations if any(curve.deviations) else None
-        epochs = range(1, len(curve.means) + 1)
-        options: dict[str, Any] = {"yerr": errors, "errorevery": every, "markevery": every, "clip_on": True}
-        handles.append(draw_series(axis, index, epochs, curve.means, **options))
-    if needs_log([mean for curve in curves for mean in curve.means if math.isfinite(mean)]):
+        means += filter(math.isfinite, curve.means)
+        handles.append(_draw_curve(axis, index, curve))
+    if needs_log(means):
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set(xlabel="epoch", ylabel="training loss of the victim")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     add_legend(figure, handles, labels)
     return figure
+
+
+def _describe_bars(curves: Sequence[Curve]) -> list[str]:
+    """A note on means and bars, unless all curves are of one victim."""
+    fewest, most = min(curve.seeds for curve in curves), max(curve.seeds for curve in curves)
+    if most == 1:
+        return []
+    count = f"{most}" if fewest == most else f"{fewest} to {most}"
+    return [f"mean of {count} victims; bars: standard deviation"]
+
+
+def _draw_curve(axis: Axes, index: int, curve: Curve) -> object:
+    step = math.ceil(len(curve.means) / MARKED)
+    every = (index % step, step)  # markers of different curves begin at different epochs, so that fewer overlap
+    errors = curve.deviations if any(curve.deviations) else None
+    options: dict[str, Any] = {"yerr": errors, "errorevery": every, "markevery": every, "clip_on": True}
+    return draw_series(axis, index, range(1, len(curve.means) + 1), curve.means, **options)

@@ -1,4 +1,4 @@
-"""What `bbn run` left of one cell: read, never computed again."""
+"""The artifacts of a finished cell: they are read, and never computed again."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from backdoor_bench_none.run.stages import Stages
 if TYPE_CHECKING:
     from backdoor_bench_none.planning.plan import Plan
 
-#: cells that an error names
+#: the most cells that an error names
 LISTED = 6
 
 
 class FinishedStages(Stages):
-    """The stages of a finished cell: one that is not there is an error."""
+    """The stages of a finished cell; `BenchError` for one whose artifact is missing."""
 
     def _artifact(self, name: str, compute: Callable[[], Artifact], key: str | None = None) -> Artifact:
         key = key or stage_key(self.cell, name)
@@ -43,15 +43,18 @@ class FinishedStages(Stages):
 def open_cell(plan: Plan, store: Store) -> FinishedStages:
     """The one cell of `plan`, which must be done."""
     if len(plan.cells) > 1:
-        titles = [plain(cell.title, 100) for cell in plan.cells[:LISTED]]
-        more = f" and {len(plan.cells) - LISTED} more" if len(plan.cells) > LISTED else ""
+        titles = ", ".join(plain(cell.title, 100) for cell in plan.cells[:LISTED])
+        if len(plan.cells) > LISTED:
+            titles += f" and {len(plan.cells) - LISTED} more"
         raise ConfigError(
-            f"{len(plan.cells)} cells are selected, this picture shows one: {', '.join(titles)}{more}",
+            f"{len(plan.cells)} cells are selected, this picture shows one: {titles}",
             "narrow it down with -a, -d, -m, --activation, --dataset, -s and -k",
         )
     cell = plan.cells[0]
     record = store.read_record(record_key(cell))
     if record is None or record.status != "done":
-        state = "has not been run" if record is None else f"is {record.status}: {plain(record.reason, 100)}"
-        raise BenchError(f"{plain(cell.title, 100)} {state}", "`bbn run` makes what the picture shows")
+        state = "has not been run"
+        if record is not None:
+            state = f"is {record.status}: {plain(record.reason, 100)}"
+        raise BenchError(f"{plain(cell.title, 100)} {state}", "`bbn run` computes what the picture shows")
     return FinishedStages(cell, store, Context(torch.device("cpu"), 0))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -21,16 +22,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: the first for higher is better, the second for lower is better: two maps are never taken for each other
+#: colour maps by the better side; two different ones, so that a glance tells the metrics apart
 MAPS = {"higher": "viridis", "lower": "cividis"}
 MAX_LINES, MAX_COLUMNS = 60, 24
-#: inches
+#: width and height of a cell in inches
 CELL = (0.58, 0.34)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One cell of a heat map: its number in the unit shown, None where there is none, and the texts in it."""
+    """One cell of a heat map: its number in the unit shown, or None, and the texts in it."""
 
     value: float | None
     text: str
@@ -46,16 +47,19 @@ class HeatMap:
 
     @property
     def limits(self) -> tuple[float, float]:
-        """What the ends of the colour map mean: 0 and 100 for shares, else the lowest and the highest number."""
-        values = [entry.value for line in self.entries for entry in line if entry.value is not None]
+        """The numbers at the ends of the colour map: 0 and 100 for shares, else the lowest and the highest one."""
+        values = [entry.value for entry in chain.from_iterable(self.entries) if entry.value is not None]
         if self.metric.is_share or not values:
             return 0.0, 100.0
-        return (min(values), max(values)) if min(values) < max(values) else (min(values) - 1, max(values) + 1)
+        low, high = min(values), max(values)
+        if low == high:
+            return low - 1, high + 1
+        return low, high
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Heat maps of equal lines and columns."""
+    """Heat maps with the same lines and columns."""
 
     title: str
     lines: list[str]
@@ -66,23 +70,36 @@ class Matrix:
 
 def make_matrix(rows: Sequence[Row], metrics: Sequence[Metric]) -> Matrix:
     """The table of `rows` with defenses as columns, as `bbn table` has it."""
-    with_numbers(rows, metrics[:1])  # a matrix without a single number is an error
-    made = pivot(rows, Layout(metrics=tuple(metric.name for metric in metrics)))
-    check_count("lines", len(made.lines), MAX_LINES)
-    check_count("columns", len(made.columns), MAX_COLUMNS)
-    lines = [" · ".join(map(plain, labels)) for labels, _ in made.lines]
-    maps = [
-        HeatMap(metric, [[_entry(box, index, metric) for box in boxes] for _, boxes in made.lines])
-        for index, metric in enumerate(metrics)
-    ]
-    unmeasured = any(entry.text.startswith("–") for heat in maps for line in heat.entries for entry in line)
-    notes = [plain(note, 300) for note in _notes(made)] + ["–: not measured"] * unmeasured
-    return Matrix(plain(made.title, 120), lines, list(map(plain, made.columns)), maps, notes)
+    with_numbers(rows, metrics[:1])  # raises an error for a matrix without any number
+    table = pivot(rows, Layout(metrics=tuple(metric.name for metric in metrics)))
+    check_count("lines", len(table.lines), MAX_LINES)
+    check_count("columns", len(table.columns), MAX_COLUMNS)
+    lines = [" · ".join(map(plain, labels)) for labels, _ in table.lines]
+    maps = [_make_map(table, index, metric) for index, metric in enumerate(metrics)]
+    notes = [plain(note, 300) for note in _notes(table)]
+    if any(map(_has_unmeasured, maps)):
+        notes.append("–: not measured")
+    return Matrix(plain(table.title, 120), lines, list(map(plain, table.columns)), maps, notes)
 
 
-def _notes(made: Pivot) -> list[str]:
-    spread = ["±: standard deviation over seeds"] if "± standard deviation" in made.footnotes[0] else []
-    return [*spread, *(note for note in made.footnotes if note.startswith(("*", "[")))]
+def _make_map(table: Pivot, index: int, metric: Metric) -> HeatMap:
+    """The heat map of the metric that is number `index` in every cell of `table`."""
+    entries = []
+    for _, boxes in table.lines:
+        entries.append([_entry(box, index, metric) for box in boxes])
+    return HeatMap(metric, entries)
+
+
+def _has_unmeasured(heat: HeatMap) -> bool:
+    return any(entry.text.startswith("–") for entry in chain.from_iterable(heat.entries))
+
+
+def _notes(table: Pivot) -> list[str]:
+    """The footnotes of the table that a picture needs: on deviations, grants and failures."""
+    notes = [note for note in table.footnotes if note.startswith(("*", "["))]
+    if "± standard deviation" in table.footnotes[0]:
+        notes.insert(0, "±: standard deviation over seeds")
+    return notes
 
 
 def _entry(box: Box | None, index: int, metric: Metric) -> Entry:
@@ -92,32 +109,40 @@ def _entry(box: Box | None, index: int, metric: Metric) -> Entry:
     if not box.parts:
         return Entry(None, box.status + note)
     part = box.parts[index]
-    text, _, spread = part.text.partition(" ±")
-    return Entry(None if part.value is None else part.value * metric.scale, text + note, spread and f"±{spread}")
+    text, _, deviation = part.text.partition(" ±")
+    value = None if part.value is None else part.value * metric.scale
+    return Entry(value, text + note, deviation and f"±{deviation}")
 
 
 def draw_matrix(matrix: Matrix) -> Figure:
     """The heat maps side by side, or one below the other where the page is too narrow."""
-    names = 0.25 + 0.062 * max(map(len, matrix.lines))
+    names = 0.25 + 0.062 * max(map(len, matrix.lines))  # inches that the labels of lines need
+    longest = max(map(len, matrix.columns))
     wide = len(matrix.columns) * CELL[0] + 0.55
-    beside = names + wide * len(matrix.maps) <= PAGE + 0.5
-    across, down = (len(matrix.maps), 1) if beside else (1, len(matrix.maps))
-    high = len(matrix.lines) * CELL[1] + 0.3 + 0.045 * max(map(len, matrix.columns))
+    high = len(matrix.lines) * CELL[1] + 0.3 + 0.045 * longest
+    across, down = 1, len(matrix.maps)
+    if names + wide * len(matrix.maps) <= PAGE + 0.5:
+        across, down = down, across
     width = max(3.4, names + wide * across)
     figure = new_figure(width, high * down + 0.2 + 0.135 * (1 + len(matrix.notes)), matrix.title, matrix.notes)
     axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat
+    turned: dict[str, Any] = {}
+    if longest > 8:
+        turned = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
     for axis, heat in zip(axes, matrix.maps, strict=True):
         _draw_map(axis, heat, figure)
-        columns, lines = range(len(matrix.columns)), range(len(matrix.lines))
-        turned = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
-        axis.set_xticks(columns, matrix.columns, **(turned if max(map(len, matrix.columns)) > 8 else {}))
-        axis.set_yticks(lines, matrix.lines)
+        axis.set_xticks(range(len(matrix.columns)), matrix.columns, **turned)
+        axis.set_yticks(range(len(matrix.lines)), matrix.lines)
     return figure
 
 
 def _draw_map(axis: Axes, heat: HeatMap, figure: Figure) -> None:
     scale, colours = Normalize(*heat.limits), colormaps[MAPS[heat.metric.better]]
-    numbers = np.array([[np.nan if entry.value is None else entry.value for entry in line] for line in heat.entries])
+    numbers = np.full((len(heat.entries), len(heat.entries[0])), np.nan)
+    for line, entries in enumerate(heat.entries):
+        for column, entry in enumerate(entries):
+            if entry.value is not None:
+                numbers[line, column] = entry.value
     y, x = (np.arange(count + 1) - 0.5 for count in numbers.shape)
     cells = axis.pcolormesh(x, y, np.ma.masked_invalid(numbers), norm=scale, cmap=colours, edgecolors="white", lw=0.6)
     axis.set_ylim(y[-1], y[0])
@@ -137,13 +162,14 @@ def _draw_map(axis: Axes, heat: HeatMap, figure: Figure) -> None:
 def _draw_number(axis: Axes, x: int, y: int, entry: Entry, background: tuple[float, float, float, float]) -> None:
     red, green, blue = ((part + 0.055) / 1.055 for part in background[:3])
     luminance = 0.2126 * red**2.4 + 0.7152 * green**2.4 + 0.0722 * blue**2.4
-    colour = "black" if luminance > 0.18 else "white"  # where both have the same contrast (WCAG)
-    axis.text(x, y - 0.13 * bool(entry.spread), entry.text, color=colour, ha="center", va="center")
+    colour = "black" if luminance > 0.18 else "white"  # both have the same WCAG contrast at about 0.18
+    height = y - 0.13 if entry.spread else y  # room for the deviation below the number
+    axis.text(x, height, entry.text, color=colour, ha="center", va="center")
     axis.text(x, y + 0.25, entry.spread, color=colour, ha="center", va="center", fontsize=6)
 
 
 def _draw_absent(axis: Axes, x: int, y: int, text: str) -> None:
-    """A hatched cell that says what it is."""
+    """A hatched cell with its status."""
     axis.add_patch(
         Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, facecolor="white", edgecolor="#999999", hatch="////", lw=0)
     )

@@ -1,4 +1,4 @@
-"""Two metrics against each other: a point for each defense, a panel for each setting."""
+"""Two metrics against each other, with a point for each defense and a panel for each setting."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from backdoor_bench_none.report.pivot import varying_axes
 from backdoor_bench_none.report.plots.canvas import (
     MAX_PANELS,
     MAX_SERIES,
@@ -19,7 +20,7 @@ from backdoor_bench_none.report.plots.canvas import (
     set_title,
     widen,
 )
-from backdoor_bench_none.report.plots.labels import describe_rows, label_row, tell_apart, varying_axes, with_numbers
+from backdoor_bench_none.report.plots.labels import describe_rows, label_row, tell_apart, with_numbers
 from backdoor_bench_none.results.metrics import Metric
 from backdoor_bench_none.results.rows import Row
 
@@ -39,7 +40,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Point:
-    """One row: the panel it stands in, the series it belongs to, and where it stands."""
+    """One row: its panel, its series, and its values."""
 
     panel: str
     series: str
@@ -49,7 +50,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Scatter:
-    """All points, what the axes show, and what is to be said about them."""
+    """All points, the metrics of both axes, and the texts above them."""
 
     points: list[Point]
     metrics: tuple[Metric, ...]
@@ -58,15 +59,18 @@ class Scatter:
 
 
 def find_points(rows: Sequence[Row], metrics: tuple[Metric, ...]) -> Scatter:
-    """The points of `rows` by two metrics: series are defenses, or whatever differs if there is one defense only."""
+    """The points of `rows` by two metrics; series are defenses, or, with a single defense, what else differs."""
     rows, notes = with_numbers(rows, metrics)
     varying = varying_axes(rows)
-    series_axes = ["defense"] if "defense" in varying or not varying else varying
+    series_axes = varying
+    if "defense" in varying or not varying:
+        series_axes = ["defense"]
     panel_axes = [axis for axis in varying if axis not in series_axes]
     names = [(label_row(row, panel_axes), label_row(row, series_axes)) for row in rows]
     told_apart = tell_apart("\n".join(name) for name in names)
+    x, y = metrics
     points = [
-        Point(panel, name.partition("\n")[2], *(_value(row, metric) for metric in metrics))
+        Point(panel, name.partition("\n")[2], _value(row, x), _value(row, y))
         for row, (panel, _), name in zip(rows, names, told_apart, strict=True)
     ]
     check_count("panels", len({point.panel for point in points}), MAX_PANELS)
@@ -76,25 +80,30 @@ def find_points(rows: Sequence[Row], metrics: tuple[Metric, ...]) -> Scatter:
 
 def _value(row: Row, metric: Metric) -> Value:
     mean = float(getattr(row, metric.name))
+    low = high = mean
     interval = row.intervals.get(metric.name)
-    low, high = (mean, mean) if interval is None else (min(interval.low, mean), max(interval.high, mean))
+    if interval is not None:
+        low, high = min(interval.low, mean), max(interval.high, mean)
     return Value(mean * metric.scale, low * metric.scale, high * metric.scale)
 
 
 def _describe_bars(rows: Sequence[Row]) -> str:
-    several = [len(row.seeds) > 1 for row in rows]
-    t, wilson = "Student's t over seeds", "Wilson over test images"
-    return f"bars: 95 % intervals, {t if all(several) else f'{t}; of one seed {wilson}' if any(several) else wilson}"
+    counts = [len(row.seeds) for row in rows]
+    if max(counts) <= 1:
+        return "bars: 95 % intervals, Wilson over test images"
+    if min(counts) > 1:
+        return "bars: 95 % intervals, Student's t over seeds"
+    return "bars: 95 % intervals, Student's t over seeds; of one seed Wilson over test images"
 
 
 def draw_scatter(scatter: Scatter) -> Figure:
-    """The panels, with common axes and one legend."""
+    """The panels with common axes and one legend."""
     panels = list(dict.fromkeys(point.panel for point in scatter.points))
     series = list(dict.fromkeys(point.series for point in scatter.points))
+    height = 2.4 if len(panels) == 1 else 2.0
     figure, axes = make_panels(
-        len(panels), scatter.title, scatter.notes, height=2.4 if len(panels) == 1 else 2.0,
-        legend_lines=legend_lines(series), sharex=True, sharey=True,
-    )  # fmt: skip
+        len(panels), scatter.title, scatter.notes, height, legend_lines(series), sharex=True, sharey=True
+    )
     handles = {}
     for axis, panel in zip(axes, panels, strict=True):
         set_title(axis, panel)

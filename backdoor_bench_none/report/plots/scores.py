@@ -1,4 +1,4 @@
-"""The scores that a defense gave to the training set, benign against poisoned, and where it cut them."""
+"""The scores that a defense gave to benign and to poisoned training samples, and its cut between them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of the benign (n,) and the poisoned (k,) samples; samples above `cut` were flagged, and no others.
+    """Scores of the benign (n,) and the poisoned (k,) samples.
 
-    `cut` is None where flags and scores do not go together like that; `is_break` says that it is the natural break of
-    all scores.
+    Exactly the samples above `cut` were flagged; it is None where flags and scores do not agree in this way.
+    `is_break` says that the cut is the natural break of all scores.
     """
 
     benign: NDArray[np.float64]
@@ -36,7 +36,7 @@ class Scores:
 
 
 def check_scores(cell: Cell) -> None:
-    """Raise `ConfigError` for a defense that says it gives no scores."""
+    """Raise `ConfigError` for a defense that does not declare scores among what it returns."""
     if "scores" not in cell.defense.component.returns:
         raise ConfigError(
             f"the defense '{plain(cell.defense.label)}' gives no scores",
@@ -45,13 +45,15 @@ def check_scores(cell: Cell) -> None:
 
 
 def read_scores(stages: FinishedStages) -> Scores:
-    """The scores and flags of a finished cell, by the ground truth; decoys are left out."""
+    """The scores and flags of a finished cell, split by the ground truth; decoys are left out."""
     check_scores(stages.cell)
-    found = stages.defense().tensors
-    if "scores" not in found:
+    tensors = stages.defense().tensors
+    if "scores" not in tensors:
         raise BenchError(f"the defense of {plain(stages.cell.title, 100)} gave no scores", "see `bbn results show`")
-    scores = found["scores"].double().numpy()
-    flagged = found["flagged"].numpy() if "flagged" in found else np.zeros(len(scores), np.bool_)
+    scores = tensors["scores"].double().numpy()
+    flagged = np.zeros(len(scores), np.bool_)
+    if "flagged" in tensors:
+        flagged = tensors["flagged"].numpy()
     poisoned, counted = stages.poisoned().numpy(), ~stages.decoys().numpy()
     cut = find_cut(scores[counted], flagged[counted])
     is_break = bool(np.isfinite(scores).all()) and cut == float(find_breaks(scores).thresholds[0])
@@ -63,20 +65,25 @@ def read_scores(stages: FinishedStages) -> Scores:
 
 
 def find_cut(scores: NDArray[np.float64], flagged: NDArray[np.bool_]) -> float | None:
-    """The highest score (N,) that was not flagged (N,), if every flagged one is higher; None otherwise."""
+    """The highest of the scores (N,) that was not flagged (N,), if all flagged ones are higher; None otherwise."""
     if flagged.all() or not flagged.any():
         return None
     cut = float(scores[~flagged].max())
-    return cut if cut < float(scores[flagged].min()) else None
+    if cut < float(scores[flagged].min()):
+        return cut
+    return None
 
 
 def draw_scores(scores: Scores) -> Figure:
     """Both histograms, each in percent of its own samples, and the cut."""
     figure, (axis,) = make_panels(1, scores.title, [scores.note], height=2.2)
-    handles, labels = draw_shares(axis, {"benign": scores.benign, "poisoned": scores.poisoned})
+    groups = {"benign": scores.benign, "poisoned": scores.poisoned}
+    handles = draw_shares(axis, groups)
+    labels = [f"{name} ({len(values):,})" for name, values in groups.items()]
     if scores.cut is not None:
         handles.append(axis.axvline(scores.cut, color="black", linestyle="--", linewidth=1))
-        labels.append(f"{'natural break' if scores.is_break else 'cut'} at {scores.cut:.4g}")
+        name = "natural break" if scores.is_break else "cut"
+        labels.append(f"{name} at {scores.cut:.4g}")
     axis.set(xlabel="score of the defense (higher is more suspicious)", ylabel="share of the samples (%)")
     add_legend(figure, handles, labels)
     return figure

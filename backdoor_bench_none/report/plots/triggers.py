@@ -1,4 +1,4 @@
-"""Sheets of images as they are, with each attack, and what the attack changed."""
+"""Sheets of clean images, the same images with the trigger of each attack, and their difference."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from backdoor_bench_none.contracts.cell import Cell
 
-#: images of different classes on a sheet
+#: the number of images on a sheet, of different classes
 COLUMNS = 4
 MAX_LINES = 24
 Pictures = NDArray[np.uint8]
@@ -33,7 +33,10 @@ Pictures = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Line:
-    """One attack: its images (N, H, W, 3) and what it changed, times `gain`, so that the largest change is white."""
+    """One attack: its images (N, H, W, 3) and their difference to the clean ones.
+
+    The difference is multiplied by `gain`, so that the largest change is white; 0 means that nothing changed.
+    """
 
     label: str
     images: Pictures
@@ -43,7 +46,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Sheet:
-    """The images (N, H, W, 3) of one data set, and lines of attacks."""
+    """The clean images (N, H, W, 3) of one data set, and a line for each attack."""
 
     dataset: str
     originals: Pictures
@@ -51,87 +54,101 @@ class Sheet:
 
 
 def make_sheets(cells: Sequence[Cell]) -> tuple[list[Sheet], list[str]]:
-    """A sheet for each data set, and what to say of attacks that are not on it: they look like another, or like none.
+    """A sheet for each data set, and a note for each attack that is not on it: it looks like another, or like none.
 
-    `ConfigError` if no attack has a picture before a network is trained.
+    `ConfigError` if no attack can be shown before a network is trained.
     """
     chosen: dict[tuple[str, str], Cell] = {}
     for cell in cells:
         chosen.setdefault((cell.dataset.identity, cell.attack.identity), cell)
-    known = list(chosen.values())
-    searching = [plain(cell.attack.label) for cell in known if cell.attack.component.searches]
-    left = [cell for cell in known if not cell.attack.component.searches]
-    if not left:
+    searching: list[str] = []
+    by_dataset: dict[str, list[Cell]] = {}
+    for (dataset, _), cell in chosen.items():
+        if cell.attack.component.searches:
+            searching.append(plain(cell.attack.label))
+        else:
+            by_dataset.setdefault(dataset, []).append(cell)
+    if not by_dataset:
         raise ConfigError(
             f"{', '.join(searching)}: this attack finds its triggers in finished networks",
-            "choose others with -a; `bbn results show KEY` tells of the triggers found",
+            "choose others with -a; `bbn results show KEY` lists the triggers found",
         )
-    check_count("attacks", len(left), MAX_LINES)
+    check_count("attacks", sum(map(len, by_dataset.values())), MAX_LINES)
     notes = [f"{label} finds its triggers in finished networks" for label in searching]
-    datasets = dict.fromkeys(cell.dataset.identity for cell in left)
-    made = [_make_sheet([cell for cell in left if cell.dataset.identity == identity], notes) for identity in datasets]
-    if not (sheets := [sheet for sheet in made if sheet.lines]):
+    sheets = [_make_sheet(group, notes) for group in by_dataset.values()]
+    sheets = [sheet for sheet in sheets if sheet.lines]
+    if not sheets:
         raise ConfigError("; ".join(notes), "choose attacks with a trigger, with -a")
     return sheets, notes
 
 
 def _make_sheet(cells: Sequence[Cell], notes: list[str]) -> Sheet:
+    """The sheet of one data set; attacks that are not on it are added to `notes`."""
     dataset = cells[0].dataset.component
     dataset.prepare()
     test = dataset.load()[1]
     sample = test.take(_one_of_each_class(test))
     originals = _as_pictures(sample.images)
     lines: list[Line] = []
-    for line in (_make_line(cell, sample) for cell in cells):
+    for cell in cells:
+        line = _make_line(cell, sample)
         twin = next((other.label for other in lines if np.array_equal(other.images, line.images)), None)
-        if twin is not None or not line.gain:
-            notes.append(
-                f"{line.label} looks like {twin}" if twin is not None else f"{line.label} changes none of these images"
-            )
+        if twin is not None:
+            notes.append(f"{line.label} looks like {twin}")
+        elif not line.gain:
+            notes.append(f"{line.label} changes none of these images")
         else:
             lines.append(line)
     return Sheet(plain(cells[0].dataset.label), originals, lines)
 
 
 def _one_of_each_class(test: ImageSet) -> Tensor:
-    """The first image of classes spread over all classes."""
+    """The first images of `COLUMNS` classes, evenly spaced among all."""
     classes = torch.unique(test.labels)
     spread = classes[torch.linspace(0, len(classes) - 1, min(COLUMNS, len(classes))).long()]
     return torch.stack([torch.nonzero(test.labels == label)[0, 0] for label in spread])
 
 
 def _make_line(cell: Cell, sample: ImageSet) -> Line:
-    context = Context(torch.device("cpu"), derive_seed(derive_seed(poison_key(cell)), "test"))
-    try:
-        triggered = cell.attack.component.preview(AttackTask(sample, cell.info), context)
-    except BenchError:
-        raise
-    except Exception as error:  # a stranger's component
-        raise PluginError(f"attack '{plain(cell.attack.name)}': preview: {type(error).__name__}: {error}") from error
-    wanted = sample.images
-    if not isinstance(triggered, Tensor) or (triggered.shape, triggered.dtype) != (wanted.shape, wanted.dtype):
-        found = (
-            f"{triggered.dtype} {tuple(triggered.shape)}" if isinstance(triggered, Tensor) else type(triggered).__name__
-        )
-        raise PluginError(f"attack '{plain(cell.attack.name)}': preview returned {found}", "as many uint8 images")
+    triggered = _preview(cell, sample)
     change = (triggered.int() - sample.images.int()).abs()
-    gain = 255 / largest if (largest := int(change.max())) else 0.0
+    largest = int(change.max())
+    gain = 255 / largest if largest else 0.0
     label = plain(cell.attack.label)
     return Line(label, _as_pictures(triggered), _as_pictures((change * gain).round().to(torch.uint8)), gain)
 
 
+def _preview(cell: Cell, sample: ImageSet) -> Tensor:
+    """The images of `sample` (N, C, H, W) uint8 with the attack's trigger; `PluginError` for a broken attack."""
+    # the seed with which the trigger is put on the test set of this cell
+    context = Context(torch.device("cpu"), derive_seed(derive_seed(poison_key(cell)), "test"))
+    name = plain(cell.attack.name)
+    try:
+        triggered = cell.attack.component.preview(AttackTask(sample, cell.info), context)
+    except BenchError:
+        raise
+    except Exception as error:  # third-party code may raise anything
+        raise PluginError(f"attack '{name}': preview: {type(error).__name__}: {error}") from error
+    returned = type(triggered).__name__
+    if isinstance(triggered, Tensor):
+        if triggered.shape == sample.images.shape and triggered.dtype == sample.images.dtype:
+            return triggered
+        returned = f"{triggered.dtype} {tuple(triggered.shape)}"
+    raise PluginError(f"attack '{name}': preview returned {returned}", "return as many uint8 images as it is given")
+
+
 def _as_pictures(images: Tensor) -> Pictures:
-    """(N, 1|3, H, W) uint8 -> (N, H, W, 3)."""
+    """Images (N, 1|3, H, W) uint8 as (N, H, W, 3)."""
     if images.shape[1] not in (1, 3):
         raise ConfigError(
             f"images of {images.shape[1]} channels cannot be shown", "choose a data set of pictures with --dataset"
         )
-    found: Pictures = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
-    return found
+    pictures: Pictures = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    return pictures
 
 
 def draw_sheets(sheets: Sequence[Sheet]) -> Figure:
-    """For each data set a line of images as they are, then one for each attack: images to the left, changes right."""
+    """For each data set a line of clean images, then one for each attack: images on the left, changes on the right."""
     lines: list[Sheet | Line] = []
     for sheet in sheets:
         lines += [sheet, *sheet.lines]
@@ -139,13 +156,13 @@ def draw_sheets(sheets: Sequence[Sheet]) -> Figure:
     side = min(0.75, (PAGE - 1.9) / (2 * columns))
     figure = new_figure(1.5 + side * (2.05 * columns + 0.6), (side + 0.05) * len(lines) + 0.3, "")
     figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
-    ratios = [1.0] * columns + [0.5] + [1.0] * columns
+    ratios = [1.0] * columns + [0.5] + [1.0] * columns  # the gap in the middle holds the gain
     axes = figure.subplots(len(lines), 2 * columns + 1, squeeze=False, gridspec_kw={"width_ratios": ratios})
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         axis.grid(False)
-        axis.patch.set_visible(False)  # a heading may reach over its neighbours
+        axis.patch.set_visible(False)  # would hide a heading that extends over the next panels
     for line, row in zip(lines, axes, strict=True):
         _draw_line(line, row, columns)
     return figure

@@ -7,6 +7,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ from standins import BENCHMARK, CLASSES, ENDINGS, FT, MODEL, POISONED, ROOT, SOU
 
 from backdoor_bench_none.api import Context, Record, Registry, Stages, Store, make_plan, record_key, run_cli
 
+#: the distributions of other plugins that happen to be installed; the tests do not see them
+OTHERS = sorted(
+    {point.dist.name for point in entry_points(group="backdoor_bench_none") if point.dist is not None}
+    - {"bbn-backdoorbench"}
+)
+
 
 @pytest.fixture(autouse=True)
 def plugin(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +42,8 @@ def plugin(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch
     (info / "entry_points.txt").write_text("[backdoor_bench_none]\nbackdoorbench = bbn_backdoorbench\n")
     monkeypatch.syspath_prepend(str(SOURCE))
     monkeypatch.syspath_prepend(str(folder))
-    for name in ("BBN_DISABLE_PLUGINS", "BBN_BACKDOORBENCH_HOME", "BBN_BACKDOORBENCH_PYTHON"):
+    monkeypatch.setenv("BBN_DISABLE_PLUGINS", ",".join(OTHERS))
+    for name in ("BBN_BACKDOORBENCH_HOME", "BBN_BACKDOORBENCH_PYTHON"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "250")
     monkeypatch.chdir(tmp_path)
@@ -178,16 +186,16 @@ def evaluate(tmp_path: Path) -> Callable[..., dict[str, Record]]:
 
     def run(path: Path, seconds: float | None = None) -> dict[str, Record]:
         plan = make_plan(path, Registry.default(path.parent), need_data=True)
-        store, found = Store(tmp_path / "results"), {}
+        store, records = Store(tmp_path / "results"), {}
         store.create()
         for cell in plan.cells:
             deadline = None if seconds is None else time.monotonic() + seconds
             if record_key(cell) in plan.skipped:
-                record = Record.of(cell, "skipped", reason=plan.skipped[record_key(cell)])
+                record = Record.of(cell, record_key(cell), "skipped", reason=plan.skipped[record_key(cell)])
             else:
                 record = Stages(cell, store, Context(torch.device("cpu"), 0, deadline=deadline)).evaluate()
             store.write_record(record)
-            found[cell.defense.label] = record
-        return found
+            records[cell.defense.label] = record
+        return records
 
     return run

@@ -57,16 +57,16 @@ args = parser.parse_args()
 assert np.infty == float("inf") and np.asarray([[1], [1, 2]]).dtype == object
 assert os.path.isfile(args.yaml_path) and args.num_workers == "0" and args.device == "cpu", vars(args)
 folder = os.path.join("record", args.result_file)
-found = torch.load(os.path.join(folder, "attack_result.pt"))
-assert (found["model_name"], found["clean_data"]) == (args.model, args.dataset)
+attack_result = torch.load(os.path.join(folder, "attack_result.pt"))
+assert (attack_result["model_name"], attack_result["clean_data"]) == (args.model, args.dataset)
 for part in ("bd_train", "bd_test"):
-    for entry in found[part]["bd_data_container"]["data_dict"].values():
+    for entry in attack_result[part]["bd_data_container"]["data_dict"].values():
         assert os.path.isfile(entry["path"]), entry
 open("attack_was_here.txt", "w").write("beside the record")
 """
 FINE = """
 shift = float(args.epochs or 1)
-model = {name: tensor.clone() for name, tensor in found["model"].items()}
+model = {name: tensor.clone() for name, tensor in attack_result["model"].items()}
 model["classifier.1.bias"][-1] += shift
 os.makedirs(os.path.join(folder, "defense", "ft"))
 result = {"model_name": args.model, "num_classes": 10, "model": model}
@@ -76,7 +76,7 @@ ENDINGS = {
     "fine": FINE,
     "dies": "print('a line before'); sys.exit('the loss is nan')",
     "writes nothing": "",
-    "wrong weights": FINE.replace('found["model"].items()', '[*found["model"].items()][1:]'),
+    "wrong weights": FINE.replace('attack_result["model"].items()', '[*attack_result["model"].items()][1:]'),
     "malice": FINE.replace('"num_classes": 10', "\"num_classes\": __import__('builtins').print"),
 }
 

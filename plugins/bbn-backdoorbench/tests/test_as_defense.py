@@ -98,12 +98,12 @@ def test_values_that_are_none_are_told_without_a_traceback(root: Path, capsys: p
     Path("lr.yaml").write_text("lr: fast\n")
     Path("binary.yaml").write_bytes(b"\xff\xfe\x00")
     faults = {
-        ("--lr", "["): "--lr [ is no value",
+        ("--lr", "["): "--lr [ is not a value",
         ("--epochs", "[1]"): "epochs: Input should be a valid integer",
         ("--random_seed", "abc"): "seeds.0: Input should be a valid integer",
         ("--param", "x"): "'x' is not NAME=VALUE",
-        ("--yaml_path", "params.yaml"): "'params.yaml': params holds no mapping",
-        ("--yaml_path", "list.yaml"): "'list.yaml' holds no mapping",
+        ("--yaml_path", "params.yaml"): "'params.yaml': params is not a mapping",
+        ("--yaml_path", "list.yaml"): "'list.yaml' is not a mapping",
         ("--yaml_path", "lr.yaml"): "lr: Input should be a valid number",
         ("--yaml_path", "binary.yaml"): "'binary.yaml' cannot be read",
     }

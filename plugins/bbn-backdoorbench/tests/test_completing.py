@@ -78,8 +78,8 @@ def test_weights_are_written_in_the_order_of_the_network(
 ) -> None:
     """The toolbox gives them names by their place."""
     reverse = write_record(lambda raw: raw.update(model=dict(reversed(raw["model"].items()))))
-    found = evaluate(write_benchmark(reverse, defense=f"no_defense, {REPAIR}"))
-    assert bbn("backdoorbench", "export", found["fine_tune"].key, "--output", "out").code == 0
+    records = evaluate(write_benchmark(reverse, defense=f"no_defense, {REPAIR}"))
+    assert bbn("backdoorbench", "export", records["fine_tune"].key, "--output", "out").code == 0
     order = list(torchvision.models.get_model(MODEL, weights=None, num_classes=10).state_dict())
     for name in ("attack_result.pt", "defense/fine_tune/defense_result.pt"):
         assert list(torch.load(Path("out") / name, weights_only=False)["model"]) == order
@@ -158,14 +158,14 @@ def test_the_real_record_is_defended_and_completed(
     """Through the matrix: the victim to the count, a repair of it, and that repair in the toolbox's layout."""
     repair = "{name: fine_tune, params: {epochs: 1, clean_fraction: 0.05}}"
     path = write_benchmark(real_record, images=real_npz, defense=f"no_defense, {repair}")
-    found = evaluate(path)
-    counts = found["no_defense"].counts
+    records = evaluate(path)
+    counts = records["no_defense"].counts
     assert counts is not None
     assert counts.attack_success_rate is not None
     assert (counts.benign_accuracy.hits, counts.attack_success_rate.hits, counts.attack_success_rate.total) == (
         118, 264, 264,
     )  # fmt: skip
-    assert bbn("backdoorbench", "export", found["fine_tune"].key, "--output", "out").code == 0
+    assert bbn("backdoorbench", "export", records["fine_tune"].key, "--output", "out").code == 0
     original, written = (torch.load(f / "attack_result.pt", weights_only=False) for f in (real_record, Path("out")))
     for part in ("bd_train", "bd_test"):
         for name in ("original_index_array", "poison_indicator"):
@@ -181,7 +181,7 @@ def test_the_real_record_is_defended_and_completed(
     assert all(torch.equal(original["model"][name], tensor) for name, tensor in written["model"].items())
     assert original["model"].keys() == written["model"].keys()
     defended = torch.load("out/defense/fine_tune/defense_result.pt", weights_only=True)["model"]
-    artifact = Store(Path("results")).load_artifact("defense", str(found["fine_tune"].upstream["defense"]))
+    artifact = Store(Path("results")).load_artifact("defense", str(records["fine_tune"].upstream["defense"]))
     assert artifact is not None
     assert all(torch.equal(artifact.tensors[f"model.{name}"], tensor) for name, tensor in defended.items())
     assert any(not torch.equal(original["model"][name], tensor) for name, tensor in defended.items())

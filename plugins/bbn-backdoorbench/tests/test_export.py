@@ -39,8 +39,8 @@ def defended(key: str) -> dict[str, torch.Tensor]:
 
 def load(path: Path) -> dict[str, Any]:
     """As the toolbox loads it: without restriction; the file is our own."""
-    found: dict[str, Any] = torch.load(path, weights_only=False)
-    return found
+    content: dict[str, Any] = torch.load(path, weights_only=False)
+    return content
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -51,17 +51,17 @@ def test_import_none_export_and_back_is_bit_equal(
     write_record: Write, write_benchmark: Write, bbn: Bbn, evaluate: Evaluate
 ) -> None:
     evaluate(write_benchmark(write_record(), defense="no_defense, none"))
-    found = keys(bbn)
-    said = bbn("backdoorbench", "export", found["none"], "--output", "record2/ours")
+    by_defense = keys(bbn)
+    said = bbn("backdoorbench", "export", by_defense["none"], "--output", "record2/ours")
     assert said.code == 0, said.err
     result = load(Path("record2/ours/defense/none/defense_result.pt"))
     assert (result["model_name"], result["num_classes"]) == (MODEL, 10)
-    assert equal(result["model"], defended(found["none"]))
+    assert equal(result["model"], defended(by_defense["none"]))
     attack = load(Path("record2/ours/attack_result.pt"))
-    assert equal(attack["model"], defended(found["no_defense"]))
+    assert equal(attack["model"], defended(by_defense["no_defense"]))
     # through our own reader, and as an attack again
     again = read_record(Path("record2/ours"))
-    assert equal(dict(again.weights), defended(found["no_defense"]))
+    assert equal(dict(again.weights), defended(by_defense["no_defense"]))
     original = read_record(Path("record/badnet_1"))
     assert again.train is not None
     assert original.train is not None
@@ -71,7 +71,7 @@ def test_import_none_export_and_back_is_bit_equal(
         assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(other)))
     imported = bbn("backdoorbench", "import", "record2/ours", "--npz", "clean.npz", "--results", "results2")
     assert imported.code == 0, imported.err
-    before = Store(Path("results")).read_record(found["no_defense"])
+    before = Store(Path("results")).read_record(by_defense["no_defense"])
     (after,) = Store(Path("results2")).records()
     assert before is not None
     assert after.counts == before.counts
@@ -160,7 +160,7 @@ def test_another_normalisation_is_refused(write_benchmark: Write, bbn: Bbn) -> N
     (key,) = keys(bbn).values()
     said = bbn("backdoorbench", "export", key)
     assert said.code == 2
-    assert "normalises images in its own way" in said.err
+    assert "normalises images differently" in said.err
 
 
 def test_a_cell_without_numbers(write_record: Write, write_benchmark: Write, bbn: Bbn) -> None:
@@ -168,7 +168,7 @@ def test_a_cell_without_numbers(write_record: Write, write_benchmark: Write, bbn
     (key,) = keys(bbn).values()
     said = bbn("backdoorbench", "export", key)
     assert said.code == 2
-    assert "has no numbers yet" in said.err
+    assert "has no results yet" in said.err
     assert "no cell of 'benchmark.yaml' has a key" in bbn("backdoorbench", "export", "zz").err
 
 
@@ -176,15 +176,15 @@ def test_nothing_that_is_there_is_overwritten(
     write_record: Write, write_benchmark: Write, bbn: Bbn, evaluate: Evaluate
 ) -> None:
     evaluate(write_benchmark(write_record(), defense=f"no_defense, {REPAIR}"))
-    found = keys(bbn)
-    bbn("backdoorbench", "export", found["no_defense"], "--output", "ours")
-    said = bbn("backdoorbench", "export", found["no_defense"], "--output", "ours")
+    by_defense = keys(bbn)
+    bbn("backdoorbench", "export", by_defense["no_defense"], "--output", "ours")
+    said = bbn("backdoorbench", "export", by_defense["no_defense"], "--output", "ours")
     assert said.code == 2
-    assert "'ours' is there already" in said.err
+    assert "'ours' exists already" in said.err
     theirs = Path("ours/defense/fine_tune")
     theirs.mkdir(parents=True)
     (theirs / "defense_result.pt").write_bytes(b"theirs")
-    said = bbn("backdoorbench", "export", found["fine_tune"], "--output", "ours")
+    said = bbn("backdoorbench", "export", by_defense["fine_tune"], "--output", "ours")
     assert said.code == 2
     assert "not written by this package" in said.err
     assert (theirs / "defense_result.pt").read_bytes() == b"theirs"

@@ -29,13 +29,13 @@ PLACE = "./record/x/bd_train_dataset"
 
 
 def entries(raw: Raw) -> dict[Any, Any]:
-    found: dict[Any, Any] = raw["bd_train"]["bd_data_container"]["data_dict"]
-    return found
+    samples: dict[Any, Any] = raw["bd_train"]["bd_data_container"]["data_dict"]
+    return samples
 
 
 def first(raw: Raw) -> dict[str, Any]:
-    found: dict[str, Any] = entries(raw)[POISONED[0]]
-    return found
+    sample: dict[str, Any] = entries(raw)[POISONED[0]]
+    return sample
 
 
 def train(raw: Raw, **values: object) -> None:

@@ -79,11 +79,11 @@ def test_a_record_without_training_set_serves_repairs_only(
 ) -> None:
     folder = write_record(lambda raw: raw.update(bd_train=None))
     repair = "{name: fine_tune, params: {epochs: 1, clean_fraction: 0.5}}"
-    found = evaluate(write_benchmark(folder, defense=f"no_defense, none, {repair}"))
-    assert {name: record.status for name, record in found.items()} == {
+    records = evaluate(write_benchmark(folder, defense=f"no_defense, none, {repair}"))
+    assert {name: record.status for name, record in records.items()} == {
         "no_defense": "done", "none": "skipped", "fine_tune": "done",
     }  # fmt: skip
-    assert found["none"].reason == "the record has no training set (bd_train is empty), which this defense needs"
+    assert records["none"].reason == "the record has no training set (bd_train is empty), which this defense needs"
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_import_of_what_is_no_record(bbn: Bbn, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     said = bbn("backdoorbench", "import", tmp_path, "--npz", "x.npz")
     assert (said.code, said.out) == (2, "")
-    assert said.err.startswith(f"error: '{tmp_path}' is no record")
+    assert said.err.startswith(f"error: '{tmp_path}' is not a record")
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -22,13 +22,13 @@ WriteRecord = Callable[..., Path]
 
 
 def entries(raw: dict[str, Any], part: str = "bd_train") -> dict[Any, Any]:
-    found: dict[Any, Any] = raw[part]["bd_data_container"]["data_dict"]
-    return found
+    samples: dict[Any, Any] = raw[part]["bd_data_container"]["data_dict"]
+    return samples
 
 
 def first(raw: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = entries(raw)[POISONED[0]]
-    return found
+    sample: dict[str, Any] = entries(raw)[POISONED[0]]
+    return sample
 
 
 def test_a_record_is_read_whole(write_record: WriteRecord, clean: dict[str, Any], weights: dict[str, Any]) -> None:
@@ -127,8 +127,8 @@ def test_any_global_outside_the_list_is_refused(name: str, write_record: WriteRe
     import importlib
 
     module, _, attribute = name.rpartition(".")
-    found = getattr(importlib.import_module(module), attribute)
-    folder = write_record(lambda raw: raw.update(extra=found))
+    hostile = getattr(importlib.import_module(module), attribute)
+    folder = write_record(lambda raw: raw.update(extra=hostile))
     with pytest.raises(RecordError, match=r"attack_result\.pt' is not unpickled") as caught:
         read_record(folder)
     assert attribute in str(caught.value)
@@ -136,10 +136,10 @@ def test_any_global_outside_the_list_is_refused(name: str, write_record: WriteRe
 
 def drop(*path: str) -> Callable[[dict[str, Any]], None]:
     def mutate(raw: dict[str, Any]) -> None:
-        found: Any = raw
+        part: Any = raw
         for name in path[:-1]:
-            found = found[name]
-        del found[path[-1]]
+            part = part[name]
+        del part[path[-1]]
 
     return mutate
 
@@ -147,7 +147,7 @@ def drop(*path: str) -> Callable[[dict[str, Any]], None]:
 #: what is wrong -> how it is made so, what the error says
 FAULTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a key is missing": (drop("img_size"), r"lacks img_size"),
-    "no container": (drop("bd_train", "bd_data_container"), r"bd_train is no data set of BackdoorBench"),
+    "no container": (drop("bd_train", "bd_data_container"), r"bd_train is not a data set of BackdoorBench"),
     "a defense's file": (lambda raw: [raw.pop(key) for key in ("bd_train", "bd_test")], "lacks bd_train, bd_test"),
     "path with ..": (lambda raw: first(raw).update(path="./record/x/../../y/3/1.png"), "leaves the record"),
     "absolute path": (lambda raw: first(raw).update(path="/etc/bd_train_dataset/3/1.png"), "leaves the record"),
@@ -161,13 +161,13 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda raw: raw["bd_train"].update(original_index_array=np.array([0, TRAIN])), f"beyond the {TRAIN} images",
     ),
     "negative index": (lambda raw: raw["bd_train"].update(original_index_array=np.array([-1, 0])), "beyond the 60"),
-    "index twice": (lambda raw: raw["bd_train"].update(original_index_array=np.array([1, 1])), "stands twice"),
+    "index twice": (lambda raw: raw["bd_train"].update(original_index_array=np.array([1, 1])), "occurs twice"),
     "no indices": (lambda raw: raw["bd_train"].update(original_index_array=np.array([0.5])), "not a list of"),
     "odd indicator": (lambda raw: raw["bd_train"].update(poison_indicator=np.full(TRAIN, 0.5)), "not of 0 and 1"),
     "marked without image": (lambda raw: entries(raw).pop(POISONED[0]), "sample 3 is marked .* no image"),
     "no test set": (lambda raw: raw.update(bd_test=None), "bd_test is empty"),
-    "no weights": (lambda raw: raw.update(model={}), "no state dictionary"),
-    "weights that are none": (lambda raw: raw.update(model={"a": 1}), "no state dictionary"),
+    "no weights": (lambda raw: raw.update(model={}), "not a state dictionary"),
+    "weights that are none": (lambda raw: raw.update(model={"a": 1}), "not a state dictionary"),
     "odd classes": (lambda raw: raw.update(num_classes="ten"), "num_classes is 'ten'"),
     "odd size": (lambda raw: raw.update(img_size=(32, 32)), "img_size is"),
     "not square": (lambda raw: raw.update(img_size=(32, 16, 3)), "square images"),
@@ -203,7 +203,7 @@ def test_a_truncated_file(share: float, write_record: WriteRecord) -> None:
     folder = write_record()
     whole = (folder / "attack_result.pt").read_bytes()
     (folder / "attack_result.pt").write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(RecordError, match=r"attack_result\.pt' is truncated, or no file of torch"):
+    with pytest.raises(RecordError, match=r"attack_result\.pt' is truncated, or not a file of torch"):
         read_record(folder)
 
 

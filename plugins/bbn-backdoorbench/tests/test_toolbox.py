@@ -65,7 +65,7 @@ def test_no_trace_is_left_behind(
     [
         ("dies", r"defense/ft\.py ended with code 1: .*a line before \| the loss is nan"),
         ("writes nothing", r"defense/ft\.py ended without writing defense_result\.pt"),
-        ("wrong weights", r"defense_result\.pt' are not of the network .*: features\.0\.weight is absent"),
+        ("wrong weights", r"defense_result\.pt' do not fit the network .*: features\.0\.weight is absent"),
         ("malice", r"defense_result\.pt' is not unpickled: .*print"),
     ],
 )
@@ -131,9 +131,9 @@ def test_a_script_that_looks_for_poison_needs_a_training_set(
     script: str, write_record: Write, write_benchmark: Write, evaluate: Evaluate
 ) -> None:
     record = write_record(lambda raw: raw.update(bd_train=None))
-    found = evaluate(write_benchmark(record, defense=f'{{name: "backdoorbench:{script}", as: script}}'))["script"]
-    assert found.status == "skipped"
-    assert found.reason == "the record has no training set (bd_train is empty), which this defense needs"
+    skipped = evaluate(write_benchmark(record, defense=f'{{name: "backdoorbench:{script}", as: script}}'))["script"]
+    assert skipped.status == "skipped"
+    assert skipped.reason == "the record has no training set (bd_train is empty), which this defense needs"
 
 
 def test_a_script_that_repairs_a_network_needs_none(
@@ -149,7 +149,7 @@ def test_a_script_that_repairs_a_network_needs_none(
     ("damage", "reason"),
     [
         ("unset", "BBN_BACKDOORBENCH_HOME is not set"),
-        ("nothing there", r"is no checkout of BackdoorBench: defense/ft\.py is not there"),
+        ("nothing there", r"is not a checkout of BackdoorBench: defense/ft\.py is not there"),
         ("no yaml", r"the checkout has no config/defense/ft/cifar10\.yaml"),
     ],
 )

@@ -1,7 +1,7 @@
-"""BackdoorBench in both directions: its records as attacks, its networks, its defenses, and ours in its layout.
+"""A bridge to BackdoorBench: its records as attacks, its networks and defenses, and our results in its layout.
 
-BackdoorBench's code is neither copied nor imported here: what is shared are files, and processes in the user's own
-checkout.
+BackdoorBench's code is neither copied nor imported; the bridge exchanges files with it and runs its scripts as
+processes in the user's checkout.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def bbn_datasets() -> Mapping[str, str]:
 
 @hookimpl
 def bbn_architectures() -> Mapping[str, str]:
-    """The toolbox's networks by its names."""
+    """The toolbox's networks by its own names."""
     return {f"backdoorbench:{name}": f"bbn_backdoorbench.networks:{component}" for name, component in MODELS.items()}
 
 
@@ -41,5 +41,5 @@ def bbn_defenses() -> Mapping[str, str]:
 
 @hookimpl
 def bbn_commands() -> Mapping[str, str]:
-    """`bbn backdoorbench`."""
+    """The command group `bbn backdoorbench`."""
     return {"backdoorbench": "bbn_backdoorbench.cli:backdoorbench"}

@@ -1,4 +1,4 @@
-"""python -m bbn_backdoorbench.abl: our abl as a defense of BackdoorBench."""
+"""`python -m bbn_backdoorbench.abl` runs our abl as a defense of BackdoorBench."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""python -m bbn_backdoorbench.ac: our ac as a defense of BackdoorBench."""
+"""`python -m bbn_backdoorbench.ac` runs our ac as a defense of BackdoorBench."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Our defenses as BackdoorBench's: from its root, on its records, with its flags, into its layout."""
+"""Runs our defenses like those of BackdoorBench: from its root, on its records, with its flags and its layout."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from bbn_backdoorbench.cli import benchmark_text, open_stages, plan_cell
 from bbn_backdoorbench.export import export_defense
 from bbn_backdoorbench.reading import ToolboxRecord, read_record
 
-#: the toolbox's words -> fields of the training recipe
+#: the toolbox's flags -> fields of the training recipe
 RECIPE = {
     "epochs": "epochs", "batch_size": "batch_size", "lr": "lr", "wd": "weight_decay", "weight_decay": "weight_decay",
     "sgd_momentum": "momentum", "momentum": "momentum",
 }  # fmt: skip
-#: the toolbox's words for parameters of one defense -> ours
+#: the toolbox's flags for one defense -> our parameters
 PARAMETERS: Mapping[str, Mapping[str, str]] = {
     "nad": {"te_epochs": "teacher_epochs", "epochs": "epochs", "batch_size": "batch_size", "lr": "lr"},
     "abl": {
@@ -30,15 +30,15 @@ PARAMETERS: Mapping[str, Mapping[str, str]] = {
     },
     "ac": {"nb_dims": "dimensions", "cluster_analysis": "rule"},
 }  # fmt: skip
-#: names of choices that differ
+#: the toolbox's values that have another name here -> our values
 VALUES = {"LGA": "lga", "Flooding": "flooding", "relative-size": "relative_size", "silhouette-scores": "silhouette"}
-#: the toolbox's words that choose what is run
+#: the toolbox's flags that choose what is run
 CHOICES = ("result_file", "dataset", "dataset_path", "model", "device", "random_seed", "ratio", "params")
-#: of these, the names
+#: the flags among these whose values are names
 TEXTS = ("result_file", "dataset", "dataset_path", "model", "device")
-#: betas of NAD
+#: the betas of NAD
 BETAS = ("beta1", "beta2", "beta3")
-#: the toolbox's words that mean nothing here
+#: the toolbox's flags without a meaning here
 UNUSED = (
     "num_workers", "amp", "pin_memory", "non_blocking", "prefetch", "checkpoint_load", "checkpoint_save", "log",
     "frequency_save", "lr_scheduler", "client_optimizer", "num_classes", "input_height", "input_width",
@@ -49,9 +49,11 @@ UNUSED = (
 
 
 def main(defense: str, arguments: Sequence[str] | None = None) -> int:
-    """Run `defense` as its command line says; returns the exit code."""
+    """Run `defense` with the arguments of a command line; returns the exit code."""
+    if arguments is None:
+        arguments = sys.argv[1:]
     try:
-        settings = read_settings(defense, sys.argv[1:] if arguments is None else arguments)
+        settings = read_settings(defense, arguments)
         target = run_defense(defense, settings)
     except BenchError as error:
         print(f"error: {error.message}", file=sys.stderr)
@@ -63,25 +65,27 @@ def main(defense: str, arguments: Sequence[str] | None = None) -> int:
 
 
 def read_settings(defense: str, arguments: Sequence[str]) -> Mapping[str, Any]:
-    """The toolbox's words with their values: the command line wins over the YAML file."""
+    """The values of the toolbox's flags; the command line wins over the YAML file."""
     parser = argparse.ArgumentParser(
         prog=f"python -m bbn_backdoorbench.{defense}", allow_abbrev=False,
         description=f"{defense} of backdoor-bench-none on a record of BackdoorBench, from the toolbox's root",
     )  # fmt: skip
     parser.add_argument("--result_file", help="name of the record below record/")
-    parser.add_argument("--yaml_path", type=Path, help="file with values for these flags; flags win")
+    parser.add_argument("--yaml_path", type=Path, help="file with values for flags; the command line wins")
     parser.add_argument(
         "--param", action="append", default=[], metavar="NAME=VALUE", help=f"parameter of {defense}; may be repeated"
     )
     for word in sorted(_known_words(defense) - {"result_file", "params"}):
-        parser.add_argument(f"--{word}", help=argparse.SUPPRESS if word in UNUSED else None)
-    given = vars(parser.parse_args(arguments))
-    path, params = given.pop("yaml_path"), given.pop("param")
-    from_file = {} if path is None else _read_yaml(path, defense)
-    flags = {word: _read_value(word, value) for word, value in given.items() if value is not None}
-    settings = {**{word: value for word, value in from_file.items() if value is not None}, **flags}
+        text = argparse.SUPPRESS if word in UNUSED else None
+        parser.add_argument(f"--{word}", help=text)
+    flags = vars(parser.parse_args(arguments))
+    path, params = flags.pop("yaml_path"), flags.pop("param")
+    settings: dict[str, Any] = {}
+    if path is not None:
+        settings |= {word: value for word, value in _read_yaml(path, defense).items() if value is not None}
+    settings |= {word: _read_value(word, text) for word, text in flags.items() if text is not None}
     if not isinstance(ours := settings.get("params", {}), dict):
-        raise ConfigError(f"'{path}': params holds no mapping")
+        raise ConfigError(f"'{path}': params is not a mapping")
     settings["params"] = {**ours, **_parse(params)}
     if "result_file" not in settings:
         raise ConfigError("--result_file is missing", "name a record below record/")
@@ -91,17 +95,20 @@ def read_settings(defense: str, arguments: Sequence[str]) -> Mapping[str, Any]:
 
 
 def _read_value(word: str, text: str) -> Any:  # noqa: ANN401
-    """The value of a flag: names stay as they are, even one like 0123."""
+    """The value of a flag; a name stays as it is, also one like 0123."""
     if word in TEXTS:
         return text
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--{word} {text} is no value") from error
+        raise ConfigError(f"--{word} {text} is not a value") from error
 
 
 def _known_words(defense: str) -> set[str]:
-    return {*CHOICES, *RECIPE, *PARAMETERS.get(defense, ()), *(BETAS if defense == "nad" else ()), *UNUSED}
+    words = {*CHOICES, *RECIPE, *PARAMETERS.get(defense, ()), *UNUSED}
+    if defense == "nad":
+        words.update(BETAS)
+    return words
 
 
 def _read_yaml(path: Path, defense: str) -> dict[str, Any]:
@@ -110,7 +117,7 @@ def _read_yaml(path: Path, defense: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"'{path}' cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"'{path}' holds no mapping")
+        raise ConfigError(f"'{path}' is not a mapping")
     known = _known_words(defense)
     for word in values:
         if word not in known:
@@ -125,7 +132,7 @@ def _parse(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def run_defense(defense: str, settings: Mapping[str, Any]) -> Path:
-    """Run the defense on the record, and write its result into it."""
+    """Run the defense on the record, and write the result into it; returns the result's folder."""
     folder = Path("record") / str(settings["result_file"])
     record = read_record(folder)
     for word, own in (("model", record.model_name), ("dataset", record.dataset)):
@@ -143,15 +150,18 @@ def run_defense(defense: str, settings: Mapping[str, Any]) -> Path:
         ("test_acc", measured.counts.benign_accuracy), ("test_asr", measured.counts.attack_success_rate),
         ("test_ra", measured.counts.robust_accuracy),
     ):  # fmt: skip
-        print(f"{name} {count.rate:.6f} = {count.hits} of {count.total}" if count else f"{name} -")
+        if count is None:
+            print(f"{name} -")
+        else:
+            print(f"{name} {count.rate:.6f} = {count.hits} of {count.total}")
     return export_defense(cell, stages, measured.counts, folder)
 
 
 def _benchmark(defense: str, settings: Mapping[str, Any], record: ToolboxRecord, folder: Path, data: Path) -> str:
-    """The benchmark file of the one cell."""
+    """The text of a benchmark file with the one cell."""
     npz = data.with_suffix(".npz")
-    text = benchmark_text(record, folder, *((None, npz) if npz.is_file() else (data, None)))
-    values = yaml.safe_load(text)
+    root, arrays = (None, npz) if npz.is_file() else (data, None)
+    values = yaml.safe_load(benchmark_text(record, folder, root, arrays))
     values["matrix"]["defense"] = [{"name": defense, "params": as_parameters(defense, settings)}]
     own = PARAMETERS.get(defense, {})
     recipe = {field: settings[word] for word, field in RECIPE.items() if word in settings and word not in own}
@@ -162,11 +172,11 @@ def _benchmark(defense: str, settings: Mapping[str, Any], record: ToolboxRecord,
 
 
 def as_parameters(defense: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Our parameters: from the toolbox's words, then those given by our names, which win."""
+    """Our parameters, from the toolbox's flags and from `--param`, which wins."""
     own = PARAMETERS.get(defense, {})
-    found = {field: VALUES.get(str(settings[word]), settings[word]) for word, field in own.items() if word in settings}
+    params = {field: VALUES.get(str(settings[word]), settings[word]) for word, field in own.items() if word in settings}
     if "ratio" in settings:
-        found["clean_fraction"] = settings["ratio"]
+        params["clean_fraction"] = settings["ratio"]
     if any(beta in settings for beta in BETAS):
-        found["betas"] = [settings.get(beta, default) for beta, default in zip(BETAS, (500, 1000, 1000), strict=True)]
-    return {**found, **settings["params"]}
+        params["betas"] = [settings.get(beta, default) for beta, default in zip(BETAS, (500, 1000, 1000), strict=True)]
+    return {**params, **settings["params"]}

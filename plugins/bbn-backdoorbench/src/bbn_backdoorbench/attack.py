@@ -1,4 +1,4 @@
-"""A record of BackdoorBench as an attack: its samples, and its network as the victim."""
+"""A record of BackdoorBench as an attack, with its samples, and with its network as the victim."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class BackdoorBenchRecord(Attack):
 
     The data set must be the one of the record (`backdoorbench:cifar10`, ...), the architecture its network
     (`backdoorbench:preactresnet18`, ...), the activation relu. The victim is the record's network; defenses that train
-    get the record's training set. For attacks that control training (WaNet and its kin) that set is made up afterwards
-    and marks samples without a trigger: then nothing is said of what a defense flagged.
+    get the record's training set. For attacks that control training, such as WaNet, that set is made afterwards and
+    marks samples without a trigger too, so there are no detection results.
     """
 
     controls_training: ClassVar[bool] = True
@@ -41,31 +41,32 @@ class BackdoorBenchRecord(Attack):
     record: Annotated[Path, Incidental] = Field(description="folder with attack_result.pt and the images")
 
     def identity(self) -> dict[str, Any]:
-        """As of every component; of the folder, its contents count."""
+        """As for every component, with the content of the folder instead of its path."""
         return {**super().identity(), "record_sha256": hash_record(self.read())}
 
     def read(self) -> ToolboxRecord:
-        """The record, read once as long as its files do not change."""
+        """The record, read again only if its files have changed."""
         folder = self.record.expanduser()
-        changed = [path.stat().st_mtime_ns if path.is_file() else 0 for path in (folder / ATTACK_RESULT, folder / INFO)]
-        return _read(folder, tuple(changed), (folder / "cross_test_dataset").exists())
+        changed = (_time_of_change(folder / ATTACK_RESULT), _time_of_change(folder / INFO))
+        return _read(folder, changed, (folder / "cross_test_dataset").exists())
 
     def check(self, info: DatasetInfo) -> None:
-        """The record is whole, and made of this data set."""
+        """Raise `BenchError` unless the record is complete and made from this data set."""
         record = self.read()
         height, width, channels = record.image_size
-        for what, found, wanted in (
+        train_size = record.train.size if record.train else info.train_size
+        for what, actual, wanted in (
             ("data set", info.name, f"backdoorbench:{record.dataset}"),
             ("shape", info.shape, (channels, height, width)),
             ("number of classes", info.num_classes, record.num_classes),
-            ("number of training images", info.train_size, record.train.size if record.train else info.train_size),
+            ("number of training images", info.train_size, train_size),
         ):
-            if found != wanted:
-                hint = f"use the data set backdoorbench:{record.dataset}, or backdoorbench:npz with images of your own"
-                raise ConfigError(f"the record in '{self.record}' is of another {what}: {wanted}, not {found}", hint)
+            if actual != wanted:
+                hint = f"use the data set backdoorbench:{record.dataset}, or backdoorbench:npz with your own images"
+                raise ConfigError(f"the record in '{self.record}' has another {what}: {wanted}, not {actual}", hint)
 
     def skip(self, cell: Combination) -> str | None:
-        """The record has one network, trained in one place, and perhaps no training set."""
+        """The reason why a cell does not fit: a record has one network, and may have no training set."""
         record = self.read()
         if getattr(cell.architecture.component, "model_name", None) != record.model_name:
             return f"the network of the record is {record.model_name}: use backdoorbench:{record.model_name}"
@@ -99,8 +100,8 @@ class BackdoorBenchRecord(Attack):
         return model.eval(), History()
 
     def preview(self, task: AttackTask, context: Context) -> Tensor:
-        """There is none: a record holds images with a trigger, not the trigger."""
-        raise ConfigError("a record holds triggered images, not the trigger", "look into its bd_test_dataset")
+        """Raise `ConfigError`: a record holds images with a trigger, but not the trigger."""
+        raise ConfigError("a record holds triggered images, not the trigger", "see the images in its bd_test_dataset")
 
     def _samples(self, part: Part, name: str, task: AttackTask) -> PoisonedSamples:
         where = f"'{self.record / ATTACK_RESULT}': {name}"
@@ -111,9 +112,15 @@ class BackdoorBenchRecord(Attack):
         if differing:
             raise RecordError(
                 f"{where}: {differing} of {len(indices)} samples have another true label than in the data set",
-                "the record was made of other images, or of the same in another order",
+                "the record was made from other images, or from the same in another order",
             )
         return PoisonedSamples(indices, read_images(part, task.info.shape), torch.from_numpy(part.labels))
+
+
+def _time_of_change(path: Path) -> int:
+    if not path.is_file():
+        return 0
+    return path.stat().st_mtime_ns
 
 
 @lru_cache(maxsize=2)
@@ -122,17 +129,19 @@ def _read(folder: Path, changed: tuple[int, ...], crossed: bool) -> ToolboxRecor
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor] | Any, path: Path) -> None:  # noqa: ANN401
-    """Load a state dictionary of `path` whole; `RecordError` with the first tensor that does not fit."""
+    """Load all weights of the file `path`; `RecordError` names the first tensor that does not fit."""
     own = model.state_dict()
     for name in sorted({*own, *weights}):
-        there, here = weights.get(name), own.get(name)
-        if there is None or here is None:
-            fault = f"{name} is {'absent' if there is None else 'none of its tensors'}"
-        elif there.shape != here.shape:
-            fault = f"{name} has shape {tuple(there.shape)}, not {tuple(here.shape)}"
-        elif there.is_meta or there.layout is not torch.strided or there.is_complex():
-            fault = f"{name} is no array of real numbers"
+        tensor, wanted = weights.get(name), own.get(name)
+        if tensor is None:
+            fault = f"{name} is absent"
+        elif wanted is None:
+            fault = f"{name} is none of its tensors"
+        elif tensor.shape != wanted.shape:
+            fault = f"{name} has shape {tuple(tensor.shape)}, not {tuple(wanted.shape)}"
+        elif tensor.is_meta or tensor.layout is not torch.strided or tensor.is_complex():
+            fault = f"{name} is not an array of real numbers"
         else:
             continue
-        raise RecordError(f"the weights in '{path}' are not of the network they are said to be of: {fault}")
+        raise RecordError(f"the weights in '{path}' do not fit the network that the record names: {fault}")
     model.load_state_dict(dict(weights))

@@ -1,4 +1,4 @@
-"""bbn backdoorbench import, bbn backdoorbench export."""
+"""The verbs `bbn backdoorbench import` and `bbn backdoorbench export`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 results_option = click.option(
     "--results",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Results folder; default: the file's, else results/.",
+    help="Results folder; default: that of the file, else results/.",
 )
 
 
@@ -38,44 +38,51 @@ def backdoorbench() -> None:
 
 @backdoorbench.command("import")
 @click.argument("record", type=click.Path(path_type=Path))
-@click.option("--root", type=click.Path(path_type=Path), help="Folder of its clean data set; default: the checkout's.")
-@click.option("--npz", type=click.Path(path_type=Path), help="Its clean images as arrays (see the data set npz).")
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write a benchmark file to go on with.")
+@click.option(
+    "--root", type=click.Path(path_type=Path), help="Folder of the clean data set; default: that of the checkout."
+)
+@click.option("--npz", type=click.Path(path_type=Path), help="The clean images as arrays (see the data set npz).")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a benchmark file with the record as its attack.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @results_option
 def import_command(
     record: Path, root: Path | None, npz: Path | None, output: Path | None, device: str, results: Path | None
 ) -> int:
-    """Check the record in the folder RECORD, evaluate its network, and print its ACC, ASR and RA."""
+    """Check the record in the folder RECORD, evaluate its network, and print ACC, ASR and RA."""
     from backdoor_bench_none.api import choose_device
     from bbn_backdoorbench.reading import read_record
 
     if output is not None and (output.exists() or not output.absolute().parent.is_dir()):
-        fault = "is there already" if output.exists() else "cannot be written: its folder is not there"
+        fault = "exists already" if output.exists() else "cannot be written: its folder does not exist"
         raise BenchError(f"'{output}' {fault}", "choose another file with --output")
-    found = read_record(record)
-    text = benchmark_text(found, record, root, npz)
+    toolbox_record = read_record(record)
+    text = benchmark_text(toolbox_record, record, root, npz)
     cell = plan_cell(text, Registry.default())
-    made = open_stages(cell, results, choose_device(device))
-    measured = made.evaluate()
-    made.store.write_record(measured)
+    stages = open_stages(cell, results, choose_device(device))
+    measured = stages.evaluate()
+    stages.store.write_record(measured)
     assert measured.counts is not None
-    for line in describe(found, measured.counts):
+    for line in describe(toolbox_record, measured.counts):
         click.echo(line)
     if output is not None:
         output.write_text(text, encoding="utf-8")
-        click.echo(f"wrote {output}; go on: bbn run {output}")
+        click.echo(f"wrote {output}; to run it: bbn run {output}")
     return ExitCode.OK
 
 
 def benchmark_text(record: ToolboxRecord, folder: Path, root: Path | None, npz: Path | None) -> str:
-    """A benchmark file in which the record is the attack."""
+    """The text of a benchmark file in which the record is the attack."""
     import yaml
 
-    name = f"backdoorbench:{record.dataset}" if npz is None else "backdoorbench:npz"
-    params: dict[str, Any] = {} if root is None else {"root": str(root)}
+    name, params = f"backdoorbench:{record.dataset}", dict[str, str]()
     if npz is not None:
-        params = {"path": str(npz), "toolbox_name": record.dataset}
+        name, params = "backdoorbench:npz", {"path": str(npz), "toolbox_name": record.dataset}
+    elif root is not None:
+        params["root"] = str(root)
     matrix = {
         "dataset": [{"name": name, "params": params}],
         "attack": [{"name": "backdoorbench_record", "params": {"record": str(folder)}, "as": folder.resolve().name}],
@@ -107,27 +114,32 @@ def open_stages(cell: Cell, results: Path | None, device: Any) -> Stages:  # noq
 
 
 def describe(record: ToolboxRecord, counts: Counts) -> Iterator[str]:
-    """The record and its numbers, beside those that the toolbox wrote down."""
+    """The record and its results, beside those that the toolbox wrote."""
     size = "x".join(map(str, record.image_size))
     yield f"record    {record.folder}: {record.model_name} on {record.dataset}, {record.num_classes} classes, {size}"
     words = {key: str(record.info[key]) for key in ("attack", "pratio", "attack_target") if key in record.info}
-    known = [f"{key} {word}" for key, word in words.items() if word.isprintable()]  # it goes to a terminal
+    known = [f"{key} {word}" for key, word in words.items() if word.isprintable()]  # since it is printed to a terminal
     yield f"attack    {', '.join(known) or 'not said in info.pickle'}"
-    train = "no training set" if record.train is None else f"{len(record.train.files)} of {record.train.size} training"
+    train = "no training set"
+    if record.train is not None:
+        train = f"{len(record.train.files)} of {record.train.size} training"
     yield f"changed   {train} and {len(record.test.files)} of {record.test.size} test images"
     if not record.has_truth:
-        yield "beware    samples without a trigger are marked too: nothing is said of what a defense flags"
+        yield "warning   samples without a trigger are marked too, so there are no detection results"
     written = read_summary(record.folder)
     names = (("ACC", counts.benign_accuracy), ("ASR", counts.attack_success_rate), ("RA", counts.robust_accuracy))
     for name, count in names:
-        if count is not None:
-            before = written.get(f"test_{name.lower()}")
-            beside = "" if before is None else f"   BackdoorBench wrote {before:.6f}"
-            yield f"{name:9} {count.rate:.6f} = {count.hits} of {count.total}{beside}"
+        if count is None:
+            continue
+        line = f"{name:9} {count.rate:.6f} = {count.hits} of {count.total}"
+        before = written.get(f"test_{name.lower()}")
+        if before is not None:
+            line += f"   BackdoorBench wrote {before:.6f}"
+        yield line
 
 
 def read_summary(folder: Path) -> dict[str, float]:
-    """The last row of the toolbox's own summary; empty if it is not there or not readable."""
+    """The last row of the toolbox's own summary; empty if it is absent or cannot be read."""
     path = folder / "attack_df_summary.csv"
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -145,10 +157,10 @@ def read_summary(folder: Path) -> dict[str, float]:
     "--output", type=click.Path(path_type=Path), help="Folder of the record; default: <results>/backdoorbench/<name>."
 )
 def export_command(key: str, file: Path | None, results: Path | None, output: Path | None) -> int:
-    """Write the cell of a benchmark file whose key starts with KEY as BackdoorBench reads it.
+    """Write the cell of a benchmark file whose key starts with KEY as a record of BackdoorBench.
 
-    That is attack_result.pt with the images, and for a defended cell also defense/<name>/ in the same folder; put it
-    below the toolbox's record/ by its own name. A record that is there is completed with the defense.
+    The record is attack_result.pt with the images, and for a defended cell also defense/<name>/ in the same folder; put
+    it below the toolbox's record/ under its own name. A defense is added to a record that exists.
     """
     import torch
 
@@ -160,7 +172,7 @@ def export_command(key: str, file: Path | None, results: Path | None, output: Pa
     stages = open_stages(cell, folder, torch.device("cpu"))
     measured = stages.store.read_record(record_key(cell))
     if measured is None or measured.counts is None:
-        raise BenchError(f"cell {record_key(cell)} has no numbers yet", f"bbn run {path}")
+        raise BenchError(f"cell {record_key(cell)} has no results yet", f"bbn run {path}")
     name = folder_name(f"{cell.attack.label}_{cell.architecture.label}_s{cell.seed}")
     target = output or folder / "backdoorbench" / name
     if not target.exists() or cell.defense.name == "no_defense":
@@ -176,8 +188,10 @@ def find_cell(key: str, file: Path, results: Path | None) -> tuple[Cell, Path]:
     from backdoor_bench_none.api import make_plan
 
     plan = make_plan(file, Registry.default(file.parent), need_data=True)
-    found = [cell for cell in plan.cells if record_key(cell).startswith(key)]
-    if len(found) != 1:
-        fault = f"no cell of '{file}'" if not found else f"{len(found)} cells of '{file}'"
-        raise BenchError(f"{fault} has a key that starts with '{key}'", "`bbn plan -v` shows the keys")
-    return found[0], results or plan.config.results
+    cells = [cell for cell in plan.cells if record_key(cell).startswith(key)]
+    if not cells:
+        raise BenchError(f"no cell of '{file}' has a key that starts with '{key}'", "`bbn plan -v` shows the keys")
+    if len(cells) > 1:
+        message = f"{len(cells)} cells of '{file}' have keys that start with '{key}'"
+        raise BenchError(message, "`bbn plan -v` shows the keys")
+    return cells[0], results or plan.config.results

@@ -1,8 +1,9 @@
-"""The toolbox's data sets: its normalisation, its augmentation, and its order of images."""
+"""The toolbox's data sets, with its normalisation, its augmentation and its order of images."""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torchvision.datasets as tv
 from pydantic import Field, field_validator
 
 from backdoor_bench_none.api import CIFAR10 as PublishedCIFAR10  # noqa: N811
-from backdoor_bench_none.api import GTSRB as PublishedGTSRB  # noqa: N811 - no constant, a name
+from backdoor_bench_none.api import GTSRB as PublishedGTSRB  # noqa: N811 - a name, not a constant
 from backdoor_bench_none.api import DatasetInfo, Npz, Sample
 from bbn_backdoorbench.words import DATASETS, HOME
 
@@ -30,11 +31,13 @@ def as_in_toolbox(info: DatasetInfo, name: str) -> DatasetInfo:
 def data_folder(name: str) -> Path | None:
     """`data/<name>` of the user's checkout, if the environment names one."""
     home = os.environ.get(HOME)
-    return Path(home).expanduser() / "data" / name if home else None
+    if not home:
+        return None
+    return Path(home).expanduser() / "data" / name
 
 
 class _Toolbox:
-    """Computes in float32, as the toolbox does, so that counts are equal."""
+    """Base of the toolbox's data sets: networks compute in float32, as in the toolbox, so that counts are equal."""
 
     toolbox_name: ClassVar[str]
 
@@ -43,9 +46,9 @@ class _Toolbox:
         return {**super().recipe(), "precision": "float32"}  # type: ignore[misc]
 
     def folder(self) -> Path:
-        """`root`, else `data/<name>` of the checkout, else as for every set of torchvision."""
-        if self.root is None and (found := data_folder(self.toolbox_name)) is not None:  # type: ignore[attr-defined]
-            return found
+        """`root`, else `data/<name>` of the checkout, else the usual folder for torchvision."""
+        if self.root is None and (folder := data_folder(self.toolbox_name)) is not None:  # type: ignore[attr-defined]
+            return folder
         return Path(super().folder())  # type: ignore[misc]
 
 
@@ -72,8 +75,9 @@ class CIFAR100(_Toolbox, PublishedCIFAR10):
 
 
 class GTSRB(_Toolbox, PublishedGTSRB):
-    """GTSRB as BackdoorBench lays it out: `root` holds Train/000xx/GT-000xx.csv and Test/GT-final_test.csv beside the
-    images; nothing is downloaded.
+    """GTSRB in BackdoorBench's layout, which is not downloaded.
+
+    `root` holds Train/000xx/GT-000xx.csv and Test/GT-final_test.csv beside the images.
     """
 
     toolbox_name: ClassVar[str] = "gtsrb"
@@ -93,14 +97,14 @@ class GTSRB(_Toolbox, PublishedGTSRB):
         return f"put Train/00000 to Train/00042 and Test, with their csv files, into {self.folder()}"
 
     def _fetch(self, folder: str) -> None:
-        """BackdoorBench has a script of its own for that."""
+        """Nothing; BackdoorBench has its own script for that."""
 
     def _unpack(self) -> None:
-        """It is not packed."""
+        """Nothing; there is no archive."""
 
     def _list(self) -> tuple[list[Sample], list[Sample]]:
         *train, test = self._needed()
-        return [sample for path in train for sample in _listed(path)], _listed(test)
+        return list(itertools.chain.from_iterable(map(_listed, train))), _listed(test)
 
 
 def _listed(path: Path) -> list[Sample]:
@@ -110,11 +114,12 @@ def _listed(path: Path) -> list[Sample]:
 
 
 class Arrays(Npz):
-    """Arrays as of the data set `npz`, normalised and augmented as one of the toolbox's sets: for a record made of
-    other images in that set's place.
+    """The data set `npz`, normalised and augmented as one of the toolbox's sets.
+
+    It is for a record that was made with other images in place of that set.
     """
 
-    toolbox_name: str = Field("cifar10", description="the toolbox's data set in whose place they stand")
+    toolbox_name: str = Field("cifar10", description="the toolbox's data set that the arrays replace")
 
     @field_validator("toolbox_name")
     @classmethod
@@ -124,7 +129,7 @@ class Arrays(Npz):
         return name
 
     def info(self) -> DatasetInfo:
-        """The facts, with that set's normalisation."""
+        """The facts, with the normalisation of that set."""
         return as_in_toolbox(super().info(), self.toolbox_name)
 
     def recipe(self) -> Mapping[str, Any]:

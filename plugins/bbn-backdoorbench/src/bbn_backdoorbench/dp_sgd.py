@@ -1,4 +1,4 @@
-"""python -m bbn_backdoorbench.dp_sgd: our dp_sgd as a defense of BackdoorBench."""
+"""`python -m bbn_backdoorbench.dp_sgd` runs our dp_sgd as a defense of BackdoorBench."""
 
 import sys
 

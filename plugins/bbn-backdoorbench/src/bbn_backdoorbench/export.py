@@ -1,4 +1,4 @@
-"""Writes a cell of ours as BackdoorBench's tools read it, or says why they would evaluate it wrongly."""
+"""Writes one of our cells as BackdoorBench's tools read it; refuses those that they would evaluate wrongly."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from bbn_backdoorbench.reading import read_record
 from bbn_backdoorbench.words import DECOYS, MODELS
 from bbn_backdoorbench.writing import Network, write_attack, write_defense
 
-#: folders that the toolbox's tools treat in ways of their own
+#: folder names that the toolbox's tools treat differently
 SPECIAL = ("fp", "dbd")
 
 
 def check_exportable(cell: Cell) -> str:
-    """The toolbox's name of the cell's network; `BenchError` if its tools would load it and evaluate it wrongly."""
+    """The toolbox's name of the cell's network; `BenchError` if its tools would evaluate the cell wrongly."""
     name = getattr(cell.architecture.component, "model_name", None)
     if cell.activation.name != "relu":
         raise BenchError(
@@ -30,12 +30,12 @@ def check_exportable(cell: Cell) -> str:
         )
     if name not in MODELS:
         raise BenchError(
-            f"{cell.title}: {cell.architecture.label} is no network of BackdoorBench",
+            f"{cell.title}: {cell.architecture.label} is not a network of BackdoorBench",
             f"use one of {', '.join(f'backdoorbench:{model}' for model in MODELS)}",
         )
     if not cell.info.name.startswith("backdoorbench:"):
         raise BenchError(
-            f"{cell.title}: BackdoorBench normalises images in its own way, and this network was trained on another",
+            f"{cell.title}: BackdoorBench normalises images differently from how this network was trained",
             f"use the data set backdoorbench:{cell.dataset.name}",
         )
     if cell.attack.component.searches:
@@ -44,7 +44,7 @@ def check_exportable(cell: Cell) -> str:
 
 
 def take_network(cell: Cell, model: nn.Module, stages: Stages) -> Network:
-    """The network by the toolbox's name; `BenchError` if its structure was changed."""
+    """The network under the toolbox's name; `BenchError` if its structure was changed."""
     name, weights = check_exportable(cell), model.state_dict()
     own = stages.builder(0).state_dict()
     if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in weights.items()}:
@@ -62,12 +62,12 @@ def export_attack(cell: Cell, stages: Stages, folder: Path) -> None:
         raise BenchError(f"{cell.title}: {cell.attack.label} has no triggered images, and BackdoorBench needs some")
     network = take_network(cell, stages.victim_network(), stages)
     facts = _facts(cell, len(train), poisoned)
-    given = None if has_no_training_set(cell) else (train, poisoned)
-    write_attack(folder, network, cell.info, given, (test, triggered), facts)
+    training_part = None if has_no_training_set(cell) else (train, poisoned)
+    write_attack(folder, network, cell.info, training_part, (test, triggered), facts)
 
 
 def export_defense(cell: Cell, stages: Stages, counts: Counts, record: Path) -> Path:
-    """Write the defended network of a cell into the record in the folder `record`, and return where."""
+    """Write the defended network of a cell into the record in the folder `record`; returns the result's folder."""
     network = take_network(cell, stages.network(), stages)
     _check_same(cell, stages, record)
     return write_defense(
@@ -76,12 +76,12 @@ def export_defense(cell: Cell, stages: Stages, counts: Counts, record: Path) -> 
 
 
 def _check_same(cell: Cell, stages: Stages, folder: Path) -> None:
-    """The record in `folder` is the one whose network the cell's defense was given, or would have been."""
-    found, victim = read_record(folder), stages.victim_network().state_dict()
-    same = found.weights.keys() == victim.keys() and all(
-        torch.equal(found.weights[name].to(tensor.dtype), tensor.cpu()) for name, tensor in victim.items()
+    """Raise `BenchError` unless the record in `folder` holds the victim of the cell."""
+    record, victim = read_record(folder), stages.victim_network().state_dict()
+    same = record.weights.keys() == victim.keys() and all(
+        torch.equal(record.weights[name].to(tensor.dtype), tensor.cpu()) for name, tensor in victim.items()
     )
-    if not same or f"backdoorbench:{found.dataset}" != cell.info.name:
+    if not same or f"backdoorbench:{record.dataset}" != cell.info.name:
         raise BenchError(
             f"'{folder}' is a record of another network than {cell.title} started from",
             "choose another folder with --output",
@@ -89,26 +89,29 @@ def _check_same(cell: Cell, stages: Stages, folder: Path) -> None:
 
 
 def has_no_training_set(cell: Cell) -> bool:
-    """Whether the cell's attack is a record without one."""
+    """Whether the cell's attack is a record without a training set."""
     return isinstance(cell.attack.component, BackdoorBenchRecord) and cell.attack.component.read().train is None
 
 
 def folder_name(label: str) -> str:
-    """A label as the name of a folder that the toolbox's tools treat like any other."""
+    """The name of a folder for a label, one that the toolbox's tools treat like any other."""
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", label).strip("._") or "defense"
     return f"bbn_{name}" if name in SPECIAL else name
 
 
 def _facts(cell: Cell, size: int, changed: PoisonedSamples) -> Mapping[str, Any]:
-    """What info.pickle says, in the toolbox's words; of an imported record, what that one said."""
-    attack, decoys = cell.attack.component, 0 if changed.decoys is None else int(changed.decoys.sum())
-    marks = {DECOYS: decoys} if decoys else {}
+    """The content of info.pickle in the toolbox's words; for an imported record, that of its own info.pickle."""
+    attack, marks, decoys = cell.attack.component, dict[str, int](), 0
+    if changed.decoys is not None and changed.decoys.any():
+        decoys = int(changed.decoys.sum())
+        marks[DECOYS] = decoys
     if isinstance(attack, BackdoorBenchRecord):
         return {**attack.read().info, **marks}
     target, mode = getattr(attack, "target", None), getattr(attack, "label_mode", "all_to_one")
+    labels = "all2all" if mode == "all_to_all" else "all2one"
     return {
-        "attack": cell.attack.name, "attack_label_trans": "all2all" if mode == "all_to_all" else "all2one",
-        "attack_target": target, "pratio": (len(changed) - decoys) / size, "random_seed": cell.seed,
+        "attack": cell.attack.name, "attack_label_trans": labels, "attack_target": target,
+        "pratio": (len(changed) - decoys) / size, "random_seed": cell.seed,
         "epochs": cell.recipe.epochs, "batch_size": cell.recipe.batch_size, "lr": cell.recipe.lr,
         "num_classes": cell.info.num_classes,
         "model": check_exportable(cell), "dataset": cell.info.name.removeprefix("backdoorbench:"), **marks,

@@ -1,4 +1,4 @@
-"""python -m bbn_backdoorbench.nad: our nad as a defense of BackdoorBench."""
+"""`python -m bbn_backdoorbench.nad` runs our nad as a defense of BackdoorBench."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The toolbox's networks: torchvision's by name with their stems for ImageNet, and its pre-activation ResNet-18."""
+"""The toolbox's networks: those of torchvision with stems for ImageNet, and its pre-activation ResNet-18."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from backdoor_bench_none.api import Architecture, Combination, ModelSpec
 
 
 class ToolboxNetwork(Architecture):
-    """Base of the toolbox's networks. Their activation functions are their own, so the cell's must be relu; they take
-    colour images.
+    """Base of the toolbox's networks.
+
+    They have fixed activation functions, so the cell's must be relu, and they take colour images.
     """
 
     #: the toolbox's name
     model_name: ClassVar[str]
 
-    width: float = Field(1.0, ge=1, le=1, description="the toolbox has one width only")
+    width: float = Field(1.0, ge=1, le=1, description="the toolbox has only one width")
 
     def skip(self, cell: Combination) -> str | None:
-        """Networks of the toolbox have no choice of activation function, and three input channels."""
+        """The reason why a cell does not fit: the network has fixed activation functions and three input channels."""
         if cell.activation.name != "relu":
             return f"{self.model_name} of BackdoorBench has its own activation functions: use relu"
         if cell.info.shape[0] != 3:
@@ -49,7 +50,7 @@ class PreActBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The convolved input plus the shortcut, which starts behind the first activation where it is a convolution."""
+        """The convolved input plus the shortcut, which starts after the first activation where it is a convolution."""
         active = self.act1(self.bn1(x))
         shortcut = x if self.shortcut is None else self.shortcut(active)
         out: Tensor = self.conv2(self.act2(self.bn2(self.conv1(active)))) + shortcut
@@ -57,7 +58,7 @@ class PreActBlock(nn.Module):
 
 
 class PreActNetwork(nn.Module):
-    """3x3 stem, four stages of two blocks, average pooling of the last sum as it is, one linear layer."""
+    """3x3 stem, four stages of two blocks, average pooling without a norm or activation before it, one linear layer."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class PreActNetwork(nn.Module):
 
 
 class PreActResNet18(ToolboxNetwork):
-    """The toolbox's default: pre-activation ResNet-18 for small images, without a last norm and activation."""
+    """The toolbox's default: pre-activation ResNet-18 for small images, without a final norm and activation."""
 
     paper = "arXiv:1603.05027"
     model_name = "preactresnet18"

@@ -1,4 +1,4 @@
-"""python -m bbn_backdoorbench.none: our none as a defense of BackdoorBench."""
+"""`python -m bbn_backdoorbench.none` runs our none as a defense of BackdoorBench."""
 
 import sys
 

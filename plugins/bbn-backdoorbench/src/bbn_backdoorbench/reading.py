@@ -1,4 +1,4 @@
-"""Reads record folders: attack_result.pt with an allow-list of harmless globals, paths kept inside the folder."""
+"""Reads record folders: attack_result.pt with an allow-list of harmless globals, images only from inside the folder."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from torch import Tensor
 from backdoor_bench_none.api import BenchError
 from bbn_backdoorbench.words import ATTACK_RESULT, DECOYS, INFO, RECORD_KEYS, TRAINING_CONTROLLED
 
-#: all that numpy's arrays and scalars need; numpy 1 called the module `numpy.core`
+#: all globals that numpy's arrays and scalars need; numpy 1 called the module `numpy.core`
 HARMLESS: list[Any] = [
     np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, type(np.dtype("float64")),
     type(np.dtype("int64")), (multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
     (multiarray.scalar, "numpy.core.multiarray.scalar"),
 ]  # fmt: skip
-#: images decoded by one task of the pool
+#: images that one task of the pool decodes
 CHUNK = 128
-#: bytes of the file of one image
+#: bytes of the largest image file
 LARGEST_IMAGE = 2**25
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -44,10 +44,10 @@ class RecordError(BenchError):
 
 @dataclass(frozen=True)
 class Part:
-    """bd_train or bd_test: the samples whose pixels come from the record, in the order of the file.
+    """bd_train or bd_test: the samples whose images are in the record, in the order of the file.
 
-    `indices` (k,) count in the clean set of `size` images; `labels` (k,) are the attacker's, `true_labels` (k,) the
-    clean set's; `files` are below the record's folder.
+    `indices` (k,) are positions in the clean set of `size` images; `labels` (k,) are those of the attacker,
+    `true_labels` (k,) those of the clean set; `files` are below the record's folder.
     """
 
     size: int
@@ -59,10 +59,10 @@ class Part:
 
 @dataclass(frozen=True)
 class ToolboxRecord:
-    """A record folder, checked; `image_size` is (H, W, C), `info` what info.pickle says, empty if it is not there.
+    """A checked record folder; `image_size` is (H, W, C), `info` the content of info.pickle, empty if that is absent.
 
     `has_truth` says whether the changed training samples are the poisoned ones: attacks that control training also
-    mark samples that bear no trigger.
+    mark samples without a trigger.
     """
 
     folder: Path
@@ -78,22 +78,22 @@ class ToolboxRecord:
 
 
 def read_record(folder: Path) -> ToolboxRecord:
-    """The record in `folder`; `RecordError` names the file and the fact that is wrong with it."""
+    """The record in `folder`; `RecordError` names the file and its fault."""
     path = folder / ATTACK_RESULT
     if not path.is_file():
-        raise RecordError(f"'{folder}' is no record: there is no {ATTACK_RESULT} in it", "name a folder below record/")
+        raise RecordError(f"'{folder}' is not a record: it has no {ATTACK_RESULT}", "name a folder below record/")
     for own in (path, folder / INFO):
         if own.is_symlink():
             raise RecordError(f"'{own}' is a symbolic link; a record holds its own files", "copy the file there")
     raw = load_checked(path)
     if missing := [key for key in RECORD_KEYS if key not in raw]:
-        raise RecordError(f"'{path}' is no record of an attack: it lacks {', '.join(missing)}")
+        raise RecordError(f"'{path}' is not a record of an attack: it lacks {', '.join(missing)}")
     classes, size = _whole(raw["num_classes"], path, "num_classes"), _image_size(raw["img_size"], path)
     info = _read_info(folder)
     parts = {name: _read_part(raw[name], name, classes, path) for name in ("bd_train", "bd_test")}
     test = parts["bd_test"]
     if test is None:
-        raise RecordError(f"'{path}': bd_test is empty, so there is nothing to measure the attack on")
+        raise RecordError(f"'{path}': bd_test is empty, so the attack cannot be measured")
     crossed = (folder / "cross_test_dataset").exists() or str(info.get("attack")) in TRAINING_CONTROLLED
     has_truth = not crossed and not info.get(DECOYS)
     return ToolboxRecord(
@@ -103,38 +103,38 @@ def read_record(folder: Path) -> ToolboxRecord:
 
 
 def load_checked(path: Path) -> Mapping[str, Any]:
-    """The mapping in a file that torch wrote; nothing but tensors, numbers, texts and numpy arrays is unpickled."""
+    """The mapping in a file of torch; only tensors, numbers, texts and numpy arrays are unpickled."""
     try:
         _refuse_compression(path)
         with torch.serialization.safe_globals(HARMLESS):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it names {found[1]}, which is" if found else "it holds something that is"
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it names {name[1]}, which is" if name else "it holds something that is"
         raise RecordError(
             f"'{path}' is not unpickled: {what} not on the list of harmless things",
-            "nothing was executed; take the record from a source you trust, and have it written again",
+            "nothing was executed; get the record from a source you trust, or write it again",
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise RecordError(f"'{path}' is truncated, or no file of torch: {_first_line(error)}") from error
+        raise RecordError(f"'{path}' is truncated, or not a file of torch: {_first_line(error)}") from error
     if not isinstance(loaded, dict):
         raise RecordError(f"'{path}' holds a {type(loaded).__name__}, not a mapping")
     return loaded
 
 
 def _refuse_compression(path: Path) -> None:
-    """torch stores its parts as they are; a part that unpacks to something larger is no work of torch."""
+    """Refuse archives with compressed parts: torch stores its parts as they are, and others may unpack to any size."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
         if packed:
-            raise RecordError(f"'{path}' is no file of torch: {packed[0]} in it is compressed")
+            raise RecordError(f"'{path}' is not a file of torch: {packed[0]} in it is compressed")
 
 
 def read_weights(raw: object, path: Path) -> dict[str, Tensor]:
-    """A state dictionary without the prefix that parallel training leaves."""
+    """A state dictionary without the prefix that parallel training adds."""
     if not isinstance(raw, dict) or not raw or not all(isinstance(value, Tensor) for value in raw.values()):
-        raise RecordError(f"'{path}': model is no state dictionary")
+        raise RecordError(f"'{path}': model is not a state dictionary")
     weights = {str(name).removeprefix("module."): tensor for name, tensor in raw.items()}
     if len(weights) != len(raw):
         raise RecordError(f"'{path}': model holds a tensor twice, with and without the prefix 'module.'")
@@ -143,11 +143,13 @@ def read_weights(raw: object, path: Path) -> dict[str, Tensor]:
 
 def _read_info(folder: Path) -> Mapping[str, Any]:
     path = folder / INFO
-    return load_checked(path) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    return load_checked(path)
 
 
 def _read_part(raw: object, name: str, classes: int, path: Path) -> Part | None:
-    """The samples of bd_train or bd_test; None where the attack leaves none."""
+    """The samples of bd_train or bd_test; None if the attack has none."""
     if raw is None:
         return None
     where = f"'{path}': {name}"
@@ -157,16 +159,16 @@ def _read_part(raw: object, name: str, classes: int, path: Path) -> Part | None:
         changed = np.asarray(raw["poison_indicator"])  # type: ignore[index]
         entries = {_exact(index): entry for index, entry in entries.items()}
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
-        raise RecordError(f"{where} is no data set of BackdoorBench: {_first_line(error)}") from error
+        raise RecordError(f"{where} is not a data set of BackdoorBench: {_first_line(error)}") from error
     if order.ndim != 1 or changed.ndim != 1 or order.dtype.kind not in "iu" or not np.isin(changed, (0, 1)).all():
         raise RecordError(f"{where}: original_index_array is not a list of indices, or poison_indicator not of 0 and 1")
     if len(order) and not 0 <= int(order.min()) <= int(order.max()) < len(changed):
         raise RecordError(f"{where}: an index is beyond the {len(changed)} images of the clean set")
     if len(np.unique(order)) != len(order):
-        raise RecordError(f"{where}: an index stands twice in original_index_array")
+        raise RecordError(f"{where}: an index occurs twice in original_index_array")
     indices = order[changed[order] == 1].astype(np.int64)
     if missing := [index for index in indices.tolist() if index not in entries]:
-        raise RecordError(f"{where}: sample {missing[0]} is marked as poisoned, and there is no image of it")
+        raise RecordError(f"{where}: sample {missing[0]} is marked as poisoned, but has no image")
     chosen = [entries[index] for index in indices.tolist()]
     labels = np.array([_labels(entry, classes, where) for entry in chosen], dtype=np.int64).reshape(-1, 2)
     files = tuple(_confine([_place(entry, where) for entry in chosen], path.parent))
@@ -198,7 +200,7 @@ def _place(entry: object, where: str) -> tuple[str, str]:
 
 
 def _confine(places: list[tuple[str, str]], folder: Path) -> Iterator[str]:
-    """The files below `folder`, none behind a symbolic link; folders are looked at once."""
+    """The files below `folder`, of which none may be behind a symbolic link; each folder is checked once."""
     root = folder.resolve()
     checked: dict[str, str] = {}
     for parent, name in places:
@@ -232,19 +234,19 @@ def read_images(part: Part, shape: tuple[int, int, int]) -> Tensor:
 
 
 def _decode(path: str, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """One PNG (H, W, C); its header is compared with `shape` before a pixel is unpacked.
+    """One PNG (H, W, C), whose header is compared with `shape` before a pixel is unpacked.
 
-    OpenCV does that in two thirds of Pillow's time, and without holding the interpreter's lock.
+    OpenCV takes two thirds of Pillow's time, and does not hold the interpreter's lock.
     """
     height, width, channels = shape
     content = _read_bytes(path)
     if not content.startswith(PNG) or content[12:16] != b"IHDR" or b"IEND" not in content[-16:]:
-        raise RecordError(f"'{path}' cannot be read as PNG: it is none, or not whole")
-    found = struct.unpack(">II", content[16:24])
-    if found != (width, height):
-        raise RecordError(f"'{path}' is {found[0]}x{found[1]}, the record says {width}x{height}")
+        raise RecordError(f"'{path}' cannot be read as PNG: it is not one, or is truncated")
+    size = struct.unpack(">II", content[16:24])
+    if size != (width, height):
+        raise RecordError(f"'{path}' is {size[0]}x{size[1]}, the record says {width}x{height}")
     mode = cv2.IMREAD_COLOR if channels == 3 else cv2.IMREAD_GRAYSCALE
-    # a camera's orientation is not followed: the toolbox does not
+    # the orientation that a camera notes is ignored, as in the toolbox
     pixels = cv2.imdecode(np.frombuffer(content, np.uint8), mode | cv2.IMREAD_IGNORE_ORIENTATION)
     if pixels is None or pixels.shape[:2] != (height, width):
         raise RecordError(f"'{path}' cannot be read as PNG: its data are damaged")
@@ -253,7 +255,7 @@ def _decode(path: str, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
 
 
 def _read_bytes(path: str) -> bytes:
-    """The content of a file that is no symbolic link and not absurdly large."""
+    """The content of a file; `RecordError` if it is a symbolic link or larger than any image."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
         try:
@@ -268,12 +270,12 @@ def _read_bytes(path: str) -> bytes:
 
 
 def hash_record(record: ToolboxRecord) -> str:
-    """The sha256 of attack_result.pt, of all images, and of whether the changed samples are the poisoned ones."""
+    """The sha256 over attack_result.pt, all images, and whether the changed samples are the poisoned ones."""
     digest = hashlib.sha256((record.folder / ATTACK_RESULT).read_bytes())
     if not record.has_truth:
         digest.update(b"without ground truth")
-    for part in (record.train, record.test):
-        for path in part.files if part is not None else ():
+    for part in filter(None, (record.train, record.test)):
+        for path in part.files:
             digest.update(hashlib.sha256(_read_bytes(path)).digest())
     return digest.hexdigest()
 
@@ -288,7 +290,7 @@ def _exact(value: Any) -> int:  # noqa: ANN401
     """A whole number; `ValueError` for 0.5, which int() would round."""
     number = int(value)
     if number != value:
-        raise ValueError(f"{value!r} is no whole number")
+        raise ValueError(f"{value!r} is not a whole number")
     return number
 
 

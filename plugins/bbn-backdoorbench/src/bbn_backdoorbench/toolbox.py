@@ -1,4 +1,4 @@
-"""BackdoorBench's own defenses, each run as a process in a copy of the user's checkout made of links."""
+"""BackdoorBench's own defenses, each run as a process in a copy of the user's checkout that consists of links."""
 
 from __future__ import annotations
 
@@ -34,15 +34,16 @@ from bbn_backdoorbench.writing import Network, write_attack
 #: the interpreter of the checkout's environment; default: this one
 PYTHON = "BBN_BACKDOORBENCH_PYTHON"
 RECORD = "bbn"
-#: seconds between two looks at the deadline
+#: seconds between two checks of the deadline
 PATIENCE = 0.2
 Flag = str | int | float | bool
 
 
 class ToolboxDefense(Defense):
-    """Base of the toolbox's defenses. The checkout is the one that BBN_BACKDOORBENCH_HOME names, with its data sets in
-    data/; the script is given the whole record, as in the toolbox, the triggered test set included, and the network it
-    leaves is evaluated here.
+    """Base of the toolbox's defenses.
+
+    The checkout is the one that BBN_BACKDOORBENCH_HOME names, with its data sets in data/. As in the toolbox, the
+    script is given the whole record, including the triggered test set; the network it writes is evaluated here.
     """
 
     stage: ClassVar[Stage] = Stage.POST_TRAINING
@@ -50,7 +51,7 @@ class ToolboxDefense(Defense):
     sees_ground_truth: ClassVar[bool] = True
     #: the script in `defense/`
     script: ClassVar[str]
-    #: whether it looks for poison in the record's training set, so that a record without one is none for it
+    #: whether it filters the record's training set, so that a record without one does not fit
     filters_training_set: ClassVar[bool] = False
 
     options: dict[str, Flag] = Field(
@@ -59,16 +60,16 @@ class ToolboxDefense(Defense):
 
     def run(self, task: DefenseTask, context: Context) -> DefenseResult:
         """The network in the script's defense_result.pt."""
-        given = cast("OracleTask", task)
+        oracle_task = cast("OracleTask", task)
         home = find_checkout(self.script)
         with tempfile.TemporaryDirectory(prefix="bbn-") as name:
-            place = Path(name).resolve()
-            if "record" in str(place):
-                raise ConfigError(f"BackdoorBench cannot work below '{place}'", "let TMPDIR not contain 'record'")
-            link_checkout(home, place)
-            network = self._write_record(given, place / "record" / RECORD)
-            self._execute(place, context, given.info.name.removeprefix("backdoorbench:"), network.model_name)
-            return self._read_result(place, given)
+            root = Path(name).resolve()
+            if "record" in str(root):
+                raise ConfigError(f"BackdoorBench cannot work below '{root}'", "choose a TMPDIR without 'record' in it")
+            link_checkout(home, root)
+            network = self._write_record(oracle_task, root / "record" / RECORD)
+            self._execute(root, context, task.info.name.removeprefix("backdoorbench:"), network.model_name)
+            return self._read_result(root, task)
 
     def _write_record(self, task: OracleTask, folder: Path) -> Network:
         name = getattr(task.build.architecture, "model_name", None)
@@ -82,13 +83,13 @@ class ToolboxDefense(Defense):
         write_attack(folder, network, task.info, train, test, {"attack": "bbn"})
         return network
 
-    def _execute(self, place: Path, context: Context, dataset: str, model: str) -> None:
-        command = self.command(place, context, dataset, model)
-        log = place / "output.txt"
+    def _execute(self, root: Path, context: Context, dataset: str, model: str) -> None:
+        command = self.command(root, context, dataset, model)
+        log = root / "output.txt"
         with log.open("wb") as output:
             try:
                 process = subprocess.Popen(
-                    command, cwd=place, env=environment(place), stdin=subprocess.DEVNULL, stdout=output,
+                    command, cwd=root, env=environment(root), stdin=subprocess.DEVNULL, stdout=output,
                     stderr=subprocess.STDOUT, start_new_session=True,
                 )  # fmt: skip
             except OSError as error:
@@ -106,26 +107,30 @@ class ToolboxDefense(Defense):
             last = " | ".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:])
             raise BenchError(f"BackdoorBench's defense/{self.script}.py ended with code {process.returncode}: {last}")
 
-    def command(self, place: Path, context: Context, dataset: str, model: str) -> list[str]:
-        """The script with every flag that it does not take from the record."""
-        configs = [place / "config" / "defense" / self.script / f"{name}.yaml" for name in (dataset, "config")]
+    def command(self, root: Path, context: Context, dataset: str, model: str) -> list[str]:
+        """The command of the script, with every flag that it does not take from the record."""
+        configs = [root / "config" / "defense" / self.script / f"{name}.yaml" for name in (dataset, "config")]
         config = next((path for path in configs if path.is_file()), None)
         if config is None:
             raise ConfigError(f"the checkout has no config/defense/{self.script}/{dataset}.yaml")
         flags: dict[str, Flag] = {
-            "result_file": RECORD, "yaml_path": f"./{config.relative_to(place)}", "dataset": dataset, "model": model,
+            "result_file": RECORD, "yaml_path": f"./{config.relative_to(root)}", "dataset": dataset, "model": model,
             "device": str(context.device), "num_workers": 0, "random_seed": context.seed % 2**31, **self.clean_flags(),
             **self.options,
         }  # fmt: skip
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        return [os.environ.get(PYTHON) or sys.executable, f"./defense/{self.script}.py", *words]
+        command = [os.environ.get(PYTHON) or sys.executable, f"./defense/{self.script}.py"]
+        for name, value in flags.items():
+            command += [f"--{name}", str(value)]
+        return command
 
     def clean_flags(self) -> Mapping[str, Flag]:
-        """The share of clean data, for scripts that take some."""
-        return {"ratio": self.clean_fraction} if self.clean_fraction else {}
+        """The flag for the share of clean data; empty for scripts that take none."""
+        if not self.clean_fraction:
+            return {}
+        return {"ratio": self.clean_fraction}
 
-    def _read_result(self, place: Path, task: DefenseTask) -> DefenseResult:
-        path = place / "record" / RECORD / "defense" / self.script / DEFENSE_RESULT
+    def _read_result(self, root: Path, task: DefenseTask) -> DefenseResult:
+        path = root / "record" / RECORD / "defense" / self.script / DEFENSE_RESULT
         if not path.is_file():
             raise RecordError(f"defense/{self.script}.py ended without writing {DEFENSE_RESULT}")
         model: nn.Module = task.new_model()
@@ -134,38 +139,38 @@ class ToolboxDefense(Defense):
 
 
 class WithCleanData(ToolboxDefense):
-    """A defense that the toolbox grants clean images: it draws them from the clean training set by itself."""
+    """A defense with clean data, which its script draws from the clean training set."""
 
     clean_fraction: float = Field(0.05, gt=0, lt=1, description="share of clean training images, its `ratio`")
 
 
 def find_checkout(script: str) -> Path:
-    """The user's checkout; `ConfigError` if there is none, or if it lacks the script."""
+    """The user's checkout; `ConfigError` if there is none, or if it lacks the script or the data."""
     named = os.environ.get(HOME)
     if not named:
-        raise ConfigError(f"{HOME} is not set", "let it name a checkout of BackdoorBench, with its data sets in data/")
+        raise ConfigError(f"{HOME} is not set", "set it to a checkout of BackdoorBench, with its data sets in data/")
     home = Path(named).expanduser().resolve()
     for needed in (f"defense/{script}.py", "config/defense", "data"):
         if not (home / needed).exists():
-            raise ConfigError(f"'{home}' is no checkout of BackdoorBench: {needed} is not there", f"set {HOME}")
+            raise ConfigError(f"'{home}' is not a checkout of BackdoorBench: {needed} is not there", f"set {HOME}")
     return home
 
 
-def link_checkout(home: Path, place: Path) -> None:
-    """Everything of the checkout but its records, as links in `place`: what a script writes beside them stays there."""
+def link_checkout(home: Path, root: Path) -> None:
+    """Link everything of the checkout but its records into `root`, so that scripts write their files there."""
     for path in home.iterdir():
         if path.name not in ("record", ".git"):
-            (place / path.name).symlink_to(path, target_is_directory=path.is_dir())
-    (place / "record").mkdir()
+            (root / path.name).symlink_to(path, target_is_directory=path.is_dir())
+    (root / "record").mkdir()
 
 
-def environment(place: Path) -> dict[str, str]:
-    """What the toolbox needs on a current stack (facts: torch 2.6 and later, numpy 2)."""
+def environment(root: Path) -> dict[str, str]:
+    """The environment variables with which the toolbox runs on a current stack: torch from 2.6 on, and numpy 2."""
     shim = str(Path(__file__).parent / "shim")
     return {
         **os.environ,
-        "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",  # only the record that we have just written is loaded
-        "PYTHONPATH": os.pathsep.join([shim, str(place)]),
+        "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",  # it loads only the record that we have just written
+        "PYTHONPATH": os.pathsep.join([shim, str(root)]),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
         "MPLBACKEND": "Agg",
         "PYTHONDONTWRITEBYTECODE": "1",  # modules are imported through links into the user's checkout

@@ -1,4 +1,4 @@
-"""BackdoorBench's words, once: its data sets, networks, scripts and record layout (read at its commit f02e353)."""
+"""The names of BackdoorBench: its data sets, networks, scripts and record layout, as of its commit f02e353."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ HOME = "BBN_BACKDOORBENCH_HOME"
 ATTACK_RESULT = "attack_result.pt"
 DEFENSE_RESULT = "defense_result.pt"
 INFO = "info.pickle"
-#: a key of ours in info.pickle: the number of changed training samples that bear no trigger
+#: our own key in info.pickle: the number of changed training samples without a trigger
 DECOYS = "bbn_decoys"
-#: what attack_result.pt holds
+#: the keys of attack_result.pt
 RECORD_KEYS = ("model_name", "num_classes", "model", "data_path", "img_size", "clean_data", "bd_train", "bd_test")
 
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """How the toolbox normalises a data set, on the 0..1 scale; `component` is the class here that reads it."""
+    """How the toolbox normalises a data set, on the 0..1 scale; `component` is the class that reads it here."""
 
     component: str
     num_classes: int
@@ -33,7 +33,7 @@ DATASETS: Mapping[str, DatasetFacts] = {
     "cifar100": DatasetFacts("CIFAR100", 100, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "gtsrb": DatasetFacts("GTSRB", 43, 32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
-#: the toolbox's networks that are reproduced here -> the class; all are torchvision's, with stems for ImageNet, but one
+#: the toolbox's networks -> the class here; all but the first are torchvision's, with stems for ImageNet
 MODELS: Mapping[str, str] = {
     "preactresnet18": "PreActResNet18",
     "resnet18": "ResNet18",
@@ -63,5 +63,5 @@ SCRIPTS: Mapping[str, str] = {
     "ft-sam": "FTSAM", "i-bau": "IBAU", "mcr": "MCR", "nad": "NAD", "nc": "NC", "npd": "NPD", "rnp": "RNP",
     "sau": "SAU", "spectral": "Spectral",
 }  # fmt: skip
-#: attacks that control training: their training sets are made up afterwards, and mark samples that bear no trigger
+#: attacks that control training: their training sets are made afterwards, and mark samples without a trigger too
 TRAINING_CONTROLLED = frozenset({"wanet", "inputaware", "bpp", "blind", "lira"})

@@ -18,20 +18,20 @@ from torch import Tensor
 from backdoor_bench_none.api import BenchError, Counts, DatasetInfo, ImageSet, PoisonedSamples
 from bbn_backdoorbench.words import ATTACK_RESULT, DEFENSE_RESULT, INFO
 
-#: marks results of ours, which may be overwritten
+#: marks results written by this package, which may be overwritten
 PLUGIN_KEY = "written_by"
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network by the toolbox's name, with its weights."""
+    """A network, by the toolbox's name, and its weights."""
 
     model_name: str
     num_classes: int
     weights: Mapping[str, Tensor]
 
     def as_dict(self) -> dict[str, Any]:
-        """What a result file says of it."""
+        """Its entries in a result file."""
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.weights.items()}
         return {"model_name": self.model_name, "num_classes": self.num_classes, "model": weights}
 
@@ -44,18 +44,18 @@ def write_attack(
     test: tuple[ImageSet, PoisonedSamples],
     facts: Mapping[str, Any],
 ) -> None:
-    """Write attack_result.pt, info.pickle and the images of both parts, each with its clean set, into a new `folder`;
-    `train` is None where an attack leaves no training set.
+    """Write attack_result.pt, info.pickle and the images of both parts into a new `folder`.
 
-    The paths inside are relative to the folder that holds `record/`, so the folder must end up there by its own name.
+    `train` and `test` are a clean set with its changed samples; `train` is None if the attack has no training set. The
+    paths in the files are relative to the folder that holds `record/`, so `folder` must be put there under its own
+    name.
     """
     dataset = info.name.removeprefix("backdoorbench:")
     channels, height, width = info.shape
     with new_folder(folder) as draft:
-        parts = {
-            name: None if part is None else _write_part(draft, folder.name, name, *part, whole)
-            for name, part, whole in (("bd_train", train, True), ("bd_test", test, False))
-        }
+        parts: dict[str, Any] = {"bd_train": None, "bd_test": _write_part(draft, folder.name, "bd_test", *test, False)}
+        if train is not None:
+            parts["bd_train"] = _write_part(draft, folder.name, "bd_train", *train, True)
         result = {
             **network.as_dict(), "data_path": f"./data/{dataset}", "img_size": (height, width, channels),
             "clean_data": dataset, **parts,
@@ -67,8 +67,11 @@ def write_attack(
 def _write_part(
     draft: Path, record: str, name: str, clean: ImageSet, samples: PoisonedSamples, whole: bool
 ) -> dict[str, Any]:
-    """The images of one part, and its state as the toolbox keeps it; `whole` if unchanged samples belong to it."""
-    place = f"./record/{record}/{name}_dataset"
+    """Write the images of one part; returns its state as the toolbox stores it.
+
+    `whole` says whether the part also holds the unchanged samples.
+    """
+    images_folder = f"./record/{record}/{name}_dataset"
     true_labels = clean.labels[samples.indices].tolist()
     entries: dict[int, dict[str, Any]] = {}
     (draft / f"{name}_dataset").mkdir()
@@ -78,26 +81,31 @@ def _write_part(
     ):  # fmt: skip
         path = draft / f"{name}_dataset" / str(true) / f"{index}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(path)
-        entries[index] = {"path": f"{place}/{true}/{index}.png", "other_info": [label, true]}
+        # Pillow takes grey images without an axis for channels
+        pixels = image.squeeze(-1) if image.shape[-1] == 1 else image
+        Image.fromarray(pixels).save(path)
+        entries[index] = {"path": f"{images_folder}/{true}/{index}.png", "other_info": [label, true]}
     changed = np.zeros(len(clean), dtype=np.float64)
     changed[samples.indices.numpy()] = 1
-    order = np.arange(len(clean), dtype=np.int64) if whole else np.sort(samples.indices.numpy().astype(np.int64))
-    container = {"save_folder_path": place, "data_dict": entries, "save_file_format": ".png"}
+    order = np.sort(samples.indices.numpy().astype(np.int64))
+    if whole:
+        order = np.arange(len(clean), dtype=np.int64)
+    container = {"save_folder_path": images_folder, "data_dict": entries, "save_file_format": ".png"}
     return {
         "bd_data_container": container, "getitem_all": True, "getitem_all_switch": False,
-        "original_index_array": order, "poison_indicator": changed, "save_folder_path": place,
+        "original_index_array": order, "poison_indicator": changed, "save_folder_path": images_folder,
     }  # fmt: skip
 
 
 def write_defense(folder: Path, name: str, network: Network, counts: Counts, written_by: str) -> Path:
     """Write `defense/<name>/` with defense_result.pt and the two csv files into the record in `folder`.
 
-    A result of that name that is not ours is left alone, with an error.
+    `BenchError` if there is a result with that name that this package did not write.
     """
     target = folder / "defense" / name
     if target.exists() and not (target / PLUGIN_KEY).is_file():
-        raise BenchError(f"'{target}' is there already, and not written by this package", "move it, or choose a name")
+        message = f"'{target}' exists already and was not written by this package"
+        raise BenchError(message, "move it, or choose another name")
     shutil.rmtree(target, ignore_errors=True)
     with new_folder(target) as draft:
         torch.save({**network.as_dict(), PLUGIN_KEY: written_by}, draft / DEFENSE_RESULT, pickle_protocol=2)
@@ -107,11 +115,12 @@ def write_defense(folder: Path, name: str, network: Network, counts: Counts, wri
 
 
 def _write_tables(folder: Path, name: str, counts: Counts) -> None:
-    """The last state in the columns that tools look for."""
+    """Write the results as the last epoch, in the columns that the toolbox's tools read."""
     shares = {
         "test_acc": counts.benign_accuracy, "test_asr": counts.attack_success_rate, "test_ra": counts.robust_accuracy,
     }  # fmt: skip
-    values: dict[str, Any] = {name: count.rate if count else None for name, count in shares.items()}
+    values: dict[str, Any] = dict.fromkeys(shares)
+    values |= {name: count.rate for name, count in shares.items() if count}
     absent: dict[str, Any] = {name: value is None for name, value in values.items()}
     rows = {"last": values, "valid_max": values, "exist_nan_value": absent}
     _write_csv(folder / f"{name}_df.csv", [{"": 0, "epoch": 0, "batch": 0, **values}])
@@ -127,9 +136,9 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A draft that becomes `folder` when all is written; `BenchError` if it is there already or cannot be written."""
+    """Yield a draft that is renamed to `folder` at the end; `BenchError` if that exists or cannot be written."""
     if folder.exists():
-        raise BenchError(f"'{folder}' is there already", "move it, or choose another folder with --output")
+        raise BenchError(f"'{folder}' exists already", "move it, or choose another folder with --output")
     draft = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     try:

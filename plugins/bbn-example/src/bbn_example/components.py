@@ -5,23 +5,32 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from backdoor_bench_none.api import Context, DatasetInfo, Defense, DefenseResult, DefenseTask, Stage, Trigger, TriggerAttack
+from backdoor_bench_none.api import (
+    Context,
+    DatasetInfo,
+    Defense,
+    DefenseResult,
+    DefenseTask,
+    Stage,
+    Trigger,
+    TriggerAttack,
+)
 
 
 class Cross(TriggerAttack):
-    """Draws a cross of one pixel's width over the whole image."""
+    """Draws a cross one pixel wide over the whole image."""
 
-    opacity: float = Field(0.5, gt=0, le=1, description="1 paints over the image, less lets it shine through")
+    opacity: float = Field(0.5, gt=0, le=1, description="1 replaces the pixels, less blends with them")
 
     def trigger(self, info: DatasetInfo) -> Trigger:
-        """White lines through the middle."""
+        """White lines through the centre."""
         mask = torch.zeros(1, *info.shape[1:])
         mask[:, info.shape[1] // 2] = mask[:, :, info.shape[2] // 2] = self.opacity
         return Trigger(mask, torch.ones(info.shape))
 
 
 class TrimLosses(Defense):
-    """Trains for a while, drops the samples it has learned best, and trains a new network on the others."""
+    """Trains for a few epochs, drops the samples with the smallest losses, and trains a new network on the others."""
 
     stage: ClassVar[Stage] = Stage.IN_TRAINING
     returns = ("flagged", "scores")

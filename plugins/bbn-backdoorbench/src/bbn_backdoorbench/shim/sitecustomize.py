@@ -1,4 +1,4 @@
-"""Names that numpy 2 removed and BackdoorBench uses, for its processes only."""
+"""Restores names that numpy 2 removed and BackdoorBench uses, in its processes only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _asarray = np.asarray
 
 
 def asarray(values: Any, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
-    """As before numpy 1.24: lists of unequal lengths become an array of objects."""
+    """np.asarray as before numpy 1.24, where lists of unequal lengths become an array of objects."""
     try:
         return _asarray(values, *args, **keywords)
     except ValueError as error:

@@ -1,0 +1,38 @@
+"""Breaks the long lines of messages between words, where the width of the terminal is known."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import textwrap
+
+#: the first column of a line that has several, with the gap behind it
+FIRST_COLUMN = re.compile(r" *\S+(?: \S+)* {2,}")
+#: columns by which the rest of another line is indented
+INDENT = 4
+
+
+def wrap(text: str) -> str:
+    """`text` with lines wider than the terminal broken between words; the rest is aligned below the second column.
+
+    The width is that of the variable COLUMNS, else that of the terminal. Output to a file or a pipe stays as it is, one
+    message a line, and a word that is wider than the terminal stays whole.
+    """
+    width = shutil.get_terminal_size(fallback=(0, 0)).columns
+    if width == 0:
+        return text
+    lines: list[str] = []
+    for line in text.split("\n"):
+        if len(line) <= width:
+            lines.append(line)
+        else:
+            lines += _break(line, width)
+    return "\n".join(lines)
+
+
+def _break(line: str, width: int) -> list[str]:
+    column = FIRST_COLUMN.match(line)
+    indent = INDENT
+    if column is not None and column.end() <= width // 3:
+        indent = column.end()
+    return textwrap.wrap(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)

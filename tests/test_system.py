@@ -1,0 +1,110 @@
+"""What an operating system does not offer is done without."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from backdoor_bench_none import system
+from backdoor_bench_none.contracts.record import Record
+from backdoor_bench_none.results.store import Store, UnlockedFolderWarning
+
+#: hides modules and the folder /proc before anything is imported, as on Windows, and runs `bbn`
+ELSEWHERE = """
+import builtins, os, pathlib, signal, sys
+for name in ("fcntl", "resource"):
+    sys.modules[name] = None  # an import raises ImportError
+del os.sched_getaffinity
+del signal.pthread_sigmask
+import backdoor_bench_none.system as system
+system.PROC = pathlib.Path("no such folder")
+assert system.fcntl is None and system.resource is None
+from backdoor_bench_none.cli.main import run_cli
+sys.exit(run_cli(sys.argv[1:]))
+"""
+
+
+def elsewhere(folder: Path, *arguments: str) -> str:
+    """What `bbn` prints where these modules do not exist."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning", "-c", ELSEWHERE, *arguments],
+        cwd=folder, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_records_tables_and_reports_need_no_unix(
+    write_benchmark: Callable[..., Path], make_record: Callable[..., Record], tmp_path: Path
+) -> None:
+    write_benchmark()
+    record = make_record(ba=91, asr=7)
+    Store(tmp_path / "results").write_record(record)
+    assert record.key in elsewhere(tmp_path, "results", "show", record.key)
+    assert "91.0" in elsewhere(tmp_path, "table", "--results", "results", "--format", "markdown", "--all")
+    elsewhere(tmp_path, "report", "--results", "results", "--output", "page.html")
+    assert "91.0" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_run_needs_no_unix(write_benchmark: Callable[..., Path], tmp_path: Path) -> None:
+    write_benchmark(defense="no_defense")
+    assert "1 done" in elsewhere(tmp_path, "run")
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: Any, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(system, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=2))
+    store = Store(tmp_path / "results")
+    with pytest.warns(UnlockedFolderWarning, match="one run is safe there, two at once are not"):
+        store.create()
+    with store.lock("poison", "ab"):  # goes on without
+        pass
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+def test_other_faults_of_a_lock_are_raised(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: Any, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(system, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=2))
+    with (tmp_path / "file").open("w") as file, pytest.raises(OSError, match=os.strerror(code)):
+        system.lock_file(file)
+
+
+def test_no_facts_of_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "PROC", tmp_path)
+    assert not system.reset_peak_memory()
+    assert system.read_peak_memory() is None
+    assert isinstance(system.cpu_name(), str)
+    system.limit_memory(None)
+
+
+def test_facts_of_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/status").write_text("Name:\tx\nVmHWM:\t   12 kB\n")
+    (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name\t: A CPU\nflags\t: fpu amx_bf16 sse\n")
+    monkeypatch.setattr(system, "PROC", tmp_path)
+    system.cpu_has_bf16.cache_clear()
+    try:
+        assert system.reset_peak_memory()
+        assert system.read_peak_memory() == 12 * 1024
+        assert system.cpu_name() == "A CPU"
+        assert system.cpu_has_bf16()
+    finally:
+        system.cpu_has_bf16.cache_clear()
+
+
+def test_cores_are_counted_without_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert system.count_cores() == 1
