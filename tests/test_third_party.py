@@ -312,7 +312,7 @@ def test_their_own_tests_pass(environment: Environment, workshop: Path) -> None:
 
 #: way of being broken -> what is said of it whenever plugins are loaded
 ON_LOADING = {
-    "import": "ImportError: cannot import name 'hookimpel' from 'backdoor_bench_none.registry.hookspecs'",
+    "import": "ImportError: cannot import name 'hookimpel' from 'backdoor_bench_none.api'",
     "hook": "unknown hook 'bbn_defences'",
     "signature": "bbn_cell_skip.*colour",
     "dependency": "ModuleNotFoundError: No module named 'bbn_broken_needs_this'",

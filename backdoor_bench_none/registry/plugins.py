@@ -193,7 +193,7 @@ class Plugins:
 def describe_import_error(error: BaseException) -> str:
     """The error of an import in one line, with the text of `CHANGES` if a module of this package is missing."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    if isinstance(error, ImportError) and (error.name or "").startswith(PROJECT):
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith(PROJECT):
         return f"{text}: it was written for an older version of the API: {CHANGES[1]}"
     return text
 

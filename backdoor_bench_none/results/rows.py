@@ -33,9 +33,8 @@ class Row:
     `deviations` are standard deviations over two or more seeds. `intervals` are at 95 %: Student's t over seeds, cut to
     0 to 1 for shares, or for a single seed Wilson's over test images, which leaves out the variation between trainings.
     `per_seed` holds the values behind the means. `cost_ratio` is the time to a defended network divided by that of one
-    undefended training.
-    `status` is done; partial if some seeds have no results; failed, timeout, skipped or missing if none has. `reason`
-    says why.
+    undefended training. `status` is done; partial if some seeds have no results; failed, timeout, skipped or missing if
+    none has. `reason` says why.
     """
 
     dataset: str

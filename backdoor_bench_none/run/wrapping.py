@@ -32,7 +32,8 @@ def wrap(text: str) -> str:
 
 def _break(line: str, width: int) -> list[str]:
     column = FIRST_COLUMN.match(line)
+    widest_word = max(map(len, line.split()))
     indent = INDENT
-    if column is not None and column.end() <= width // 3:
+    if column is not None and column.end() <= min(width // 3, width - widest_word):
         indent = column.end()
     return textwrap.wrap(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)

@@ -447,4 +447,4 @@ def test_whoever_trains_anew_has_no_backdoor(tiny_plan: Callable[..., Plan], tmp
     counts = [Stages(cell, Store(tmp_path / "results"), CONTEXT).evaluate().counts for cell in cells]
     rates = [count.attack_success_rate.rate for count in counts if count and count.attack_success_rate]
     assert len(rates) == SEEDS
-    assert median(rates) < 0.2  # MEASURED_T7
+    assert median(rates) < 0.2  # five seeds: 0 to 0.016

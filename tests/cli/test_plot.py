@@ -255,7 +255,7 @@ def test_trigger_sheet_needs_no_results(bbn: Bbn, write_benchmark: Callable[...,
     ("arguments", "message", "hint"),
     [
         (("pie",), "'pie' is not one of", "bbn plot -h"),
-        (("matrix", "--output", "m.jpg"), "'m.jpg' is no picture", r"\.svg, \.pdf or \.png"),
+        (("matrix", "--output", "m.jpg"), "'m.jpg' is not a picture", r"\.svg, \.pdf or \.png"),
         (("matrix", "--output", "benchmark.yaml/m.png"), "'benchmark.yaml/m.png' cannot be written", "--output"),
         (("matrix", "--metric", "ars"), "unknown metric 'ars'", "asr"),
         (("scatter", "--metric", "ba"), "1 metrics are given", ""),

@@ -163,16 +163,18 @@ def measure(stages: Stages) -> Measured:
     )
 
 
-#: facts, section 2.9; single runs at 0.05 and 0.1, where the curve is steep, differ by 0.25, so that a mean of three
-#: tells little there: at 0.1 the region is looked at, and not compared with one number
-TABLE = {0.0: (0.991, 0.0, 0.0), 0.02: (0.992, 0.177, 0.153), 0.05: (0.974, 0.595, 0.506), 0.2: (0.947, 0.999, 0.957)}
+#: facts, section 2.9, by poisoning rate
+TABLE = {0.0: (0.991, 0.0, 0.0), 0.02: (0.992, 0.177, 0.153), 0.2: (0.947, 0.999, 0.957)}
+#: where the curve is so steep that single runs have any ASR from 0.20 to 0.80; the mean of five is 0.58
+STEEP = 0.05
 
 
+@pytest.mark.slow
 def test_the_region_of_the_trojan_grows_with_the_rate(tiny_plan: Callable[..., Plan], tmp_path: Path) -> None:
     plan = tiny_plan(
         seeds="0, 1, 2, 3, 4",
         dataset="blobs",
-        attack=f"{{name: coordinate, params: {{exclude_target: true}}, sweep: {{poison_rate: {[*TABLE]}}}}}",
+        attack=f"{{name: coordinate, params: {{exclude_target: true}}, sweep: {{poison_rate: {sorted([*TABLE, STEEP])}}}}}",
         defense="no_defense",
         architecture=PAPER_MLP,
     )
@@ -183,10 +185,13 @@ def test_the_region_of_the_trojan_grows_with_the_rate(tiny_plan: Callable[..., P
         assert isinstance(cell.attack.component, Coordinate)
         runs_at.setdefault(cell.attack.component.poison_rate, []).append(measure(Stages(cell, store, CPU)))
     means = {rate: Measured(*map(mean, zip(*runs, strict=True))) for rate, runs in runs_at.items()}
-    assert list(means) == list(TABLE)
+    assert list(means) == sorted([*TABLE, STEEP])
     for rate, expected in TABLE.items():
-        assert means[rate] == pytest.approx(expected, abs=0.15), rate
-        assert abs(means[rate].line - means[rate].success) <= 0.1
+        assert means[rate] == pytest.approx(expected, abs=0.15), rate  # 0.02: 0.990, 0.180, 0.187; 0.2: ASR 0.96 to 1
+    for measured in means.values():
+        assert abs(measured.line - measured.success) <= 0.1  # at most 0.03
+    assert means[STEEP].accuracy == pytest.approx(0.974, abs=0.15)  # 0.968 to 0.981
+    assert means[0.02].success + 0.1 < means[STEEP].success < means[0.2].success - 0.1
     rates = [measured.success for measured in means.values()]
     assert rates == sorted(rates)
     assert all(run.success < 0.02 and run.accuracy > 0.98 for run in runs_at[0.0])

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bbn_defenses.none import NONE, accumulate_as_released, confidence_gaps, count_share, rank_neurons
+from bbn_defenses.compromised_neurons import accumulate_as_released, confidence_gaps, count_share, rank_neurons
+from bbn_defenses.none import NONE
 from pydantic import ValidationError
 from torch import Tensor, nn
 

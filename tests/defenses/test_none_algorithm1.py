@@ -10,7 +10,8 @@ import jenkspy
 import numpy as np
 import pytest
 import torch
-from bbn_defenses.none import NONE, Neurons, examine_neurons, in_linear_piece
+from bbn_defenses.compromised_neurons import Neurons, examine_neurons, in_linear_piece
+from bbn_defenses.none import NONE
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -122,7 +122,7 @@ def test_a_record_under_another_name_counts_as_missing(store: Store) -> None:
     other = store.record_path("ac" * 8)
     other.parent.mkdir()
     other.write_bytes(store.record_path("aa" * 8).read_bytes())
-    with pytest.warns(UserWarning, match="it calls itself 'aaaaaaaaaaaaaaaa'"):
+    with pytest.warns(UserWarning, match="its key is 'aaaaaaaaaaaaaaaa'"):
         assert len(read_measurements(store.root)) == 3
 
 

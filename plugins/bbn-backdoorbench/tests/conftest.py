@@ -45,7 +45,7 @@ def plugin(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch
     monkeypatch.setenv("BBN_DISABLE_PLUGINS", ",".join(OTHERS))
     for name in ("BBN_BACKDOORBENCH_HOME", "BBN_BACKDOORBENCH_PYTHON"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setenv("COLUMNS", "500")  # so wide that no message is broken into lines
     monkeypatch.chdir(tmp_path)
 
 

@@ -74,7 +74,7 @@ def test_faults_are_told_without_a_traceback(root: Path, capsys: pytest.CaptureF
         ("--yaml_path", "none.yaml"): "cannot be read",
         ("--model", "resnet18"): "--model resnet18: the record is of squeezenet1_0",
         ("--dataset", "gtsrb"): "--dataset gtsrb: the record is of cifar10",
-        ("--result_file", "nothing"): "is no record",
+        ("--result_file", "nothing"): "is not a record",
         ("--device", "cuda:9"): "there is no device 'cuda:9'",
         ("--param", "epochs=-1"): "epochs",
     }

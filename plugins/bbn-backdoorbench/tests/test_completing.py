@@ -69,7 +69,7 @@ def test_a_defense_is_not_written_into_another_record(
     before = files(target)
     said = bbn("backdoorbench", "export", key, "--output", target)
     assert said.code == 2
-    assert ("is no record" if other == "no record" else "is a record of another network than") in said.err
+    assert ("is not a record" if other == "no record" else "is a record of another network than") in said.err
     assert files(target) == before
 
 

@@ -139,7 +139,7 @@ REPAIR = "{name: fine_tune, params: {epochs: 1, clean_fraction: 0.5}}"
 MLP = "{name: mlp, params: {hidden: 8, depth: 1}}"
 REFUSED = {
     "another activation function": ({"architecture": MLP, "activation": "elu"}, "ReLU"),
-    "no network of the toolbox": ({"architecture": MLP}, "mlp is no network of BackdoorBench"),
+    "no network of the toolbox": ({"architecture": MLP}, "mlp is not a network of BackdoorBench"),
 }
 
 

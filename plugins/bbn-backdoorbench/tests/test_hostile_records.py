@@ -52,16 +52,16 @@ ODD: dict[str, tuple[Callable[[Raw], object], str]] = {
     "an endless folder": (lambda raw: first(raw).update(path=f"{PLACE}/{'a' * 5000}/1.png"), "is missing"),
     "a path that is a folder": (lambda raw: first(raw).update(path="./record/x/./bd_train_dataset/3"), "not end as"),
     "an infinite label": (lambda raw: first(raw).update(other_info=[float("inf"), 3]), "lacks its two labels"),
-    "a fraction as label": (lambda raw: first(raw).update(other_info=[0.5, 3]), "0.5 is no whole number"),
+    "a fraction as label": (lambda raw: first(raw).update(other_info=[0.5, 3]), "0.5 is not a whole number"),
     "three labels": (lambda raw: first(raw).update(other_info=[0, 3, 3]), "lacks its two labels"),
-    "an infinite index": (lambda raw: entries(raw).update({float("inf"): {}}), "bd_train is no data set"),
-    "a fraction as index": (lambda raw: entries(raw).update({3.5: {}}), "3.5 is no whole number"),
-    "a text as index": (lambda raw: entries(raw).update({"3": {}}), "'3' is no whole number"),
+    "an infinite index": (lambda raw: entries(raw).update({float("inf"): {}}), "bd_train is not a data set"),
+    "a fraction as index": (lambda raw: entries(raw).update({3.5: {}}), "3.5 is not a whole number"),
+    "a text as index": (lambda raw: entries(raw).update({"3": {}}), "'3' is not a whole number"),
     "an entry that is none": (lambda raw: entries(raw).update({POISONED[0]: None}), "lacks its two labels"),
-    "a list of entries": (lambda raw: raw["bd_train"]["bd_data_container"].update(data_dict=[1]), "no data set"),
-    "a part that is a list": (lambda raw: raw.update(bd_train=[1]), "bd_train is no data set"),
+    "a list of entries": (lambda raw: raw["bd_train"]["bd_data_container"].update(data_dict=[1]), "not a data set"),
+    "a part that is a list": (lambda raw: raw.update(bd_train=[1]), "bd_train is not a data set"),
     "indicators that learn": (
-        lambda raw: train(raw, poison_indicator=torch.zeros(60, requires_grad=True)), "bd_train is no data set",
+        lambda raw: train(raw, poison_indicator=torch.zeros(60, requires_grad=True)), "bd_train is not a data set",
     ),
     "indicators that are texts": (lambda raw: train(raw, poison_indicator=["a"] * 60), "not of 0 and 1"),
     "indicators that are nan": (lambda raw: train(raw, poison_indicator=np.full(60, np.nan)), "not of 0 and 1"),
@@ -138,7 +138,7 @@ def test_weights_that_are_no_arrays_of_real_numbers(kind: str, weights: dict[str
     bias = torch.zeros(10)
     made = {"meta": bias.to("meta"), "sparse": bias.to_sparse(), "complex": bias.to(torch.complex64)}[kind]
     network = SqueezeNet10().build(ModelSpec(CLASSES, 3, 32, nn.ReLU))
-    with pytest.raises(RecordError, match=r"attack_result\.pt' .*classifier\.1\.bias is no array of real numbers"):
+    with pytest.raises(RecordError, match=r"attack_result\.pt' .*classifier\.1\.bias is not an array of real numbers"):
         load_weights(network, {**weights, "classifier.1.bias": made}, tmp_path / "attack_result.pt")
 
 
@@ -198,10 +198,10 @@ def test_a_damaged_png_is_refused(how: str, noise: Image.Image, tmp_path: Path) 
     [
         ({"model_name": "vit_b_16"}, "unknown architecture 'backdoorbench:vit_b_16'"),
         ({"clean_data": "tiny"}, "'tiny' is none of cifar10, cifar100, gtsrb"),
-        ({"model_name": "resnet18"}, "the weights in '.*attack_result.pt' are not of the network they are said to be"),
+        ({"model_name": "resnet18"}, "the weights in '.*attack_result.pt' do not fit the network that the record names"),
         ({"num_classes": 7}, "label [789] is none of the 7 classes"),
-        ({"num_classes": 11}, "is of another number of classes: 11, not 10"),
-        ({"img_size": (64, 64, 3)}, r"is of another shape: \(3, 64, 64\), not \(3, 32, 32\)"),
+        ({"num_classes": 11}, "has another number of classes: 11, not 10"),
+        ({"img_size": (64, 64, 3)}, r"has another shape: \(3, 64, 64\), not \(3, 32, 32\)"),
     ],
 )
 def test_a_record_that_does_not_fit_is_refused_without_a_result(

@@ -110,7 +110,7 @@ def test_another_data_set_is_refused_at_its_place(
     said = bbn("run", path)
     assert said.code == 2
     assert "benchmark.yaml:5:" in said.err
-    assert "is of another data set: backdoorbench:cifar10, not npz" in said.err
+    assert "has another data set: backdoorbench:cifar10, not npz" in said.err
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_a_fault_is_named_with_its_file(fault: str, write_record: WriteRecord) -
 
 
 def test_no_record(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match="is no record"):
+    with pytest.raises(RecordError, match="is not a record"):
         read_record(tmp_path)
 
 

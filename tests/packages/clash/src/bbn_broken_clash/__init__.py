@@ -1,6 +1,6 @@
 """Calls its attack as a built-in is called."""
 
-from backdoor_bench_none import hookimpl
+from backdoor_bench_none.api import hookimpl
 
 
 @hookimpl

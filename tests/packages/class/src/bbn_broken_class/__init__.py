@@ -1,6 +1,6 @@
 """Provides a class that is no component."""
 
-from backdoor_bench_none import hookimpl
+from backdoor_bench_none.api import hookimpl
 
 
 @hookimpl

@@ -1,6 +1,6 @@
 """Raises while it runs."""
 
-from backdoor_bench_none import hookimpl
+from backdoor_bench_none.api import hookimpl
 
 
 @hookimpl

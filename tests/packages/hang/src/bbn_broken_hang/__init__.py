@@ -1,6 +1,6 @@
 """Never ends."""
 
-from backdoor_bench_none import hookimpl
+from backdoor_bench_none.api import hookimpl
 
 
 @hookimpl

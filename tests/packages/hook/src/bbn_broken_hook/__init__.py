@@ -1,6 +1,6 @@
 """Has a hook of a name that is none."""
 
-from backdoor_bench_none import hookimpl
+from backdoor_bench_none.api import hookimpl
 
 
 @hookimpl

@@ -1,3 +1,3 @@
 """Imports what is not there."""
 
-from backdoor_bench_none.registry.hookspecs import hookimpel  # noqa: F401
+from backdoor_bench_none.api import hookimpel  # noqa: F401

@@ -1,6 +1,6 @@
 """Writes into the training set it is given."""
 
-from backdoor_bench_none import hookimpl
+from backdoor_bench_none.api import hookimpl
 
 
 @hookimpl

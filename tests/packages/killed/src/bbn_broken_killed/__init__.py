@@ -1,6 +1,6 @@
 """Takes its process with it."""
 
-from backdoor_bench_none import hookimpl
+from backdoor_bench_none.api import hookimpl
 
 
 @hookimpl

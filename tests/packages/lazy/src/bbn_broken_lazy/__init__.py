@@ -1,6 +1,6 @@
 """Needs a package that is not installed, once its component is used."""
 
-from backdoor_bench_none import hookimpl
+from backdoor_bench_none.api import hookimpl
 
 
 @hookimpl

@@ -1,6 +1,6 @@
 """Takes all the memory there is, up to 64 GB; it is not touched."""
 
-from backdoor_bench_none import hookimpl
+from backdoor_bench_none.api import hookimpl
 
 
 @hookimpl

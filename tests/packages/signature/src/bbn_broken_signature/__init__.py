@@ -1,6 +1,6 @@
 """Asks a hook for an argument it does not have."""
 
-from backdoor_bench_none import hookimpl
+from backdoor_bench_none.api import hookimpl
 
 
 @hookimpl
