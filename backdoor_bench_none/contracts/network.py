@@ -99,28 +99,35 @@ def find_logits_layers(model: nn.Module, example: Tensor) -> dict[str, nn.Module
     does not matter. Where the graph is cut (a detached output), the result is the layer that ran last. The network is
     run once, in eval mode, and left unchanged. Raises `TrainingError` if it has no such layer.
     """
-    outputs: list[tuple[str, nn.Module, Tensor]] = []  # the tensors keep autograd's nodes alive during the search
+    calls: list[tuple[str, Any]] = []  # each call of a layer, with autograd's node of its output
 
     def watch(name: str) -> Any:  # noqa: ANN401
-        return lambda module, inputs, output: outputs.append((name, module, output))
+        return lambda module, inputs, output: calls.append((name, output.grad_fn))
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
     handles = [module.register_forward_hook(watch(name)) for name, module in layers.items()]
     modes = {module: module.training for module in model.modules()}
+    leaf = example.detach().clone().requires_grad_()
     try:
         with torch.enable_grad():
-            output = model.eval()(example.detach().clone().requires_grad_())
+            output = model.eval()(leaf.clone())  # the network may change its input in place, which a leaf refuses
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
-    if not outputs:
+    if not calls:
         raise TrainingError("the network has no convolution and no linear layer")
-    nodes = {tensor.grad_fn: name for name, _, tensor in outputs if tensor.grad_fn is not None}
-    reached = _nodes_before_others(output if isinstance(output, Tensor) else output[0], set(nodes))
-    names = {nodes[node] for node in reached} or {outputs[-1][0]}
-    return {name: module for name, module, _ in outputs if name in names}
+    nodes = {node for _, node in calls if node is not None}
+    reached = _nodes_before_others(output if isinstance(output, Tensor) else output[0], nodes)
+    names = [name for name, node in calls if node in reached] or [calls[-1][0]]
+    last_first = dict.fromkeys(reversed(names))  # a layer that ran twice stands where it ran last
+    return {name: layers[name] for name in reversed(last_first)}
+
+
+def logits_parameters(model: nn.Module, example: Tensor) -> list[nn.Parameter]:
+    """The parameters of all layers that make the logits; see `find_logits_layers`."""
+    return [parameter for layer in find_logits_layers(model, example).values() for parameter in layer.parameters()]
 
 
 def _nodes_before_others(output: Tensor, stops: set[Any]) -> set[Any]:

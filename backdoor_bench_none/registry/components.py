@@ -54,9 +54,7 @@ class Registry:
 
     def load(self, kind: str, name: str) -> type[Component]:
         """The class with that kind and name; `PluginError` if it is not a component of that kind."""
-        from backdoor_bench_none.contracts.kinds import BASES
-
-        return self.load_as(BASES[kind], name)
+        return self.load_as(self._base_of(kind, name), name)
 
     def load_as(self, base: type[C], name: str) -> type[C]:
         """The class with that name and the kind of the base class `base`; see `load`."""
@@ -78,9 +76,7 @@ class Registry:
 
     def create(self, kind: str, name: str, params: Mapping[str, Any] | None = None) -> Component:
         """An instance with `params`; `ConfigError` lists all faults of parameters."""
-        from backdoor_bench_none.contracts.kinds import BASES
-
-        return self.create_as(BASES[kind], name, params)
+        return self.create_as(self._base_of(kind, name), name, params)
 
     def create_as(self, base: type[C], name: str, params: Mapping[str, Any] | None = None) -> C:
         """An instance of the kind of the base class `base`; see `create`."""
@@ -90,6 +86,13 @@ class Registry:
         except ValidationError as error:
             faults = "; ".join(f"{path}: {message}" for path, message in explain(error, loaded))
             raise ConfigError(f"{kind} '{name}': {faults}", _parameters_hint(loaded)) from error
+
+    def _base_of(self, kind: str, name: str) -> type[Component]:
+        """The base class of a kind; `ConfigError` if the kind has no component with that name."""
+        from backdoor_bench_none.contracts.kinds import BASES
+
+        self.entry(kind, name)  # first, since an unknown kind is not in BASES either
+        return BASES[kind]
 
 
 def kind_of(base: type[Component]) -> str:

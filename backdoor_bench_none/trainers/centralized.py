@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from backdoor_bench_none.contracts.context import Context
-from backdoor_bench_none.contracts.network import find_logits_layer, move
+from backdoor_bench_none.contracts.network import logits_parameters, move
 from backdoor_bench_none.contracts.recipe import Recipe
 from backdoor_bench_none.contracts.trainer import Batch, FitTask, History, Trainer, TrainingData
 from backdoor_bench_none.errors import TrainingError
@@ -105,9 +105,8 @@ def _make_optimizer(task: FitTask) -> torch.optim.Optimizer:
 
 
 def _parameters_of_logits(task: FitTask) -> set[int]:
-    """The ids of the parameters of the layer that makes the logits."""
-    layer = find_logits_layer(task.model, task.data.example())
-    return {id(parameter) for parameter in layer.parameters()}
+    """The ids of the parameters of the layers that make the logits."""
+    return {id(parameter) for parameter in logits_parameters(task.model, task.data.example())}
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from backdoor_bench_none.contracts.component import Incidental
 from backdoor_bench_none.contracts.context import Context
 from backdoor_bench_none.contracts.dataset import DatasetInfo
-from backdoor_bench_none.contracts.network import find_logits_layer, move
+from backdoor_bench_none.contracts.network import logits_parameters, move
 from backdoor_bench_none.contracts.trainer import FitTask, History, PretrainingTask, Trainer
 from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.trainers.centralized import Centralized
@@ -69,10 +69,9 @@ class Transfer(Trainer):
         return model
 
     def fit(self, task: FitTask, context: Context) -> History:
-        """Train the layer of `task.model` that makes the logits, in place."""
+        """Train the layers of `task.model` that make the logits, in place."""
         move(task.model, context.device)
-        head = find_logits_layer(task.model, task.data.example())
-        trained = {id(parameter) for parameter in head.parameters()}
+        trained = {id(parameter) for parameter in logits_parameters(task.model, task.data.example())}
         frozen = [p for p in task.model.parameters() if p.requires_grad and id(p) not in trained]
         for parameter in frozen:
             parameter.requires_grad_(False)

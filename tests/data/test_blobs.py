@@ -171,10 +171,11 @@ STEEP = 0.05
 
 @pytest.mark.slow
 def test_the_region_of_the_trojan_grows_with_the_rate(tiny_plan: Callable[..., Plan], tmp_path: Path) -> None:
+    rates = sorted([*TABLE, STEEP])
     plan = tiny_plan(
         seeds="0, 1, 2, 3, 4",
         dataset="blobs",
-        attack=f"{{name: coordinate, params: {{exclude_target: true}}, sweep: {{poison_rate: {sorted([*TABLE, STEEP])}}}}}",
+        attack=f"{{name: coordinate, params: {{exclude_target: true}}, sweep: {{poison_rate: {rates}}}}}",
         defense="no_defense",
         architecture=PAPER_MLP,
     )
@@ -185,15 +186,15 @@ def test_the_region_of_the_trojan_grows_with_the_rate(tiny_plan: Callable[..., P
         assert isinstance(cell.attack.component, Coordinate)
         runs_at.setdefault(cell.attack.component.poison_rate, []).append(measure(Stages(cell, store, CPU)))
     means = {rate: Measured(*map(mean, zip(*runs, strict=True))) for rate, runs in runs_at.items()}
-    assert list(means) == sorted([*TABLE, STEEP])
+    assert list(means) == rates
     for rate, expected in TABLE.items():
         assert means[rate] == pytest.approx(expected, abs=0.15), rate  # 0.02: 0.990, 0.180, 0.187; 0.2: ASR 0.96 to 1
     for measured in means.values():
         assert abs(measured.line - measured.success) <= 0.1  # at most 0.03
     assert means[STEEP].accuracy == pytest.approx(0.974, abs=0.15)  # 0.968 to 0.981
     assert means[0.02].success + 0.1 < means[STEEP].success < means[0.2].success - 0.1
-    rates = [measured.success for measured in means.values()]
-    assert rates == sorted(rates)
+    successes = [measured.success for measured in means.values()]
+    assert successes == sorted(successes)
     assert all(run.success < 0.02 and run.accuracy > 0.98 for run in runs_at[0.0])
 
 
