@@ -31,9 +31,11 @@ LIMIT = 120.0
 
 
 def block(language: str, containing: str) -> str:
-    """The one code block of the README in that language with that text."""
-    (block,) = [text for text in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if containing in text]
-    return block
+    """The one code block of the README or of a page of docs/ in that language with that text."""
+    pages = [README, *(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")))]
+    blocks = re.findall(rf"```{language}\n(.*?)```", "\n".join(pages), re.DOTALL)
+    (text,) = [text for text in blocks if containing in text]
+    return str(text)
 
 
 @contextmanager
@@ -74,9 +76,9 @@ def test_the_default_benchmark_is_what_init_writes() -> None:
     assert (ROOT / "benchmark.yaml").read_text(encoding="utf-8") == default_benchmark()
 
 
-def test_the_benchmark_of_the_readme_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documented_benchmark_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BBN_DATA", str(tmp_path))
-    config, source = parse_config(block("yaml", "version: 1"), "README.md")
+    config, source = parse_config(block("yaml", "name: cifar10-core"), "benchmark-file.md")
     plan = plan_config(config, source, Registry(Plugins(external=False)))
     # attacks x defenses x (architectures x activations less one) x seeds, and the included matrix
     assert len(plan.cells) == 4 * 6 * (2 * 2 - 1) * 3 + 2 * 3

@@ -247,7 +247,7 @@ def test_bbn_list_shows_every_package_with_its_version(environment: Environment,
 def test_the_bridge_to_backdoorbench_is_installed_whole(environment: Environment, tmp_path: Path) -> None:
     said = environment.run("bbn", "backdoorbench", "import", tmp_path, cwd=tmp_path)
     assert said.returncode == 2
-    assert "is no record: there is no attack_result.pt in it" in said.stderr
+    assert "is not a record: it has no attack_result.pt" in said.stderr
     said = environment.run("python", "-m", "bbn_backdoorbench.none", "--help", cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     assert "--result_file" in said.stdout
@@ -317,7 +317,7 @@ ON_LOADING = {
     "signature": "bbn_cell_skip.*colour",
     "dependency": "ModuleNotFoundError: No module named 'bbn_broken_needs_this'",
     "clash": "attack 'badnets' is provided by 'bbn_attacks'.*BBN_DISABLE_PLUGINS=broken_clash leaves this one out",
-    "api": "it needs plugin API 99, this is 1",
+    "api": "it needs plugin API 99, this is 2",
 }
 #: ... -> what is said once its component is used
 ON_USE = {

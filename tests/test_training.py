@@ -221,8 +221,7 @@ def test_the_model_learns_and_ends_in_eval_mode() -> None:
         assert not any(module.training for module in model.modules())
         logits = predict_logits(model, data.images.images, data.pixels, CPU)
         accuracies.append(float((logits.argmax(1) == data.images.labels).float().mean()))
-    print("MEASURED learns", accuracies)
-    assert median(accuracies) > 0.95
+    assert median(accuracies) > 0.95  # measured: 1.0 for every seed
 
 
 # Pixels.
@@ -314,8 +313,7 @@ def test_training_works_on_grey_and_coloured_images(channels: int) -> None:
         model, context = build(seed, channels=channels), replace(CPU, seed=seed)
         losses = fit(model, CONSTANT.model_copy(update={"epochs": 3}), context, data).losses
         ratios.append(losses[-1] / losses[0])
-    print("MEASURED grey", ratios)
-    assert median(ratios) < 0.5
+    assert median(ratios) < 0.5  # measured: 0.07 to 0.18, medians 0.11 (grey) and 0.07
 
 
 # Failures.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import shutil
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from backdoor_bench_none.cli.options import open_registry
 from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.errors import ConfigError, ExitCode, did_you_mean
 from backdoor_bench_none.planning.reading import parse_params
+from backdoor_bench_none.run.wrapping import terminal_width
 
 if TYPE_CHECKING:
     from backdoor_bench_none.contracts.component import Component
@@ -159,9 +159,9 @@ def _description(component: type[Component]) -> list[str]:
     Paragraphs with indented lines are left as they are.
     """
     text = inspect.getdoc(component) or ""
-    width = shutil.get_terminal_size(fallback=(0, 0)).columns
+    width = terminal_width()
     lines = text.splitlines()
-    if width == 0 or all(len(line) <= width for line in lines):
+    if width is None or all(len(line) <= width for line in lines):
         return lines
     filled: list[str] = []
     for paragraph in text.split("\n\n"):

@@ -14,8 +14,8 @@ class StridedPointwise(nn.Conv2d):
     """A 1x1 convolution of stride > 1 without padding: (N, inputs, S, S) to (N, outputs, ceil(S / stride), ...).
 
     With fewer input channels than a SIMD block, channels last, oneDNN's gradient of such weights writes past its
-    workspace (https://github.com/uxlfoundation/oneDNN/issues/6035): a wrong gradient, a hang or an abort. On the CPU a
-    narrow one therefore convolves the pixels that the stride leaves, which is the same function.
+    workspace (https://github.com/uxlfoundation/oneDNN/issues/6035): a wrong gradient, a hang or an abort. A narrow one
+    therefore convolves the pixels that the stride leaves, which is the same function.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, **options: Any) -> None:
@@ -23,7 +23,7 @@ class StridedPointwise(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """The convolved images."""
-        if self.in_channels >= SAFE_CHANNELS or input.device.type != "cpu":
+        if self.in_channels >= SAFE_CHANNELS:
             return super().forward(input)
         rows, columns = self.stride
         # dilating a 1x1 kernel does nothing, but torch sends it to oneDNN at every batch size, as a strided one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import textwrap
 
 #: the first column of a line that has several, with the gap behind it
@@ -15,11 +16,11 @@ INDENT = 4
 def wrap(text: str) -> str:
     """`text` with lines wider than the terminal broken between words; the rest is aligned below the second column.
 
-    The width is that of the variable COLUMNS, else that of the terminal. Output to a file or a pipe stays as it is, one
-    message a line, and a word that is wider than the terminal stays whole.
+    Output to a file or a pipe stays as it is, one message a line, and a word that is wider than the terminal stays
+    whole.
     """
-    width = shutil.get_terminal_size(fallback=(0, 0)).columns
-    if width == 0:
+    width = terminal_width()
+    if width is None:
         return text
     lines: list[str] = []
     for line in text.split("\n"):
@@ -28,6 +29,13 @@ def wrap(text: str) -> str:
         else:
             lines += _break(line, width)
     return "\n".join(lines)
+
+
+def terminal_width() -> int | None:
+    """The columns of the terminal, or of the variable COLUMNS; None where the output goes to a file or a pipe."""
+    if not sys.stdout.isatty():
+        return None
+    return shutil.get_terminal_size().columns
 
 
 def _break(line: str, width: int) -> list[str]:

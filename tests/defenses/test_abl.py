@@ -100,11 +100,10 @@ def test_the_loss_is_kept_from_falling_below_gamma(make_task: Make) -> None:
             model, context = task.new_model(seed), Context(CPU.device, seed)
             task.fit(model, context, loss=ABL(gamma=gamma).isolation_loss, schedule="constant")
             losses.append(float(F.cross_entropy(task.predict(model, CPU), task.train.labels)))
-        print("MEASURED gamma", gamma, losses)
         return losses
 
-    assert median(final_losses(0.0)) < 0.1
-    assert median(final_losses(0.5)) > 0.2
+    assert median(final_losses(0.0)) < 0.1  # measured: 4e-5 to 3e-4
+    assert median(final_losses(0.5)) > 0.2  # measured: 0.31 to 0.47, median 0.39
 
 
 # Isolation.

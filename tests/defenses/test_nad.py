@@ -249,8 +249,7 @@ def test_attention_draws_the_student_to_its_teacher(repair: tuple[DefenseTask, S
         return sum(float(attention_loss(ours[name], taught[name])) for name in named)
 
     ratios = [distance((8000, 16000, 16000), seed) / distance((0, 0, 0), seed) for seed in range(5)]
-    print("MEASURED nad", ratios)
-    assert median(ratios) < 0.5
+    assert median(ratios) < 0.5  # measured: 0.09 to 0.43, median 0.21
 
 
 def test_no_hook_is_left_behind(repair: tuple[DefenseTask, Snapshots]) -> None:

@@ -291,7 +291,7 @@ CAUGHT: list[tuple[str, type[Attack], str]] = [
     ("labels", poisoning(lambda s, t: replace(s, labels=1 + 0 * s.labels)), r"not those that relabel\(\) gives"),
     ("labels", poisoning(lambda s, t: replace(s, labels=1 + 0 * s.labels), GoodCleanLabel), "clean-label .* labels"),
     ("labels", selecting(first_of(4, label=1), GoodCleanLabel), "clean-label attack changes samples of other classes"),
-    ("test_samples", TargetToo, "20 test samples have the label already that the attacker wants"),
+    ("test_samples", TargetToo, "20 test samples have the label that the attacker wants already"),
     ("test_samples", Choosy, r"\d+ test samples are triggered, of 40 in the classes they are from"),
     ("inputs_unchanged", stamping(in_place), "changes task.data.images in place; change a clone"),
     ("inputs_unchanged", poisoning(change_labels), "changes task.data.labels in place"),

@@ -397,9 +397,8 @@ def test_none_drops_what_it_flags_on_each_client(
         assert detection is not None
         assert detection.true_positive + detection.false_negative == 259
         assert detection.true_negative + detection.false_positive == 1297 - 259
-    print("MEASURED federated", attacked, benign)
-    assert median(attacked) > 0.8
-    assert median(benign) > 0.5  # far above chance: a small network after a few rounds
+    assert median(attacked) > 0.8  # measured: 0.96 to 0.99
+    assert median(benign) > 0.5  # measured: 0.74 to 0.79; chance is 0.1
 
 
 def named(plan: Plan, defense: str) -> list[Cell]:

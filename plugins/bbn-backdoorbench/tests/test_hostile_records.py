@@ -198,7 +198,10 @@ def test_a_damaged_png_is_refused(how: str, noise: Image.Image, tmp_path: Path) 
     [
         ({"model_name": "vit_b_16"}, "unknown architecture 'backdoorbench:vit_b_16'"),
         ({"clean_data": "tiny"}, "'tiny' is none of cifar10, cifar100, gtsrb"),
-        ({"model_name": "resnet18"}, "the weights in '.*attack_result.pt' do not fit the network that the record names"),
+        (
+            {"model_name": "resnet18"},
+            "the weights in '.*attack_result.pt' do not fit the network that the record names",
+        ),
         ({"num_classes": 7}, "label [789] is none of the 7 classes"),
         ({"num_classes": 11}, "has another number of classes: 11, not 10"),
         ({"img_size": (64, 64, 3)}, r"has another shape: \(3, 64, 64\), not \(3, 32, 32\)"),
