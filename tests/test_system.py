@@ -15,6 +15,8 @@ import pytest
 
 from backdoor_bench_none import system
 from backdoor_bench_none.contracts.record import Record
+from backdoor_bench_none.planning.plan import Plan
+from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.results.store import Store, UnlockedFolderWarning
 
 #: hides modules and the folder /proc before anything is imported, as on Windows, and runs `bbn`
@@ -43,10 +45,9 @@ def elsewhere(folder: Path, *arguments: str) -> str:
 
 
 def test_records_tables_and_reports_need_no_unix(
-    write_benchmark: Callable[..., Path], make_record: Callable[..., Record], tmp_path: Path
+    tiny_plan: Callable[..., Plan], make_record: Callable[..., Record], tmp_path: Path
 ) -> None:
-    write_benchmark()
-    record = make_record(ba=91, asr=7)
+    record = make_record(record_key(tiny_plan(defense="none").cells[0]), ba=91, asr=7)
     Store(tmp_path / "results").write_record(record)
     assert record.key in elsewhere(tmp_path, "results", "show", record.key)
     assert "91.0" in elsewhere(tmp_path, "table", "--results", "results", "--format", "markdown", "--all")
