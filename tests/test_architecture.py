@@ -1,4 +1,4 @@
-"""The imports of the project, read from its sources: they run one way, without a circle, and plugins see the API only."""
+"""The imports of the project, read from its sources: one way, no circle, and only the API in plugins."""
 
 from __future__ import annotations
 

@@ -217,14 +217,15 @@ def test_spread_of_relu_of_normal_values() -> None:
 @pytest.mark.parametrize("size", [28, 96])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_fx_traces_every_network(kind: type[Architecture], size: int) -> None:
-    width = 0.25 if kind is ResNet18 else 0.02  # narrower ones call functions, see models/convolution.py
-    network = build(kind(width=width), size, 1).eval()
+    network = build(kind(width=0.02), size, 1).eval()
     traced = torch.fx.symbolic_trace(network)
     images = torch.randn(2, 1, size, size)
     with torch.no_grad():
         assert torch.equal(traced(images), network(images))
-    functions = {str(node.target) for node in traced.graph.nodes if node.op in ("call_function", "call_method")}
-    assert functions == ({"<built-in function add>"} if kind is ResNet18 else set())
+    nodes = [node for node in traced.graph.nodes if node.op in ("call_function", "call_method")]
+    functions = {getattr(node.target, "__name__", node.target) for node in nodes}
+    # the last two are of models/convolution.py, which torch's own tracer looks into
+    assert functions == ({"add", "conv2d", "getitem"} if kind is ResNet18 else set())
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

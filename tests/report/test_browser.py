@@ -161,7 +161,8 @@ def test_drawer_shows_everything(tiny_plan: Callable[..., Plan], tmp_path: Path,
         [
             *(
                 Record.of(
-                    cell, record_key(cell), "done", counts=counts, costs={"defense": Cost(seconds=1.5, peak_memory=2**30)},
+                    cell, record_key(cell), "done", counts=counts,
+                    costs={"defense": Cost(seconds=1.5, peak_memory=2**30)},
                     victim_losses=[2.0, 1.0, 0.5 + cell.seed], provenance={"device": f"device {cell.seed}"},
                     warnings=["take care"],
                 )
