@@ -225,6 +225,13 @@ def test_two_plugins_of_one_name(install: Install, tmp_path: Path) -> None:
     assert len(plan(plugins, tmp_path).cells) == 1
 
 
+def test_missing_module_of_another_distribution_with_a_similar_name(install: Install) -> None:
+    install("mine", "import backdoor_bench_none_extras")
+    with pytest.warns(PluginWarning, match="backdoor_bench_none_extras") as caught:
+        Plugins()
+    assert "older version" not in str(caught[0].message)
+
+
 # equal names
 
 

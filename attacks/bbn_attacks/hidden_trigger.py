@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal, Self
 
 import numpy as np
@@ -138,7 +139,8 @@ class HiddenTrigger(CleanLabelAttack):
                 context.check_deadline()
         # whole levels, rounded towards the original image, so that the bound holds
         levels = (poisons.detach() - start) * 255
-        levels = (levels + 1e-3 * levels.sign()).trunc()  # 15.9999 is 16
+        whole = math.floor(self.epsilon)
+        levels = (levels + 1e-3 * levels.sign()).trunc().clamp(-whole, whole)  # 15.9999 is 16, but not above the bound
         return (start * 255 + levels).round().clamp(0, 255).to(torch.uint8).cpu()
 
     def attack_test(self, task: AttackTask, context: Context) -> PoisonedSamples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -129,7 +130,7 @@ class LabelConsistent(CleanLabelAttack):
             perturbed = pgd(
                 network, part.images.float(), part.labels, pixels, self.norm, self.bound, step, self.steps, context
             )
-            harder.append(perturbed.round().to(torch.uint8).cpu())
+            harder.append(round_within(perturbed, part.images, self.norm, self.bound).cpu())
             context.progress(start + len(part), len(indices))
             context.check_deadline()
         return self.overlay(torch.cat(harder), task.info)
@@ -199,6 +200,14 @@ def project(levels: Tensor, centre: Tensor, norm: Norm, epsilon: float) -> Tenso
         delta = levels - centre
         delta = delta * (epsilon / lengths(delta).clamp(min=1e-30)).clamp(max=1)
     return (centre + delta).clamp(0, 255)
+
+
+def round_within(perturbed: Tensor, images: Tensor, norm: Norm, epsilon: float) -> Tensor:
+    """`perturbed` in whole levels, uint8; rounding does not leave the Linf ball around `images` (N, C, H, W) uint8."""
+    delta = perturbed.round() - images
+    if norm == "linf":
+        delta = delta.clamp(-math.floor(epsilon), math.floor(epsilon))
+    return (images + delta).to(torch.uint8)
 
 
 def lengths(vectors: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from backdoor_bench_none.cli.options import open_registry
 from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.errors import ConfigError, ExitCode, did_you_mean
 from backdoor_bench_none.planning.reading import parse_params
-from backdoor_bench_none.run.wrapping import terminal_width
+from backdoor_bench_none.words import terminal_width
 
 if TYPE_CHECKING:
     from backdoor_bench_none.contracts.component import Component

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from backdoor_bench_none.run.wrapping import wrap
+from backdoor_bench_none.words import wrap
 
 
 def say(text: str, *, err: bool = False) -> None:

@@ -25,6 +25,8 @@ class Settings:
     memory: int | None = None
     #: whether installed plugins are loaded
     external: bool = True
+    #: plugins and distributions that are left out; None: those of `BBN_DISABLE_PLUGINS`
+    disabled: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)

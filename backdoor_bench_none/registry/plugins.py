@@ -98,7 +98,7 @@ class Plugins:
         self.entries: list[Entry] = []
         if disabled is None:
             disabled = filter(None, os.environ.get("BBN_DISABLE_PLUGINS", "").split(","))
-        self._disabled = {name.strip() for name in disabled}
+        self.disabled = frozenset(name.strip() for name in disabled)
         for module in BUILTINS:
             self._add(_own_provider(module), partial(importlib.import_module, module))
         if external:
@@ -108,7 +108,7 @@ class Plugins:
             self._add(Provider("bbnfile", str(bbnfile), "-"), lambda: _import_file(bbnfile))
 
     def _add(self, provider: Provider, load: Callable[[], Any]) -> None:
-        if {provider.plugin, provider.distribution} & self._disabled and not provider.builtin:
+        if {provider.plugin, provider.distribution} & self.disabled and not provider.builtin:
             return
         module = None
         try:
@@ -193,7 +193,7 @@ class Plugins:
 def describe_import_error(error: BaseException) -> str:
     """The error of an import in one line, with the text of `CHANGES` if a module of this package is missing."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith(PROJECT):
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == PROJECT:
         return f"{text}: it was written for an older version of the API: {CHANGES[1]}"
     return text
 

@@ -19,6 +19,7 @@ from backdoor_bench_none.report.escape import escape_csv, escape_latex, escape_m
 from backdoor_bench_none.report.pivot import Box, Layout, Part, Pivot, pivot
 from backdoor_bench_none.results.metrics import METRICS
 from backdoor_bench_none.results.rows import Row
+from backdoor_bench_none.words import wrap
 
 FORMATS = ("terminal", "markdown", "latex", "csv", "json", "html")
 #: columns where the output is no terminal, so that lines of the matrix do not wrap in a log
@@ -34,10 +35,10 @@ def print_matrix(rows: Sequence[Row], console: Console, layout: Layout | None = 
     table = _wide_table(matrix)
     if console.measure(table, options=console.options.update(max_width=10_000)).maximum > console.width:
         table = _long_table(matrix, " · ".join(layout.columns))
-    console.print(matrix.title, style="bold", markup=False, highlight=False, soft_wrap=True)
+    console.print(wrap(matrix.title), style="bold", markup=False, highlight=False, soft_wrap=True)
     console.print(table, markup=False)
     for note in matrix.footnotes:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        console.print(wrap(note), markup=False, highlight=False, soft_wrap=True)
 
 
 def open_console() -> Console:
@@ -194,11 +195,11 @@ def render_csv(rows: Sequence[Row]) -> str:
 
 def print_table(table: PlainTable, console: Console) -> None:
     """Print a plain table on a terminal."""
-    console.print(table.title, style="bold", markup=False, highlight=False, soft_wrap=True)
+    console.print(wrap(table.title), style="bold", markup=False, highlight=False, soft_wrap=True)
     lines = [list(map(Text, line)) for line in table.lines]
     console.print(_table(table.header, lines, len(table.header)), markup=False)
     for note in table.footnotes:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        console.print(wrap(note), markup=False, highlight=False, soft_wrap=True)
 
 
 def render_table(table: PlainTable, form: str) -> str:

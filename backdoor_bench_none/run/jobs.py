@@ -36,7 +36,7 @@ def _run(job: Job, settings: Settings, device: str, threads: int | None, progres
 
     if threads is not None:
         torch.set_num_threads(threads)
-    registry = Registry(Plugins(external=settings.external, bbnfile=settings.bbnfile))
+    registry = Registry(Plugins(external=settings.external, bbnfile=settings.bbnfile, disabled=settings.disabled))
     cell = cell_from_spec(job.spec, registry)
     chosen = choose_device(device)
     torch.backends.cudnn.benchmark = chosen.type == "cuda"  # all batches have one size, so the search pays off

@@ -18,8 +18,7 @@ from backdoor_bench_none.contracts.job import CELL, Job, Outcome
 from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.planning.stage_table import in_order
 from backdoor_bench_none.run.runner import Reporter
-from backdoor_bench_none.run.wrapping import wrap
-from backdoor_bench_none.words import plural
+from backdoor_bench_none.words import plural, wrap
 
 
 def name_of_kind(kind: str) -> str:

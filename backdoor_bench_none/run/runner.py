@@ -103,8 +103,9 @@ def run_plan(plan: Plan, registry: Registry, options: Options, reporter: Reporte
     budget = plan.config.budget
     plugins = registry.plugins
     settings = Settings(
-        options.results, options.device, budget.cell_timeout, plugins.bbnfile, budget.memory, plugins.external
-    )
+        options.results, options.device, budget.cell_timeout, plugins.bbnfile, budget.memory, plugins.external,
+        plugins.disabled,
+    )  # fmt: skip
     reporter.start(plan.config.name, jobs, summary.cached, summary.skipped)
     try:
         with executor.open(settings) as pool, _count_interrupts(reporter) as interrupts:

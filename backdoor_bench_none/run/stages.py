@@ -98,7 +98,9 @@ class Stages:
 
         They can be computed for every cell, also where the defense does not start from them.
         """
-        return self._artifact("victim", self._train_victim, victim_key(self.cell))
+        # also where it is no stage of the cell: its training is no cost of the victim
+        also_needed = ["benign"] if self.cell.attack.component.starts_from_benign else []
+        return self._artifact("victim", self._train_victim, victim_key(self.cell), also_needed)
 
     def defense(self) -> Artifact:
         """The weights of the defended network, and what the defense reports."""
@@ -365,7 +367,9 @@ class Stages:
         """The context of a stage, with the seed derived from its content key."""
         return replace(self.context, seed=derive_seed(key))
 
-    def _artifact(self, name: str, compute: Callable[[], Artifact], key: str | None = None) -> Artifact:
+    def _artifact(
+        self, name: str, compute: Callable[[], Artifact], key: str | None = None, also_needed: Iterable[str] = ()
+    ) -> Artifact:
         """The artifact of a stage: loaded, or computed under a lock, for which a second run waits.
 
         The stages it needs are computed before its clock starts.
@@ -374,8 +378,8 @@ class Stages:
         folder = str(stage.folder)
         artifact = self._cached.get(name) or self.store.load_artifact(folder, key)
         if artifact is None:
-            for need in needs_of(stage, self.cell):
-                self.run(need.name)
+            for need in [*(stage.name for stage in needs_of(stage, self.cell)), *also_needed]:
+                self.run(need)
             with self.store.lock(folder, key):
                 artifact = self.store.load_artifact(folder, key) or self._compute(folder, key, compute)
         self.costs[name] = Cost(**artifact.meta["cost"])

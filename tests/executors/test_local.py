@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from rich.console import Console
 
 from backdoor_bench_none.contracts.executor import Event
 from backdoor_bench_none.contracts.job import Job, Outcome, Settings
@@ -23,8 +24,10 @@ from backdoor_bench_none.executors.local import Local, count_cores
 from backdoor_bench_none.planning.plan import Plan, make_plan
 from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
 from backdoor_bench_none.results.store import Store
-from backdoor_bench_none.run.runner import pack_jobs
+from backdoor_bench_none.run.progress import Lines
+from backdoor_bench_none.run.runner import Options, pack_jobs, run_plan
 from backdoor_bench_none.run.scheduler import Scheduler
 
 TIMEOUT = 10.0
@@ -215,6 +218,17 @@ def test_ctrl_c_does_not_end_a_process_that_is_starting(tmp_path: Path, monkeypa
         events: list[Event] = []
         assert eventually(lambda: bool(events.extend(pool.wait(1.0)) or events))
     assert [event.outcome and event.outcome.status for event in events] == ["done"], events
+
+
+@pytest.mark.parametrize("disabled", [["bbnfile"], []])
+def test_disabled_plugins_are_disabled_in_workers(disabled: list[str], write_benchmark: Callable[..., Path]) -> None:
+    path = write_benchmark(defense="no_defense")
+    (path.parent / "bbnfile.py").write_text("import os, pathlib\npathlib.Path(f'{os.getpid()}.seen').touch()")
+    registry = Registry(Plugins(bbnfile=path.parent / "bbnfile.py", disabled=disabled))
+    summary = run_plan(make_plan(path, registry), registry, Options(path.parent / "results", "cpu"), Lines(Console()))
+    assert summary.done == 1
+    loaded_by = {found.stem for found in path.parent.glob("*.seen")}
+    assert bool(loaded_by - {str(os.getpid())}) == (not disabled)
 
 
 def test_leaving_the_pool_ends_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

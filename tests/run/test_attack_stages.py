@@ -21,6 +21,7 @@ from backdoor_bench_none.planning.stage_table import (
     benign_key,
     crafter_key,
     data_key,
+    has_stage,
     poison_key,
     record_key,
     victim_key,
@@ -343,6 +344,23 @@ def test_a_defense_is_not_told_by_attackers_who_train(
     secrets = {len(indices) for part in made.poison() if len(indices := part.indices) > 16}
     assert not {len(tensor) for tensor in tensors} & secrets
     assert [tensor for tensor in tensors if len(tensor) == 1297 and tensor.dtype == torch.bool] == []
+
+
+def test_time_of_the_benign_network_is_no_cost_of_a_victim_outside_the_cell(
+    one: Callable[..., Cell], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = one(attack="everything", defense="abl")
+    assert not has_stage(cell, "benign")
+    made, running = stages(cell, store), []
+    train_victim = made._train_victim
+
+    def watched() -> Artifact:
+        running.append(made.store.load_artifact("victim", benign_key(cell)))
+        return train_victim()
+
+    monkeypatch.setattr(made, "_train_victim", watched)
+    made.victim()
+    assert running[0] is not None
 
 
 # what an attacker who trains may return
