@@ -26,7 +26,7 @@ MACHINE = ("device", "precision", "threads", "libraries")
 def compare_with_cell(record: Record, cell: Cell, submission: Submission) -> str:
     """How a record differs from the cell that its key stands for, or from what the submission declares."""
     if record.key != record_key(cell):
-        return f"the record calls itself {record.key}"
+        return f"the record's key is {record.key}"
     if record.seed != cell.seed:
         return f"the record is of seed {record.seed}, its key of seed {cell.seed}"
     if record.status != "done" or record.counts is None:

@@ -240,7 +240,7 @@ def read_submission(folder: Path) -> tuple[Submission, dict[str, Record]]:
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
         raise SubmissionError(
-            f"{MANIFEST} has schema {schema}, this version knows {SCHEMA}", "update backdoor-bench-none"
+            f"{MANIFEST} has schema {schema}, this version reads {SCHEMA}", "update backdoor-bench-none"
         )
     submission: Submission = validate(Submission, raw, MANIFEST)
     _check_files(folder, submission.files)

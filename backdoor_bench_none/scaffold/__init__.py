@@ -25,7 +25,7 @@ def write_package(kind: str, name: str, folder: Path) -> list[Path]:
     """Write the package `bbn-<name>` into `folder`, which must not exist, and return its files."""
     _check_name(kind, name)
     if folder.exists():
-        raise ConfigError(f"'{folder}' is there already", "choose another name, or another folder with --output")
+        raise ConfigError(f"'{folder}' already exists", "choose another name, or another folder with --output")
     words = {
         "kind": kind,
         "kinds": f"{kind}s",

@@ -22,7 +22,7 @@ from backdoor_bench_none.contracts.builder import ModelBuilder
 from backdoor_bench_none.contracts.measures import Count
 from backdoor_bench_none.contracts.network import Pixels, predict_logits
 from backdoor_bench_none.data.digits import Digits
-from backdoor_bench_none.errors import ConfigError
+from backdoor_bench_none.errors import ConfigError, TrainingError
 from backdoor_bench_none.planning.plan import Plan
 from backdoor_bench_none.planning.stage_table import benign_key, defense_key, victim_key
 from backdoor_bench_none.results.store import Store
@@ -204,22 +204,25 @@ def noise_patches(patterns: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("patterns", "least"), [(CLASSES, 1), (43, 0.6)])
+@pytest.mark.parametrize("patterns", [CLASSES, 43])
 def test_the_small_network_knows_its_patches_and_that_all_else_is_noise(
-    patterns: int, least: float, small_networks: dict[int, list[tuple[SmallNetwork, list[float]]]]
+    patterns: int, small_networks: dict[int, list[tuple[SmallNetwork, list[float]]]]
 ) -> None:
     networks, losses = zip(*small_networks[patterns], strict=True)
-    assert all(len(of_one) == 10 for of_one in losses)
     # 0.002 to 0.004 for 10 patches; for 43, of ten seeds: 0.006 to 0.073, and 0.187 once
     assert median(of_one[-1] / of_one[0] for of_one in losses) < 0.1
-    right = [float((read(network, all_patterns()[:patterns]) == torch.arange(patterns)).float().mean())
-             for network in networks]  # fmt: skip
-    # always 1 for 10 patches; for 43, of ten seeds: seven times 1, then 0.977, 0.744 and 0.628
-    assert max(right) == 1
-    assert median(right) >= least
+    for network in networks:  # it trains on until it is sure of all
+        assert torch.equal(read(network, all_patterns()[:patterns]), torch.arange(patterns))
     for kind, patches in noise_patches(patterns).items():
         shares = [float((read(network, patches) == patterns).float().mean()) for network in networks]
         assert median(shares) >= 0.99, kind  # binary ones: 0.998 to 0.999, for 43 patches 0.993 to 0.996; others 0.998
+
+
+@pytest.mark.parametrize("patterns", [43, 4368])
+def test_a_small_network_that_does_not_learn_is_an_error(patterns: int) -> None:
+    with pytest.raises(TrainingError, match=rf"sure of \d+ of {patterns} patches after 4 steps") as caught:
+        train_small(SmallNetwork(patterns), patterns, 1, CONTEXT)
+    assert "'steps'" in str(caught.value)
 
 
 @settings(deadline=None, max_examples=30)
@@ -400,9 +403,8 @@ def test_parameters_are_checked(params: dict[str, Any]) -> None:
         TrojanNet(**params)
 
 
-def test_as_many_classes_as_patches_are_accepted_and_can_be_learned() -> None:
-    make_attack(toy(classes=4368), row=8, column=8)
-    assert len(train_small(SmallNetwork(4368), 4368, 1, CONTEXT)) == 1
+def test_as_many_classes_as_patches_are_accepted() -> None:
+    assert make_attack(toy(classes=4368), row=8, column=8).trigger_of(4367, toy(classes=4368)).mask.any()
 
 
 # on digits

@@ -203,8 +203,8 @@ def test_new_refuses_a_name_that_hides_something(kind: str, name: str, here: Pat
 def test_new_does_not_overwrite(here: Path, bbn: Bbn) -> None:
     (here / "bbn-mine").mkdir()
     (here / "file").write_text("mine")
-    fault(bbn("new", "attack", "mine"), "'bbn-mine' is there already", "--output")
-    fault(bbn("new", "attack", "mine", "--output", "file"), "'file' is there already", "--output")
+    fault(bbn("new", "attack", "mine"), "'bbn-mine' already exists", "--output")
+    fault(bbn("new", "attack", "mine", "--output", "file"), "'file' already exists", "--output")
     fault(bbn("new", "attack", "mine", "--output", "file/below"), "'file/below.*' cannot be written")
     assert list((here / "bbn-mine").iterdir()) == []
     assert (here / "file").read_text() == "mine"

@@ -328,7 +328,7 @@ RECORDS: dict[str, tuple[tuple[str, ...], object, str]] = {
     "a label for the terminal": (("axes", "attack", "name"), "\x1b[2J", "axes.attack"),
 }  # fmt: skip
 MANIFESTS: dict[str, tuple[tuple[str, ...], object, str]] = {
-    "schema 2": (("schema",), 2, "schema 2, this version knows 1"),
+    "schema 2": (("schema",), 2, "schema 2, this version reads 1"),
     "schema of text": (("schema",), "1", "schema"),
     "an unknown field": (("hooks",), [], "hooks"),
     "a path as track": (("track",), "../../etc/passwd", "track"),

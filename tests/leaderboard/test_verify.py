@@ -200,7 +200,7 @@ FORGERIES: dict[str, tuple[Callable[[Any], None], str, str, str]] = {
     "lower RA": (lambda f: alter_counts(f, "robust_accuracy", 1), "numbers", S0, "robust_accuracy.*says 1 of"),
     "other totals": (alter_totals, "numbers", S0, r"says \d+ of 1000"),
     "a trigger of clean": (claim_a_trigger_for_clean, "numbers", S0.replace("badnets", "clean"), "here it is None"),
-    "swapped seeds": (swap, "record", S0, "calls itself"),
+    "swapped seeds": (swap, "record", S0, "key is"),
     "swapped, keys edited": (lambda f: swap(f, "key"), "record", S0, "of seed 1, its key of seed 0"),
     "swapped, seeds too": (lambda f: swap(f, "key", "seed", "title"), "record", S0, "the record's poison is"),
     "revision declared": (declare("defense", "revision", to=2), "defense", "", "revision 2, here it is 1"),

@@ -23,7 +23,7 @@ IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 class Commands:
     """Makes the commands of rows.
 
-    It knows all `trials` of a report: a command whose options select other rows too is narrowed by -k.
+    A command whose options would select other rows of `trials` too is narrowed by -k.
     """
 
     def __init__(self, trials: Sequence[Trial], file: Path | None) -> None:
