@@ -1,4 +1,4 @@
-"""What `backdoor_bench_none.api` offers; it imports this module when a name is first used."""
+"""What `backdoor_bench_none.api` offers, and from where; it reads this file, and imports each name when it is first used."""
 
 from __future__ import annotations
 

@@ -34,8 +34,10 @@ PRELOAD = [
     "backdoor_bench_none.cli.main",
     "backdoor_bench_none.run.stages",
     "backdoor_bench_none.registry.plugins",
+    "backdoor_bench_none.data.digits",
     "bbn_attacks.badnets",
     "bbn_defenses.none",
+    "sklearn.metrics",
 ]
 
 

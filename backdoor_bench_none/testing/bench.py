@@ -35,7 +35,7 @@ from backdoor_bench_none.trainers.federated import Federated
 from backdoor_bench_none.trainers.transfer import Transfer
 
 CLASSES, SIDE, PAIRS, TESTS = 3, 16, 120, 60
-RECIPE = Recipe(epochs=4, batch_size=16, lr=0.05)
+RECIPE = Recipe(epochs=4, batch_size=32, lr=0.1)
 
 
 class Stripes(Dataset):

@@ -34,6 +34,8 @@ QUICK: Mapping[str, Mapping[str, Any]] = {
     "hidden_trigger": {"steps": 20},
     "natural": {"areas": [0.05], "epochs": 2, "max_candidates": 2},
     "dp_sgd": {"epochs": 1},
+    "dba": {"malicious_epochs": 3},
+    "trojannet": {"steps": 300},
 }
 #: the other data sets are files that are not on every machine
 DATASETS = ("digits", "blobs")
