@@ -1,7 +1,7 @@
 """Everything the author of a plugin imports; `docs/api.md` documents it, and `API_VERSION` counts its changes.
 
 `exports.py` declares where each name comes from. A name is imported when it is first used, and nothing else with it: a
-module with hooks, which needs `hookimpl` alone, does not import torch, and one with a defense does not import torchvision.
+module with hooks, which needs `hookimpl` alone, does not import torch, and one with a defense not torchvision.
 """
 
 from __future__ import annotations

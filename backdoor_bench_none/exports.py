@@ -1,4 +1,4 @@
-"""What `backdoor_bench_none.api` offers, and from where; it reads this file, and imports each name when it is first used."""
+"""What `backdoor_bench_none.api` offers, and from where; it reads this file and imports each name on first use."""
 
 from __future__ import annotations
 

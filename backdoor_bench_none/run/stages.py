@@ -34,6 +34,7 @@ from backdoor_bench_none.contracts.record import Cost, Record
 from backdoor_bench_none.contracts.task import TrainingTask
 from backdoor_bench_none.contracts.trainer import PretrainingTask, check_learned
 from backdoor_bench_none.planning.stage_table import (
+    Stage,
     artifact_keys,
     benign_key,
     find_stage,
@@ -98,9 +99,7 @@ class Stages:
 
         They can be computed for every cell, also where the defense does not start from them.
         """
-        # also where it is no stage of the cell: its training is no cost of the victim
-        also_needed = ["benign"] if self.cell.attack.component.starts_from_benign else []
-        return self._artifact("victim", self._train_victim, victim_key(self.cell), also_needed)
+        return self._artifact("victim", self._train_victim, victim_key(self.cell))
 
     def defense(self) -> Artifact:
         """The weights of the defended network, and what the defense reports."""
@@ -367,9 +366,7 @@ class Stages:
         """The context of a stage, with the seed derived from its content key."""
         return replace(self.context, seed=derive_seed(key))
 
-    def _artifact(
-        self, name: str, compute: Callable[[], Artifact], key: str | None = None, also_needed: Iterable[str] = ()
-    ) -> Artifact:
+    def _artifact(self, name: str, compute: Callable[[], Artifact], key: str | None = None) -> Artifact:
         """The artifact of a stage: loaded, or computed under a lock, for which a second run waits.
 
         The stages it needs are computed before its clock starts.
@@ -378,13 +375,18 @@ class Stages:
         folder = str(stage.folder)
         artifact = self._cached.get(name) or self.store.load_artifact(folder, key)
         if artifact is None:
-            for need in [*(stage.name for stage in needs_of(stage, self.cell)), *also_needed]:
-                self.run(need)
+            self._compute_needs(stage)
             with self.store.lock(folder, key):
                 artifact = self.store.load_artifact(folder, key) or self._compute(folder, key, compute)
         self.costs[name] = Cost(**artifact.meta["cost"])
         self._cached[name] = artifact
         return artifact
+
+    def _compute_needs(self, stage: Stage) -> None:
+        for need in needs_of(stage, self.cell):
+            self.run(need.name)
+        if stage.name == "victim" and self.cell.attack.component.starts_from_benign:
+            self.benign()  # needed also by a victim that is no stage of the cell
 
     def _compute(self, folder: str, key: str, compute: Callable[[], Artifact]) -> Artifact:
         with measure_stage(self.context.device) as measured:
