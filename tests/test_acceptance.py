@@ -158,6 +158,7 @@ def test_a_killed_run_goes_on_to_the_same_records(undisturbed: dict[str, Any], t
     assert {path: path.stat().st_mtime_ns for path in before} == before  # what was finished is not computed again
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_folder(undisturbed: dict[str, Any], tmp_path: Path) -> None:
     write_few(tmp_path)
     with started(tmp_path, "run") as one, started(tmp_path, "run") as other:
@@ -189,6 +190,7 @@ def test_interrupted_once(undisturbed: dict[str, Any], tmp_path: Path) -> None:
     assert records(results) == undisturbed
 
 
+@pytest.mark.slow
 def test_interrupted_twice_stops_at_once(tmp_path: Path) -> None:
     write_few(tmp_path)
     text = (tmp_path / "benchmark.yaml").read_text()

@@ -418,6 +418,48 @@ def test_the_papers_recipe_for_nin(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize(
+    ("architecture", "activation", "init", "clip"),
+    [("nin", "relu", "released", None), ("nin", "elu", "released", None), ("nin", "softplus", "calibrated", 1.0),
+     ("vgg11", "relu", "released", 1.0), ("vgg16", "leaky_relu", "released", 1.0),
+     ("vgg16", "softplus", "calibrated", 1.0)],
+)  # fmt: skip
+def test_the_papers_recipe_brings_initial_weights(
+    architecture: str, activation: str, init: str, clip: float | None, registry: Registry
+) -> None:
+    cell = only(registry, architecture=f"{{name: {architecture}, recipe: paper}}", activation=activation)
+    assert cell.architecture.component.model_dump()["init"] == init
+    assert cell.recipe.clip_norm == clip
+    assert bool(cell.recipe_deviation) == (clip is not None)
+    without = only(registry, architecture=architecture, activation=activation)
+    assert without.architecture.component.model_dump()["init"] == "calibrated"
+    assert without.recipe_deviation == ""
+
+
+def test_initial_weights_in_the_file_stand(registry: Registry) -> None:
+    written = "{name: nin, params: {init: calibrated}, recipe: {base: paper, clip_norm: 1}}"
+    assert only(registry, architecture=written).architecture.component.model_dump()["init"] == "calibrated"
+    defaults = "defaults: {architecture: {vgg11: {init: calibrated, recipe: paper}}}\n"
+    assert (
+        only(registry, architecture="vgg11", rest=defaults).architecture.component.model_dump()["init"] == "calibrated"
+    )
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"architecture": "§{name: nin, params: {init: calibrated}, recipe: paper}"}, "diverge within ten steps"),
+        ({"architecture": "§{name: vgg16, recipe: paper}", "activation": "tanhshrink"}, "not seen to train"),
+        ({"architecture": "§{name: vgg11, params: {init: calibrated}, recipe: {base: paper, clip_norm: null}}"},
+         "set `clip_norm: 1`"),
+    ],
+)  # fmt: skip
+def test_what_does_not_train_with_the_papers_recipe_is_refused(
+    axes: dict[str, str], message: str, registry: Registry
+) -> None:
+    assert_fault(registry, write(**axes), message)
+
+
+@pytest.mark.parametrize(
     ("axes", "rest", "message"),
     [
         ({"dataset": "{name: digits, recipe: §papr}"}, "", "unknown recipe 'papr', did you mean 'paper'?"),

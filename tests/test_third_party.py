@@ -277,6 +277,7 @@ def test_a_matrix_with_components_of_strangers(strangers: Path) -> None:
     assert providers["architecture"].startswith("backdoor-bench-none ")
 
 
+@pytest.mark.slow
 def test_bbn_check_passes(environment: Environment, tmp_path: Path) -> None:
     said = environment.run("bbn", "check", "bbn-example", cwd=tmp_path)
     assert said.returncode == 0, said.stdout + said.stderr
@@ -285,6 +286,7 @@ def test_bbn_check_passes(environment: Environment, tmp_path: Path) -> None:
     assert [title for title, _ in passed] == ["attack cross", "defense trim_losses"]
 
 
+@pytest.mark.slow
 def test_bbn_check_passes_what_bbn_new_writes(environment: Environment, tmp_path: Path) -> None:
     """All in one process, since each begins with seconds of imports."""
     code = "import sys; from backdoor_bench_none.cli.main import run_cli; "
@@ -297,6 +299,7 @@ def test_bbn_check_passes_what_bbn_new_writes(environment: Environment, tmp_path
     assert said.stdout.count("all checks passed") == len(GENERATED)
 
 
+@pytest.mark.slow
 def test_their_own_tests_pass(environment: Environment, workshop: Path) -> None:
     packages = sorted(workshop.glob("bbn-*"))
     options = ("-v", "-p", "no:cacheprovider", "--import-mode=importlib", "-W", "error", "--rootdir", workshop)

@@ -17,9 +17,10 @@ from backdoor_bench_none.api import Batch, Context, DatasetInfo, FitTask, Histor
 from backdoor_bench_none.api import cross_entropy as plain_loss
 from backdoor_bench_none.contracts import network
 from backdoor_bench_none.contracts.network import Pixels, predict_logits
-from backdoor_bench_none.contracts.recipe import named_recipe
 from backdoor_bench_none.contracts.trainer import check_learned
 from backdoor_bench_none.errors import DeadlineError, TrainingError
+from backdoor_bench_none.models.nin import NiN
+from backdoor_bench_none.models.resnet import ResNet18
 from backdoor_bench_none.trainers.centralized import Centralized
 
 CPU = Context(torch.device("cpu"), 7)
@@ -111,7 +112,7 @@ def test_a_step_moves_by_lr_times_the_gradient() -> None:
 
 @pytest.mark.parametrize("rates", [(1, 2), (79, 80), (159, 160)])
 def test_the_papers_recipe_divides_at_the_start_of_epochs_80_and_160(rates: tuple[int, int]) -> None:
-    recipe = Recipe(**named_recipe("paper", "resnet18"))
+    recipe = Recipe(**ResNet18().named_recipe("paper", "relu").fields)
     last, first = (recipe.lr_at((epoch - 1) * 391, 391) for epoch in rates)
     assert first / last == pytest.approx(1.0 if rates == (1, 2) else 0.1)
     assert recipe.lr_at((rates[1] - 1) * 391 - 1, 391) == last
@@ -473,8 +474,8 @@ def test_parameter_groups_of_the_papers_recipe_for_nin() -> None:
     """Released code: weights 1 x lr and decay 1e-4, biases 2 x lr
     without decay; the last layer 0.1 x lr, weight and bias.
     """
-    recipe = {**named_recipe("paper", "nin"), "epochs": 1, "batch_size": 10, "weight_decay": 0.5}
-    assert (recipe["momentum"], named_recipe("paper", "nin")["weight_decay"]) == (0.95, 1e-4)
+    recipe = {**NiN().named_recipe("paper", "relu").fields, "epochs": 1, "batch_size": 10, "weight_decay": 0.5}
+    assert (recipe["momentum"], NiN().named_recipe("paper", "relu").fields["weight_decay"]) == (0.95, 1e-4)
     expected = {"hidden.weight": 0.2, "hidden.bias": 0.2, "head.weight": 0.02, "head.bias": 0.01}
     assert one_step(**recipe) == pytest.approx(expected, abs=1e-5)
 

@@ -102,6 +102,11 @@ def describe_plan(plan: Plan) -> list[str]:
     selected = {record_key(cell) for cell in plan.cells}
     reasons = Counter(reason for key, reason in plan.skipped.items() if key in selected)
     lines += [f"  skipped     {count}: {reason}" for reason, count in reasons.items()]
+    deviations = Counter((cell.architecture.label, cell.recipe_deviation) for cell in plan.cells)
+    lines += [
+        f"  recipe      not as published in {plural('cell', count)} of {label}: {deviation}"
+        for (label, deviation), count in deviations.items() if deviation
+    ]  # fmt: skip
     lines += [f"  absent      data set {name}: `bbn run` downloads it if it may" for name in plan.absent]
     return lines
 

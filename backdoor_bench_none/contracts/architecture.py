@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from backdoor_bench_none.contracts.component import Component
+from backdoor_bench_none.contracts.recipe import PAPER, NamedRecipe, Recipe
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,21 @@ class Architecture(Component):
     def recipe(self, dataset: str) -> Mapping[str, Any]:
         """The fields of the training recipe that this architecture changes on `dataset`."""
         return {}
+
+    def named_recipe(self, name: str, activation: str) -> NamedRecipe:
+        """The recipe `name` ("paper" or "default") for networks with the activation function of this registered name.
+
+        It raises `ConfigError` for a combination that is known not to train.
+        """
+        if name == "paper":
+            return NamedRecipe(PAPER)
+        return NamedRecipe({})
+
+    def check_recipe(self, name: str, recipe: Recipe) -> None:
+        """Raise `ConfigError` if networks of these parameters are known not to train with `recipe`.
+
+        `name` is the named recipe that it started from.
+        """
 
     def scale(self, channels: int) -> int:
         """`channels` times `width`, at least 1."""

@@ -43,6 +43,8 @@ class Cell:
     fingerprint: str | None
     #: extra metrics
     metrics: tuple[Choice[Metric], ...] = ()
+    #: how the recipe deviates from the publication that it is named after; "" if it does not
+    recipe_deviation: str = ""
     #: values derived from this cell, such as its content keys; a changed copy starts without them
     memo: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
@@ -69,4 +71,7 @@ class Cell:
         choices = {axis: choice.spec() for axis, choice in self.choices.items()}
         metrics = [metric.spec() for metric in self.metrics]
         recipe = self.recipe.model_dump(mode="json")
-        return {**choices, "seed": self.seed, "recipe": recipe, "fingerprint": self.fingerprint, "metrics": metrics}
+        return {
+            **choices, "seed": self.seed, "recipe": recipe, "fingerprint": self.fingerprint, "metrics": metrics,
+            "recipe_deviation": self.recipe_deviation,
+        }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -78,23 +79,22 @@ class Recipe(BaseModel):
         return self.lr * (total - step) / (total - rise + 1)
 
 
+@dataclass(frozen=True)
+class NamedRecipe:
+    """The content of a named recipe for one architecture and activation function."""
+
+    #: fields of the recipe
+    fields: Mapping[str, Any]
+    #: parameters of the architecture that go with them, such as its initial weights
+    params: Mapping[str, Any] = field(default_factory=dict)
+    #: what deviates from the publication that the recipe is named after, and why; "" if nothing does
+    deviation: str = ""
+
+
 #: The paper's own recipe (released code): 200 epochs at 0.1, divided by 10 at the start of epochs 80 and 160.
-PAPER = {
+PAPER: Mapping[str, Any] = {
     "epochs": 200, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4,
     "schedule": "step", "milestones": (80, 160), "clip_norm": None,
 }  # fmt: skip
-#: What the released code changes for NiN.
-PAPER_NIN = {"momentum": 0.95, "bias_lr_factor": 2.0, "head_lr_factor": 0.1}
-
-
-def named_recipe(name: str, architecture: str) -> Mapping[str, Any]:
-    """The fields of the recipe called `name`: `default` changes nothing, `paper` is the paper's."""
-    if name == "default":
-        return {}
-    if architecture == "nin":
-        return {**PAPER, **PAPER_NIN}
-    return {**PAPER}
-
-
 #: Names that `recipe:` accepts in a benchmark file.
 NAMED_RECIPES = ("default", "paper")

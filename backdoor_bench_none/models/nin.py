@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 from torch import nn
 
 from backdoor_bench_none.contracts.architecture import Architecture, ModelSpec
+from backdoor_bench_none.contracts.recipe import PAPER, NamedRecipe, Recipe
 from backdoor_bench_none.models.initial_weights import draw_calibrated_weights
+from backdoor_bench_none.models.paper_recipe import (
+    INIT_DESCRIPTION,
+    InitialWeights,
+    recipe_without_norms,
+    refuse_divergence,
+)
+
+#: what the released code changes in its recipe for NiN
+PAPER_NIN = {"momentum": 0.95, "bias_lr_factor": 2.0, "head_lr_factor": 0.1}
 
 
 class NiN(Architecture):
@@ -23,9 +33,7 @@ class NiN(Architecture):
 
     paper = "NONE, section 5.1; arXiv:1312.4400"
 
-    init: Literal["calibrated", "released"] = Field(
-        "calibrated", description="initial weights: calibrated to the activation, or as in the released code"
-    )
+    init: InitialWeights = Field("auto", description=INIT_DESCRIPTION)
 
     def build(self, spec: ModelSpec) -> nn.Module:
         """Children `features`, `avgpool` and `flatten`, initialised by `init`."""
@@ -44,7 +52,7 @@ class NiN(Architecture):
             )
         )
         if self.init == "released":
-            draw_released_weights(network)
+            draw_released_weights(network, self.width)
         else:
             # Logits start around 1, not 0: a ReLU logit that is 0 for all images gets no gradient and stays 0.
             draw_calibrated_weights(network, spec.activation, head_spread=1.0, head_bias=1.0)
@@ -66,10 +74,28 @@ class NiN(Architecture):
         """Clipped gradients, since nothing normalises the layers."""
         return {"lr": 0.1, "clip_norm": 1.0}
 
+    def named_recipe(self, name: str, activation: str) -> NamedRecipe:
+        """See the base class; the paper's recipe brings initial weights."""
+        if name != "paper":
+            return NamedRecipe({}, {"init": "calibrated"})
+        return recipe_without_norms({**PAPER, **PAPER_NIN}, activation, clip_released=False)
 
-def draw_released_weights(network: nn.Module) -> None:
-    """N(0, 0.05) weights and N(0, 0.001) biases."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d) and module.bias is not None:
-            nn.init.normal_(module.weight, 0.0, 0.05)
-            nn.init.normal_(module.bias, 0.0, 0.001)
+    def check_recipe(self, name: str, recipe: Recipe) -> None:
+        """See the base class."""
+        refuse_divergence(name, self.init, recipe)
+
+
+def draw_released_weights(network: nn.Module, width: float = 1.0) -> None:
+    """N(0, 0.05) weights and N(0, 0.001) biases.
+
+    In networks of another width than 1 the weights of hidden inputs are divided by its root, so that pre-activations
+    spread as in the released network.
+    """
+    layers = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    for layer in layers:
+        spread = 0.05
+        if layer is not layers[0]:
+            spread /= width**0.5
+        nn.init.normal_(layer.weight, 0.0, spread)
+        if layer.bias is not None:
+            nn.init.normal_(layer.bias, 0.0, 0.001)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import nn
 
 from backdoor_bench_none.contracts.architecture import Architecture, ModelSpec
+from backdoor_bench_none.contracts.recipe import PAPER, NamedRecipe, Recipe
 from backdoor_bench_none.models.initial_weights import draw_calibrated_weights
+from backdoor_bench_none.models.paper_recipe import (
+    INIT_DESCRIPTION,
+    InitialWeights,
+    recipe_without_norms,
+    refuse_divergence,
+)
 
 
 class VGG(Architecture):
@@ -25,9 +32,7 @@ class VGG(Architecture):
     #: Number of convolutions of each stage.
     depths: ClassVar[tuple[int, ...]] = ()
 
-    init: Literal["calibrated", "released"] = Field(
-        "calibrated", description="initial weights: calibrated to the activation, or as in the released code"
-    )
+    init: InitialWeights = Field("auto", description=INIT_DESCRIPTION)
 
     def build(self, spec: ModelSpec) -> nn.Module:
         """Children `features`, `avgpool`, `flatten` and `classifier`, initialised by `init`."""
@@ -56,6 +61,16 @@ class VGG(Architecture):
     def recipe(self, dataset: str) -> Mapping[str, Any]:
         """A smaller learning rate and clipped gradients, since nothing normalises the layers."""
         return {"lr": 0.05, "clip_norm": 1.0}
+
+    def named_recipe(self, name: str, activation: str) -> NamedRecipe:
+        """See the base class; the paper's recipe brings initial weights."""
+        if name != "paper":
+            return NamedRecipe({}, {"init": "calibrated"})
+        return recipe_without_norms(PAPER, activation, clip_released=True)
+
+    def check_recipe(self, name: str, recipe: Recipe) -> None:
+        """See the base class."""
+        refuse_divergence(name, self.init, recipe)
 
 
 class VGG11(VGG):

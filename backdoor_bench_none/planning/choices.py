@@ -123,6 +123,7 @@ def cell_from_spec(spec: Mapping[str, Any], registry: Registry) -> Cell:
         info=dataset.component.info(),
         fingerprint=spec["fingerprint"],
         metrics=tuple(choice_from_spec(Metric, metric, registry) for metric in spec["metrics"]),
+        recipe_deviation=spec["recipe_deviation"],
     )
 
 

@@ -162,9 +162,10 @@ class _Expander:
                 attacks, block.architecture, block.activation, block.trainer, block.defense, self.seeds
             )
             for attack, architecture, activation, trainer, defense, seed in combinations:
+                training = self.recipes.make(dataset, architecture, activation, trainer)
                 yield Cell(
-                    dataset.choice, attack, defense.choice, architecture.choice, activation.choice, trainer.choice,
-                    seed, self.recipes.make(dataset, architecture, trainer), info, fingerprint, self.metrics,
+                    dataset.choice, attack, defense.choice, training.architecture, activation.choice, trainer.choice,
+                    seed, training.recipe, info, fingerprint, self.metrics, training.deviation,
                 )  # fmt: skip
 
     def _resolve(self, selected: Selected[Attack], info: DatasetInfo, trainers: list[Trainer]) -> Choice[Attack] | None:

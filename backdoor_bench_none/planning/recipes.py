@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
 
-from backdoor_bench_none.contracts.architecture import Architecture
-from backdoor_bench_none.contracts.component import Component
+from backdoor_bench_none.contracts.architecture import Activation, Architecture
+from backdoor_bench_none.contracts.component import Choice, Component
 from backdoor_bench_none.contracts.config import Config, Location
 from backdoor_bench_none.contracts.dataset import Dataset
-from backdoor_bench_none.contracts.recipe import NAMED_RECIPES, Recipe, named_recipe
+from backdoor_bench_none.contracts.recipe import NAMED_RECIPES, NamedRecipe, Recipe
 from backdoor_bench_none.contracts.trainer import Trainer
 from backdoor_bench_none.errors import did_you_mean
 from backdoor_bench_none.planning.faults import Faults, Selected
 from backdoor_bench_none.registry.components import explain
+
+
+@dataclass(frozen=True)
+class Training:
+    """The recipe of a cell, its architecture with the initial weights that the recipe brings, and its deviation.
+
+    `deviation` says how the recipe differs from the publication that it is named after; "" if it does not.
+    """
+
+    recipe: Recipe
+    architecture: Choice[Architecture]
+    deviation: str
 
 
 @dataclass
@@ -26,23 +38,32 @@ class RecipeMaker:
 
     config: Config
     faults: Faults
-    _made: dict[tuple[int, int, int], Recipe] = field(default_factory=dict)
+    _made: dict[tuple[int, int, int, int], Training] = field(default_factory=dict)
 
     def make(
-        self, dataset: Selected[Dataset], architecture: Selected[Architecture], trainer: Selected[Trainer]
-    ) -> Recipe:
-        """The recipe of a data set, an architecture and a trainer.
+        self,
+        dataset: Selected[Dataset],
+        architecture: Selected[Architecture],
+        activation: Selected[Activation],
+        trainer: Selected[Trainer],
+    ) -> Training:
+        """The recipe of a data set, an architecture, an activation function and a trainer.
 
-        Later ones win: those of the components in this order, then the `defaults` of each, then the entry of each.
+        Later ones win: those of data set, architecture and trainer in this order, then the `defaults` of each, then the
+        entry of each.
         """
-        key = (id(dataset.choice), id(architecture.choice), id(trainer.choice))
+        key = (id(dataset.choice), id(architecture.choice), id(activation.choice), id(trainer.choice))
         if key not in self._made:
-            self._made[key] = self._combine(dataset, architecture, trainer)
+            self._made[key] = self._combine(dataset, architecture, activation, trainer)
         return self._made[key]
 
     def _combine(
-        self, dataset: Selected[Dataset], architecture: Selected[Architecture], trainer: Selected[Trainer]
-    ) -> Recipe:
+        self,
+        dataset: Selected[Dataset],
+        architecture: Selected[Architecture],
+        activation: Selected[Activation],
+        trainer: Selected[Trainer],
+    ) -> Training:
         network = architecture.choice.component
         own: list[Mapping[str, Any] | None] = [
             self.faults.call(dataset, dataset.choice.component.recipe),
@@ -53,10 +74,45 @@ class RecipeMaker:
         for values in own:
             fields |= values or {}
         locations: dict[str, Location] = {}
+        base = "default"
+        named = self._named(architecture, base, activation)
         for recipe, location in self._written((dataset, architecture, trainer)):
-            written = self._expand(recipe, architecture.choice.name, location)
+            written = {"base": recipe} if isinstance(recipe, str) else dict(recipe or {})
+            if "base" in written:
+                base = str(written.pop("base"))
+                named = self._named(architecture, base, activation, location)
+                fields |= named.fields
+                locations |= dict.fromkeys(named.fields, location)
             fields |= written
             locations |= {name: (*location, name) for name in written}
+        choice = self._with_initial_weights(architecture, named)
+        recipe = self._validate(fields, locations, architecture)
+        self.faults.call(architecture, partial(choice.component.check_recipe, base, recipe))
+        return Training(recipe, choice, named.deviation)
+
+    def _named(
+        self,
+        architecture: Selected[Architecture],
+        name: str,
+        activation: Selected[Activation],
+        location: Location | None = None,
+    ) -> NamedRecipe:
+        """The recipe of this name; without fields if it is unknown or refused, which is a fault."""
+        if name not in NAMED_RECIPES:
+            self.faults.add(location or (), f"unknown recipe '{name}', {did_you_mean(name, NAMED_RECIPES)}")
+            return NamedRecipe({})
+        make = partial(architecture.choice.component.named_recipe, name, activation.choice.name)
+        return self.faults.call(architecture, make) or NamedRecipe({})
+
+    def _with_initial_weights(self, selected: Selected[Architecture], named: NamedRecipe) -> Choice[Architecture]:
+        """The architecture with the parameters that the recipe brings; what the file says of them stands."""
+        component = selected.choice.component
+        brought = {name: value for name, value in named.params.items() if getattr(component, name) == "auto"}
+        return replace(selected.choice, component=component.model_copy(update=brought))
+
+    def _validate(
+        self, fields: Mapping[str, Any], locations: Mapping[str, Location], architecture: Selected[Architecture]
+    ) -> Recipe:
         try:
             return Recipe(**fields)
         except ValidationError as error:
@@ -72,14 +128,3 @@ class RecipeMaker:
             recipe = self.config.defaults.get(choice.kind, {}).get(choice.name, {}).get("recipe")
             written.append((recipe, ("defaults", choice.kind, choice.name, "recipe")))
         return written + [(one.entry.recipe, (*one.location, "recipe")) for one in selected]
-
-    def _expand(self, recipe: str | Mapping[str, Any] | None, architecture: str, location: Location) -> dict[str, Any]:
-        """The fields of a recipe given by its name, or by fields, of which `base` names the recipe to start from."""
-        if isinstance(recipe, str):
-            recipe = {"base": recipe}
-        fields = dict(recipe or {})
-        base = fields.pop("base", "default")
-        if base not in NAMED_RECIPES:
-            self.faults.add(location, f"unknown recipe '{base}', {did_you_mean(str(base), NAMED_RECIPES)}")
-            return {}
-        return {**named_recipe(base, architecture), **fields}

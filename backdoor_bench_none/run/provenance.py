@@ -20,7 +20,7 @@ def describe(cell: Cell, context: Context, registry: Registry) -> dict[str, Any]
     """Versions, device, precision, threads, and the provider of each component of the cell."""
     cuda = torch.version.cuda if context.device.type == "cuda" else None
     precision = "float32" if context.amp is None else str(context.amp).removeprefix("torch.")
-    return {
+    facts = {
         "providers": name_providers(cell, registry),
         "python": platform.python_version(),
         "libraries": installed_libraries(),
@@ -30,6 +30,9 @@ def describe(cell: Cell, context: Context, registry: Registry) -> dict[str, Any]
         "cuda": cuda,
         "deterministic": context.device.type == "cpu",
     }
+    if cell.recipe_deviation:
+        facts["recipe_deviation"] = cell.recipe_deviation
+    return facts
 
 
 def name_providers(cell: Cell, registry: Registry) -> dict[str, str]:

@@ -31,6 +31,13 @@ Tree = Callable[[Path], dict[str, str]]
 KEY = "0123456789abcdef"
 
 
+@pytest.fixture(autouse=True)
+def inner_folder(tiny_track: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder is one below the temporary one, so that what escapes from it is seen there."""
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+
+
 def read_whole(path: Path) -> None:
     with open_submission(path) as folder:
         read_submission(folder)

@@ -322,7 +322,7 @@ def test_a_crafter_of_another_revision_makes_other_poison(
     "axes",
     [
         {"attack": "{name: adaptive, params: {epochs: 1}}"},
-        {"attack": "{name: trojannet, params: {steps: 1}}"},
+        {"attack": "{name: trojannet, params: {steps: 500}}"},
         {**DBA, "trainer": FEDERATED},
         {"attack": "everything", "trainer": TRANSFER},
     ],
