@@ -170,6 +170,7 @@ def test_two_runs_on_one_folder(undisturbed: dict[str, Any], tmp_path: Path) -> 
     assert files(tmp_path / "results", ".*") == []
 
 
+@pytest.mark.slow
 def test_interrupted_once(undisturbed: dict[str, Any], tmp_path: Path) -> None:
     write_few(tmp_path)
     results = tmp_path / "results"
@@ -207,6 +208,7 @@ def test_interrupted_twice_stops_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.slow
 def test_a_terminal_shows_bars_and_the_table(undisturbed: dict[str, Any], tmp_path: Path) -> None:
     import pexpect
     import pyte

@@ -18,7 +18,7 @@ from backdoor_bench_none.cli.options import (
     selection_options,
     warn_of_absent,
 )
-from backdoor_bench_none.errors import ExitCode
+from backdoor_bench_none.errors import ConfigError, ExitCode
 from backdoor_bench_none.planning.reading import find_file
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def _split(context: click.Context, parameter: click.Parameter, value: str | None
     help="Any of ba, asr, ra, der, tpr, fpr, auroc, tpr_at_1_fpr, seconds, cost_ratio, peak_memory, clean_fraction.",
 )  # fmt: skip
 @click.option("--compare", nargs=2, metavar="A B", help="Compare two defenses, paired over seeds, cells and images.")
-@click.option("--paper", metavar="TABLE", help="Show the paper's numbers beside ours, as table1.")
+@click.option("--paper", metavar="TABLE", help="Show the paper's numbers beside those of the same cells, as table1.")
+@click.option("--near", is_flag=True, help="With --paper: also beside cells that differ, with the differences.")
 @click.option(
     "--all", "everything", is_flag=True, help="All records of the results folder, not only those of the file."
 )
@@ -64,6 +65,7 @@ def table_command(
     metrics: tuple[str, ...],
     compare: tuple[str, str] | None,
     paper: str | None,
+    near: bool,
     everything: bool,
 ) -> int:
     """Print the comparison matrix of a benchmark file (default: benchmark.yaml) from its records.
@@ -75,16 +77,20 @@ def table_command(
 
     layout = Layout(rows, columns, metrics)
     layout.check()
+    if near and paper is None:
+        raise ConfigError("--near goes with --paper")
     with _no_garbage_collection():
         table_rows, folder = find_rows(file, results, selection, everything)
     if compare is not None or paper is not None:
         from backdoor_bench_none.report.comparison import compare_defenses
         from backdoor_bench_none.report.paper import compare_with_paper
+        from backdoor_bench_none.results.store import Store
 
         if compare is not None:
             table = compare_defenses(table_rows, *compare, folder)
         else:
-            table = compare_with_paper(table_rows, str(paper))
+            registry = open_registry(file)
+            table = compare_with_paper(table_rows, Store(folder), registry, str(paper), near=near)
         if form == "terminal":
             print_table(table, open_console())
         else:

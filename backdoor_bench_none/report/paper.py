@@ -2,105 +2,133 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from backdoor_bench_none.errors import ConfigError, did_you_mean
+from backdoor_bench_none.contracts.cell import AXES, Cell
+from backdoor_bench_none.contracts.record import Record
+from backdoor_bench_none.errors import ConfigError
+from backdoor_bench_none.paper.experiments import Experiment, benchmark_of, experiments_of, find_table
+from backdoor_bench_none.planning.reading import parse_config
 from backdoor_bench_none.report.comparison import Table
 from backdoor_bench_none.results.metrics import METRICS
 from backdoor_bench_none.results.rows import Row
+from backdoor_bench_none.results.store import Store
 
-TABLES = Path(__file__).parents[1] / "paper" / "tables.json"
-#: the paper's names -> registered names
-DATASETS = {
-    "MNIST": "mnist",
-    "CIFAR-10": "cifar10",
-    "GTSRB": "gtsrb",
-    "ImageNet-10": "imagenette",
-    "ImageNet-pair": "image_folder",
-}
-DEFENSES = {"undefended": "no_defense", "dp-sgd": "dp_sgd", "dp-sgd-1": "dp_sgd", "dp-sgd-2": "dp_sgd"}
-ATTACKS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "badnets": ("badnets", {"label_mode": "all_to_one"}),
-    "badnets-all-to-all": ("badnets", {"label_mode": "all_to_all"}),
-    "label-consistent": ("label_consistent", {}),
-    "hidden-trigger": ("hidden_trigger", {}),
-}
-TRIGGERS = {"Dynamic Patch": "dynamic", "Static Patch": "static", "Watermark": "watermark"}
-ACTIVATIONS = {"LeakyReLU": "leaky_relu"}
-#: what a table varies -> axis and parameter
-VARIED = {
-    "trigger_size": ("attack", "size"), "trigger": ("attack", "trigger_kind"), "poison_rate": ("attack", "poison_rate"),
-    "alpha": ("attack", "alpha"), "selection_threshold": ("defense", "r2"), "lambda_h": ("defense", "lambda_h"),
-    "lambda_l": ("defense", "lambda_l"),
-}  # fmt: skip
-#: clip and noise of the two DP-SGD rows of Table 2
-DP = {"dp-sgd-1": {"clip": 4.0, "noise": 0.1}, "dp-sgd-2": {"clip": 1.0, "noise": 0.5}}
+if TYPE_CHECKING:
+    from backdoor_bench_none.registry.components import Registry
 
 
-def read_tables() -> Mapping[str, Any]:
-    """All tables of the paper: caption and rows; every rate is a fraction of 1."""
-    tables: Mapping[str, Any] = json.loads(TABLES.read_text(encoding="utf-8"))["tables"]
-    return tables
+@dataclass(frozen=True)
+class _Candidate:
+    """A row here with the components of an experiment, and its record of one seed."""
+
+    row: Row
+    record: Record
 
 
-def compare_with_paper(rows: Sequence[Row], name: str) -> Table:
-    """Each row of a table of the paper beside the row here with the same components; a dash where there is none."""
-    tables = read_tables()
-    if name not in tables:
-        raise ConfigError(f"the paper has no table '{name}' of rates", did_you_mean(name, tables))
-    theirs = tables[name]["rows"]
-    described = [key for key in theirs[0] if key not in ("ba", "asr")]
-    lines, matched = [], 0
-    for row in theirs:
-        ours = next((mine for mine in rows if mine.ba is not None and matches(mine, row)), None)
+def compare_with_paper(
+    rows: Sequence[Row], store: Store, registry: Registry, name: str, *, near: bool = False
+) -> Table:
+    """Each row of a table of the paper beside the row here that is the same cell; a dash where there is none.
+
+    The same means every component with its parameters, and the recipe; seeds may differ. With `near`, a row without
+    such a cell is shown beside the one that differs in the fewest values, which are named; `ConfigError` if there is
+    none at all.
+    """
+    experiments = experiments_of(name)
+    cells = _plan_cells(name, registry)
+    candidates = _read_candidates(rows, store)
+    described = [key for key in experiments[0].row if key not in ("ba", "asr")]
+    lines: list[list[str]] = []
+    exact: list[Row] = []
+    close: list[Row] = []
+    for experiment in experiments:
+        ours, differences = _closest(experiment, cells.get(experiment.labels), candidates)
         if ours is not None:
-            matched += 1
-        lines.append([*(str(row[key]) for key in described), *_numbers(row, ours)])
-    cells = f"{matched} of {len(lines)} rows of the paper have cells here"
+            (close if differences else exact).append(ours)
+        if differences and not near:
+            ours, differences = None, []
+        line = [*(str(experiment.row[key]) for key in described), *_numbers(experiment.row, ours)]
+        if near:
+            line.append(_remark(experiment, differences))
+        lines.append(line)
+    if near and not exact + close:
+        raise ConfigError(f"no cell here has the components of a row of {name}", "`bbn init --from` writes its file")
     header = [*described, "paper BA / ASR", "ours BA / ASR", "difference", "seeds"]
     notes = [
-        f"{cells} with its data set, attack, defense and parameters",
-        "Percent; differences in percentage points. Recipes, seeds and the pixels of triggers may differ",
+        f"{len(exact)} of {len(lines)} rows of the paper have their very cell here; percent, differences in points"
     ]
-    return Table(f"{name}: {tables[name]['caption']}", header, lines, notes)
+    if near:
+        header.append("not as in the paper")
+    elif close:
+        notes.append(f"--near shows {len(close)} more beside cells that differ, with the differences")
+    reasons = dict.fromkeys(experiment.unavailable for experiment in experiments if experiment.unavailable)
+    notes += [f"cannot be repeated: {reason}" for reason in reasons]
+    return Table(f"{name}: {find_table(name)['caption']}", header, lines, notes)
 
 
-def matches(ours: Row, theirs: Mapping[str, Any]) -> bool:
-    """Whether a row has the components that a row of the paper names."""
-    wanted_attack, params = ATTACKS.get(theirs["attack"], (theirs["attack"], {}))
-    wanted: dict[str, tuple[str, dict[str, Any]]] = {
-        "attack": (wanted_attack, dict(params)),
-        "dataset": (DATASETS.get(theirs["dataset"], theirs["dataset"]), {}),
-        "defense": (DEFENSES.get(theirs["defense"], theirs["defense"]), dict(DP.get(theirs["defense"], {}))),
-    }
-    if "network" in theirs:
-        wanted["architecture"] = (theirs["network"].lower(), {"width": 1.0})
-    wanted["activation"] = (ACTIVATIONS.get(theirs.get("activation", ""), theirs.get("activation", "ReLU").lower()), {})
-    for key, (axis, parameter) in VARIED.items():
-        if key in theirs and (axis == "attack" or theirs["defense"] != "undefended"):
-            wanted[axis][1][parameter] = _value(key, theirs[key])
-    return all(_is(ours.components.get(axis, {}), *choice) for axis, choice in wanted.items())
+def _plan_cells(name: str, registry: Registry) -> dict[tuple[str, ...], Cell]:
+    """The cells of the table's benchmark file by their labels; the data sets need not be on this machine."""
+    from backdoor_bench_none.planning.plan import plan_config
+
+    config, source = parse_config(benchmark_of(name), f"{name}.yaml")
+    plan = plan_config(config, source, registry)
+    return {tuple(cell.choices[axis].label for axis in AXES): cell for cell in plan.cells}
 
 
-def _value(key: str, written: Any) -> Any:  # noqa: ANN401
-    """A value of the paper as a parameter here: shares for percents, and 0 for the paper's single neuron."""
-    if key == "trigger":
-        return TRIGGERS[written]
-    if key != "selection_threshold":
-        return written
-    if str(written) == "1":
-        return 0.0
-    return float(str(written).removesuffix("%")) / 100
+def _read_candidates(rows: Sequence[Row], store: Store) -> dict[tuple[str, ...], list[_Candidate]]:
+    """The rows with results by the names of their components."""
+    candidates: dict[tuple[str, ...], list[_Candidate]] = {}
+    for row in rows:
+        if row.ba is None or not row.keys:
+            continue
+        record = store.read_record(row.keys[0])
+        if record is not None:
+            names = tuple(record.axes[axis].name for axis in AXES)
+            candidates.setdefault(names, []).append(_Candidate(row, record))
+    return candidates
 
 
-def _is(component: Mapping[str, Any], name: str, params: Mapping[str, Any]) -> bool:
-    return component.get("name") == name and all(
-        parameter not in component["params"] or component["params"][parameter] == value
-        for parameter, value in params.items()
-    )
+def _closest(
+    experiment: Experiment, cell: Cell | None, candidates: Mapping[tuple[str, ...], list[_Candidate]]
+) -> tuple[Row | None, list[str]]:
+    """The row that differs from `cell` in the fewest values, and these differences; None without a row to compare.
+
+    What the experiment names, such as the size of the trigger in table 4, must be the same.
+    """
+    if cell is None:
+        return None, []
+    names = tuple(cell.choices[axis].name for axis in AXES)
+    compared = [(find_differences(each.record, cell), each.row) for each in candidates.get(names, [])]
+    comparable = [(differences, row) for differences, row in compared if not experiment.named & set(differences)]
+    if not comparable:
+        return None, []
+    differences, row = min(comparable, key=lambda pair: len(pair[0]))
+    return row, list(differences.values())
+
+
+def find_differences(record: Record, cell: Cell) -> dict[str, str]:
+    """The values in which a record differs from a cell: "recipe.epochs" -> "recipe.epochs 20, not 200"."""
+    differences: dict[str, str] = {}
+    for axis in AXES:
+        wanted, ours = cell.choices[axis].component.identity(), record.axes[axis]
+        differences |= _differing(axis, ours.params, wanted["params"])
+        if ours.revision != wanted["revision"]:
+            differences[axis] = f"{axis} of another revision"
+    return differences | _differing("recipe", record.recipe, cell.recipe.model_dump(mode="json"))
+
+
+def _differing(part: str, ours: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:
+    names = [name for name in {**wanted, **ours} if ours.get(name) != wanted.get(name)]
+    return {f"{part}.{name}": f"{part}.{name} {ours.get(name)}, not {wanted.get(name)}" for name in names}
+
+
+def _remark(experiment: Experiment, differences: Sequence[str]) -> str:
+    if experiment.unavailable:
+        return "cannot be repeated"
+    return "; ".join(differences)
 
 
 def _numbers(theirs: Mapping[str, Any], ours: Row | None) -> list[str]:

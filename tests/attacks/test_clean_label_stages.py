@@ -135,6 +135,7 @@ def test_oracle_5_only_the_last_layer_moves(
 
 
 @pytest.mark.parametrize("network", list(NETWORKS)[:2], ids=["mlp", "resnet18"])
+@pytest.mark.slow
 def test_poisons_come_nearer_to_the_patched_source_in_the_frozen_features(
     network: str, tiny_plan: Callable[..., Plan], store: Store
 ) -> None:

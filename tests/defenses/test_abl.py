@@ -91,6 +91,7 @@ def test_flooding_and_local_gradient_ascent_take_the_same_steps(make_task: Make,
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.slow
 def test_the_loss_is_kept_from_falling_below_gamma(make_task: Make) -> None:
     task = make_task(weights={}, epochs=8).task
 

@@ -364,6 +364,7 @@ matrix:
 """
 
 
+@pytest.mark.slow
 def test_all_the_way_on_digits(tmp_path: Path) -> None:
     (tmp_path / "benchmark.yaml").write_text(BENCHMARK)
     store = Store(tmp_path / "results")

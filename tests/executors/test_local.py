@@ -278,6 +278,7 @@ def group(leader: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+@pytest.mark.slow
 def test_workers_end_when_the_run_is_killed(tmp_path: Path) -> None:
     write_files(tmp_path, "hangs")
     bbn = Path(sys.executable).parent / "bbn"

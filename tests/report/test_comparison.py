@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from backdoor_bench_none.contracts.cell import AXES
+from backdoor_bench_none.contracts.cell import AXES, Cell
 from backdoor_bench_none.contracts.measures import Outcomes
-from backdoor_bench_none.contracts.record import AxisValue, Record
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.maths.statistics import pack_outcomes
+from backdoor_bench_none.paper.experiments import benchmark_of, read_tables
+from backdoor_bench_none.planning.plan import plan_config
+from backdoor_bench_none.planning.reading import parse_config
+from backdoor_bench_none.planning.stage_table import record_key
+from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
 from backdoor_bench_none.report.comparison import compare_defenses
-from backdoor_bench_none.report.paper import compare_with_paper, read_tables
+from backdoor_bench_none.report.paper import compare_with_paper
 from backdoor_bench_none.results.measurement import Measurement
 from backdoor_bench_none.results.rows import Row, rows_of_measurements
 from backdoor_bench_none.results.store import Store
@@ -116,13 +123,38 @@ def test_what_cannot_be_compared(names: tuple[str, str], message: str, record: M
 # the paper
 
 
-def of_paper(key: str, make_record: MakeRecord, **components: tuple[str, dict[str, Any]]) -> Row:
-    made = make_record(key, ba=93, asr=1)
-    axes = dict(made.axes)
-    for axis, (name, params) in components.items():
-        axes[axis] = AxisValue(name=name, label=name, revision=1, params=params)
-    (row,) = rows_of([made.model_copy(update={"axes": axes})])
+REGISTRY = Registry(Plugins(external=False))
+
+
+@pytest.fixture
+def paper_cells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], list[Cell]]:
+    """The cells of a table's benchmark file, without data."""
+    monkeypatch.setenv("BBN_DATA", str(tmp_path))
+
+    def make(table: str) -> list[Cell]:
+        config, source = parse_config(benchmark_of(table))
+        return plan_config(config, source, REGISTRY).cells
+
+    return make
+
+
+def keep(store: Store, cell: Cell, make_record: MakeRecord) -> Row:
+    """A record of `cell` in `store`, with BA 93 % and ASR 1 %, and its row."""
+    made = make_record(record_key(cell), ba=93, asr=1)
+    kept = Record.of(cell, made.key, "done", counts=made.counts, costs=made.costs)
+    store.create()
+    store.write_record(kept)
+    (row,) = rows_of([kept])
     return row
+
+
+def find(cells: list[Cell], **names: str) -> Cell:
+    (cell,) = [cell for cell in cells if all(cell.choices[axis].label == label for axis, label in names.items())]
+    return cell
+
+
+ONE_CELL = {"dataset": "cifar10", "attack": "badnets", "architecture": "resnet18", "defense": "none"}
+ITS_ROW = ["badnets", "CIFAR-10", "ResNet18", "none"]
 
 
 def test_tables_of_the_paper_are_data_of_the_package() -> None:
@@ -136,55 +168,75 @@ def test_tables_of_the_paper_are_data_of_the_package() -> None:
     assert (100 * means["undefended"], 100 * means["none"]) == pytest.approx((92.94, 2.00), abs=0.005)
 
 
-def test_ours_stands_beside_the_papers_row_of_equal_components(make_record: MakeRecord) -> None:
-    full = {"dataset": ("cifar10", {}), "architecture": ("resnet18", {"width": 1.0}), "defense": ("none", {"r2": 0.1})}
-    attack = ("badnets", {"label_mode": "all_to_one", "size": 3, "trigger_kind": "dynamic", "poison_rate": 0.05})
-    table = compare_with_paper([of_paper("0" * 16, make_record, attack=attack, **full)], "table1")
-    ours = [row for row in table.lines if row[-1]]
-    assert ours == [["badnets", "CIFAR-10", "ResNet18", "none", "93.6 / 1.1", "93.0 / 1.0", "-0.6 / -0.1", "1"]]
+def test_the_same_cell_stands_beside_the_papers_row(
+    paper_cells: Callable[[str], list[Cell]], make_record: MakeRecord, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "results")
+    row = keep(store, find(paper_cells("table1"), **ONE_CELL), make_record)
+    table = compare_with_paper([row], store, REGISTRY, "table1")
+    assert [line for line in table.lines if line[-1]] == [[*ITS_ROW, "93.6 / 1.1", "93.0 / 1.0", "-0.6 / -0.1", "1"]]
     assert "1 of 156 rows" in table.footnotes[0]
+    assert "registration" in table.footnotes[-1]
 
 
-@pytest.mark.parametrize(
-    ("axis", "component"),
-    [
-        ("architecture", ("resnet18", {"width": 0.25})),
-        ("dataset", ("mnist", {})),
-        ("attack", ("badnets", {"label_mode": "all_to_all"})),
-        ("activation", ("elu", {})),
-    ],
-)
-def test_another_component_is_not_the_papers(axis: str, component: Any, make_record: MakeRecord) -> None:
-    full = {
-        "dataset": ("cifar10", {}), "architecture": ("resnet18", {"width": 1.0}), "defense": ("none", {}),
-        "attack": ("badnets", {"label_mode": "all_to_one"}),
-    }  # fmt: skip
-    row = of_paper("0" * 16, make_record, **{**full, axis: component})
-    table = compare_with_paper([row], "table1")
-    ours = [line for line in table.lines if line[-1]]
-    assert [line for line in ours if line[:4] == ["badnets", "CIFAR-10", "ResNet18", "none"]] == []
+CHANGES: dict[str, tuple[Callable[[Cell], Cell], str]] = {
+    "width": (lambda cell: with_params(cell, "architecture", width=0.25), "architecture.width 0.25, not 1.0"),
+    "epochs": (
+        lambda cell: replace(cell, recipe=cell.recipe.model_copy(update={"epochs": 20})), "recipe.epochs 20, not 200"
+    ),
+    "rate": (lambda cell: with_params(cell, "attack", poison_rate=0.1), "attack.poison_rate 0.1, not 0.05"),
+    "procedure": (
+        lambda cell: with_params(cell, "defense", procedure="algorithm1"),
+        "defense.procedure algorithm1, not released",
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("table", "size"), [("table4", 5), ("table4", 20)])
-def test_parameters_that_a_table_varies_must_agree(table: str, size: int, make_record: MakeRecord) -> None:
-    full = {
-        "dataset": ("cifar10", {}), "architecture": ("resnet18", {"width": 1.0}), "defense": ("none", {}),
-        "attack": ("badnets", {"label_mode": "all_to_one", "size": size}),
-    }  # fmt: skip
-    rows = [row for row in compare_with_paper([of_paper("0" * 16, make_record, **full)], table).lines if row[-1]]
-    assert [dict(zip(["attack", "dataset", "network", "size"], row, strict=False))["size"] for row in rows] == [
-        str(size)
-    ]
+def with_params(cell: Cell, axis: str, **params: Any) -> Cell:
+    choice = cell.choices[axis]
+    return replace(cell, **{axis: replace(choice, component=choice.component.model_copy(update=params))})
 
 
-def test_a_table_that_the_paper_has_not() -> None:
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_cell_that_differs_is_shown_only_with_near_and_with_its_difference(
+    name: str, paper_cells: Callable[[str], list[Cell]], make_record: MakeRecord, tmp_path: Path
+) -> None:
+    change, difference = CHANGES[name]
+    store = Store(tmp_path / "results")
+    row = keep(store, change(find(paper_cells("table1"), **ONE_CELL)), make_record)
+    exact = compare_with_paper([row], store, REGISTRY, "table1")
+    assert [line for line in exact.lines if line[5] != "–"] == []
+    assert "--near shows 1 more" in exact.footnotes[1]
+    near = compare_with_paper([row], store, REGISTRY, "table1", near=True)
+    (shown,) = [line for line in near.lines if line[5] != "–"]
+    assert shown == [*ITS_ROW, "93.6 / 1.1", "93.0 / 1.0", "-0.6 / -0.1", "1", difference]
+
+
+def test_of_several_cells_the_closest_is_shown(
+    paper_cells: Callable[[str], list[Cell]], make_record: MakeRecord, tmp_path: Path
+) -> None:
+    store, cell = Store(tmp_path / "results"), find(paper_cells("table1"), **ONE_CELL)
+    changed = [CHANGES["width"][0](CHANGES["rate"][0](cell)), CHANGES["epochs"][0](cell)]
+    rows = [keep(store, each, make_record) for each in changed]
+    near = compare_with_paper(rows, store, REGISTRY, "table1", near=True)
+    assert [line[-1] for line in near.lines if line[5] != "–"] == ["recipe.epochs 20, not 200"]
+
+
+def test_near_without_any_cell_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BBN_DATA", str(tmp_path))
+    with pytest.raises(ConfigError, match="no cell here has the components of a row of table4"):
+        compare_with_paper([], Store(tmp_path), REGISTRY, "table4", near=True)
+
+
+def test_a_table_that_the_paper_has_not(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no table 'table8'"):
-        compare_with_paper([], "table8")
+        compare_with_paper([], Store(tmp_path), REGISTRY, "table8")
 
 
-def test_every_table_can_be_compared() -> None:
+def test_every_table_can_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BBN_DATA", str(tmp_path))
     for name, table in read_tables().items():
-        made = compare_with_paper([], name)
+        made = compare_with_paper([], Store(tmp_path), REGISTRY, name)
         assert len(made.lines) == len(table["rows"])
         assert all(len(each) == len(made.header) for each in made.lines)
 

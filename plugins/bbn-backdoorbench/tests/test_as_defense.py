@@ -29,6 +29,7 @@ def run(*arguments: str, defense: str = "none") -> int:
     return main(defense, ["--result_file", "badnet_1", "--dataset", "cifar10", "--model", MODEL, *arguments])
 
 
+@pytest.mark.slow
 def test_none_from_the_command_line(root: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE), *filter(None, sys.path)])}
     command = [

@@ -30,6 +30,7 @@ def files(home: Path) -> set[str]:
     return {str(path.relative_to(home)) for path in home.rglob("*")}
 
 
+@pytest.mark.slow
 def test_its_network_is_evaluated_by_us(checkout: Callable[..., Path], path: Path, tmp_path: Path) -> None:
     """With the real console, and the environment as a user sets it."""
     home = checkout()
