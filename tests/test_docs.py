@@ -54,6 +54,7 @@ def test_verbs_in_examples_are_there(page: Path) -> None:
     assert named <= {*VERBS, "backdoorbench"}
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs(write_benchmark: Callable[..., Path], bbn: Any, tmp_path: Path) -> None:
     page = ROOT / "docs" / "write-a-defense.md"
     code = next(block for block in blocks(page, "python") if "class MyDefense(Defense)" in block)

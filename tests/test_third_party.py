@@ -392,6 +392,7 @@ def harmed(shared: Shared, infested: Environment) -> Path:
     return shared("harmed", fill)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_beside_what_is_broken(harmed: Path) -> None:
     code, out, err = json.loads((harmed / "said.json").read_text())
     assert code == 1, out + err
@@ -400,6 +401,7 @@ def test_a_run_goes_on_beside_what_is_broken(harmed: Path) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ON_RUNNING)
 def test_what_breaks_while_it_runs_is_named_with_its_version(way: str, harmed: Path) -> None:
     status, reason = ON_RUNNING[way]
@@ -411,6 +413,7 @@ def test_what_breaks_while_it_runs_is_named_with_its_version(way: str, harmed: P
     assert record.counts is None
 
 
+@pytest.mark.slow
 def test_an_attack_that_scribbles_is_named_and_the_defenses_are_not(harmed: Path) -> None:
     for defense in ("no_defense", *(f"broken_{way}" for way in ON_RUNNING)):
         record = records(harmed)["broken_input", defense]
@@ -420,6 +423,7 @@ def test_an_attack_that_scribbles_is_named_and_the_defenses_are_not(harmed: Path
         assert record.reason.endswith(f"; attack 'broken_input' of plugin {named('input')}")
 
 
+@pytest.mark.slow
 def test_numbers_are_the_same_in_bad_company(harmed: Path, strangers: Path) -> None:
     alone, beside = (records(folder)["badnets", "no_defense"] for folder in (strangers, harmed))
     assert (alone.key, alone.counts) == (beside.key, beside.counts)

@@ -16,6 +16,8 @@ def bbn_defenses() -> Mapping[str, str]:
     return {
         "no_defense": "bbn_defenses.no_defense:NoDefense",
         "none": "bbn_defenses.none:NONE",
+        "none_robust": "bbn_defenses.none:NONERobust",
+        "none_retrain": "bbn_defenses.none_retrain:NONERetrain",
         "dp_sgd": "bbn_defenses.dp_sgd:DPSGD",
         "nad": "bbn_defenses.nad:NAD",
         "ac": "bbn_defenses.ac:AC",

@@ -24,6 +24,10 @@ LINEAR_ABOVE_ZERO = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU,
 KNOWN_PIECES = (*LINEAR_ABOVE_ZERO, nn.Softplus, nn.Tanhshrink, nn.SiLU, nn.GELU, nn.Mish)
 
 
+#: a normal distribution's standard deviation, divided by its median absolute deviation
+MAD_TO_DEVIATION = 1.4826
+
+
 def count_share(share: float, total: int) -> int:
     """ceil(share * total), at least 1, without errors of floating point (0.07 * 100 is 7)."""
     return max(1, math.ceil(round(share * total, 9)))
@@ -60,6 +64,16 @@ def standardize(values: Tensor) -> Tensor:
     """Rows (C, N) with mean 0 and population deviation 1; constant rows become 0."""
     centred = values - values.mean(1, keepdim=True)
     return centred / centred.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)
+
+
+def standardize_robustly(values: Tensor) -> Tensor:
+    """Rows (C, N) in robust deviations from their median: (x - median) / (1.4826 MAD); rows whose MAD is 0 become 0.
+
+    Unlike mean and deviation, median and MAD hardly move with a few per cent of poisoned samples, which so stand out.
+    """
+    centred = values - values.median(1, keepdim=True).values
+    spread = MAD_TO_DEVIATION * centred.abs().median(1, keepdim=True).values
+    return torch.where(spread > 0, centred / spread.clamp(min=torch.finfo(values.dtype).tiny), 0.0)
 
 
 def _largest(values: Tensor, chosen: Tensor) -> Tensor:

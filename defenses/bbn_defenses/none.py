@@ -43,6 +43,7 @@ from bbn_defenses.compromised_neurons import (
     has_known_piece,
     rank_neurons,
     standardize,
+    standardize_robustly,
 )
 
 
@@ -127,9 +128,10 @@ class NONE(Defense):
         None,
         description="prune: to zero for good (default of released); reinitialize: to fresh weights (of algorithm1)",
     )
-    standardize: bool = Field(
+    standardize: bool | Literal["robust"] = Field(
         False,
-        description="released: sum values in their neuron's standard deviations, so that no layer weighs more",
+        description="released: sum values in their neuron's standard deviations, so that no layer weighs more; "
+        "robust: in multiples of its median absolute deviation from the median",
     )
     drop_samples: bool = Field(
         True, description="false keeps all samples, as the released code does for natural Trojans"
@@ -187,7 +189,9 @@ class NONE(Defense):
             ranked = rank_neurons(gaps, self.released_quirks)
             resets[name] = ranked[: count_share(self.r1, len(ranked))]
             used = activations[ranked[: count_share(self.r2, len(ranked))]].double()
-            if self.standardize:
+            if self.standardize == "robust":
+                used = standardize_robustly(used)
+            elif self.standardize:
                 used = standardize(used)
             scores += used.sum(0)
         if self.released_quirks:
@@ -254,6 +258,18 @@ class NONE(Defense):
             keep = torch.nonzero(kept).flatten() if self.drop_samples else None
             options: dict[str, Any] = {"lr": self.lr, "epochs": self.epochs, "schedule": "constant"}
             task.fit(model, context, keep=keep, freeze_batchnorm=True, **options)
+
+
+class NONERobust(NONE):
+    """NONE with robustly standardised values and a larger reset, for networks without batch normalisation.
+
+    In one round on digits, ASR falls to 4 % at most in all-to-one attacks on VGG-11 and NiN, where NONE as released
+    leaves 17 to 36 %. It is not free: NiN loses up to ten points of benign accuracy where nothing is poisoned. More
+    rounds destroy accuracy.
+    """
+
+    r1: float = Field(0.10, gt=0, le=1, description="share of each layer's neurons that are reset, at most")
+    standardize: bool | Literal["robust"] = Field("robust", description="see `none`")
 
 
 def _unresolved(layers: list[Layer]) -> dict[str, list[str]]:

@@ -47,8 +47,8 @@ from backdoor_bench_none.trainers.centralized import Centralized
 
 CPU = Context(torch.device("cpu"), 0)
 NAMES = (
-    "no_defense", "none", "dp_sgd", "nad", "ac", "abl", "group_norm", "fine_tune", "fine_pruning",
-    "spectral_signatures", "oracle_filter",
+    "no_defense", "none", "none_robust", "none_retrain", "dp_sgd", "nad", "ac", "abl", "group_norm", "fine_tune",
+    "fine_pruning", "spectral_signatures", "oracle_filter",
 )  # fmt: skip
 ARCHITECTURES = ("nin", "vgg11", "vgg16", "resnet18", "alexnet", "mlp")
 ACTIVATIONS = ("relu", "leaky_relu", "elu", "prelu", "tanhshrink", "softplus", "gelu", "silu")

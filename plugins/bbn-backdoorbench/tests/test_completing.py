@@ -96,6 +96,7 @@ def test_a_record_without_training_set_stays_without_one(
     assert read_record(Path("out")).train is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("attack", "more"), [("adaptive_blend", ", cover_rate: 0.1"), ("wanet", "")])
 def test_samples_without_a_trigger_are_not_taken_for_poison_when_they_come_back(
     attack: str, more: str, write_benchmark: Write, evaluate: Evaluate, bbn: Bbn

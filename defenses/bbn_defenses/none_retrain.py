@@ -1,0 +1,132 @@
+"""NONE's filter with another repair: train anew on what is kept, and take back what the new network agrees with."""
+
+from __future__ import annotations
+
+import warnings
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from backdoor_bench_none.api import (
+    Context,
+    Defense,
+    DefenseResult,
+    DefenseTask,
+    Stage,
+    Tap,
+    collect_activations,
+    find_layers,
+)
+from bbn_defenses.compromised_neurons import (
+    MAD_TO_DEVIATION,
+    confidence_gaps,
+    count_share,
+    flag_above_break,
+    rank_neurons,
+    standardize_robustly,
+)
+
+#: the highest robust deviation of a value: one neuron that is silent on nearly all samples does not decide alone
+LIMIT = 10.0
+#: a set of kept samples that grew by more than this share is trained on anew
+GROWTH = 0.05
+
+
+class NONERetrain(Defense):
+    """NONE's filter on robust, two-sided scores; instead of resetting neurons, a fresh network is trained on the rest.
+
+    NONE finds the poisoned samples also in networks without batch normalisation, but its reset does not unlearn them
+    there. A score sums how far a sample's neurons are from their medians, in either direction: NONE asks for high
+    values, and blended poison has low ones. Values of a neuron count in its median absolute deviations, so that no
+    layer weighs more. `cut` says which scores are too high. A network is trained on the kept samples by the cell's
+    recipe; flagged samples whose label it predicts come back, since a network without the backdoor does not give
+    poisoned samples their label.
+
+    It costs one more training than `none`, and another one where more than 5 % of the samples come back.
+    """
+
+    paper: ClassVar[str] = "the filter: arXiv:2202.06382; scores and repair are this project's"
+    stage: ClassVar[Stage] = Stage.IN_TRAINING
+    starts_from_victim: ClassVar[bool] = True
+    returns: ClassVar[tuple[Literal["flagged", "scores", "infected"], ...]] = ("flagged", "scores")
+
+    sides: Literal["both", "high"] = Field(
+        "both", description="both: values far from the median on either side; high: above it only, as NONE"
+    )
+    r2: float = Field(
+        1.0, gt=0, le=1, description="share of each layer's neurons, ranked as by NONE, that find samples; 1: all"
+    )
+    cut: Literal["outliers", "break"] = Field(
+        "outliers", description="outliers: scores `deviations` above the median; break: above the natural break"
+    )
+    deviations: float = Field(3.0, gt=0, description="outliers: robust deviations above the median; NONE's lambda")
+    lambda_l: float = Field(0.1, gt=0, lt=1, description="ranking: unsure of a class below this probability")
+    lambda_h: float = Field(0.9, gt=0, lt=1, description="ranking: sure of a class above this probability")
+    readmit: bool = Field(True, description="whether flagged samples come back whose label the new network predicts")
+    tap: Tap = Field(
+        "pre_activation", description="value of a neuron: behind its norm (pre_activation), or before it (convolution)"
+    )
+
+    def run(self, task: DefenseTask, context: Context) -> DefenseResult:
+        """The network trained on the samples that are kept in the end, and the others with their scores."""
+        scores = self.score(task.victim(), task, context)
+        flagged = self.choose(scores)
+        _warn_of_losses(flagged, task)
+        model = self._train(~flagged, task, context, draw=1)
+        report = {"flagged_first": int(flagged.sum())}
+        if self.readmit and bool(flagged.any()):
+            kept_before = int((~flagged).sum())
+            flagged = flagged & ~_agrees(model, task, context)
+            if int((~flagged).sum()) > (1 + GROWTH) * kept_before:
+                model = self._train(~flagged, task, context, draw=2)
+        return DefenseResult(model, flagged, scores, extras={**report, "flagged": int(flagged.sum())})
+
+    def score(self, model: nn.Module, task: DefenseTask, context: Context) -> Tensor:
+        """How far the neurons of each sample are from their medians, (N,) float64: the sum over layers of the means."""
+        data = task.training_data(None, context)
+        images = data.images.images
+        layers = find_layers(model.eval(), data.pixels.normalize(images[:1]))
+        values, probabilities = collect_activations(model, layers, self.tap, images, data.pixels, context)
+        scores = torch.zeros(len(images), dtype=torch.float64, device=context.device)
+        for activations in values.values():
+            used = activations
+            if self.r2 < 1:
+                ranked = rank_neurons(confidence_gaps(activations, probabilities, self.lambda_l, self.lambda_h))
+                used = activations[ranked[: count_share(self.r2, len(ranked))]]
+            deviations = standardize_robustly(used).clamp(-LIMIT, LIMIT)
+            if self.sides == "both":
+                deviations = deviations.abs()
+            scores += deviations.double().mean(0)
+        return scores
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """The samples (N,) bool whose scores (N,) are too high."""
+        if self.cut == "break":
+            return flag_above_break(scores)
+        median = scores.median()
+        spread = MAD_TO_DEVIATION * (scores - median).abs().median()
+        return scores > median + self.deviations * spread
+
+    def _train(self, kept: Tensor, task: DefenseTask, context: Context, draw: int) -> nn.Module:
+        model = task.new_model(draw)
+        task.fit(model, context.derive("retrain", draw), keep=torch.nonzero(kept).flatten())
+        return model.eval()
+
+
+def _agrees(model: nn.Module, task: DefenseTask, context: Context) -> Tensor:
+    """The samples (N,) bool whose given label is what the model predicts."""
+    return task.predict(model, context).argmax(1) == task.train.labels
+
+
+def _warn_of_losses(flagged: Tensor, task: DefenseTask) -> None:
+    """Warn if half of the samples, or a whole class, would be dropped."""
+    dropped = int(flagged.sum())
+    if 2 * dropped > len(flagged):
+        warnings.warn(f"none_retrain: {dropped} of {len(flagged)} samples are dropped", UserWarning, stacklevel=3)
+    left = torch.bincount(task.train.labels[~flagged], minlength=task.info.num_classes)
+    empty = torch.nonzero(left == 0).flatten().tolist()
+    if empty:
+        names = ", ".join(map(str, empty))
+        warnings.warn(f"none_retrain: no sample of class {names} is kept", UserWarning, stacklevel=3)
