@@ -43,7 +43,7 @@ from backdoor_bench_none.contracts.network import (
     move,
     predict_logits,
 )
-from backdoor_bench_none.contracts.recipe import Recipe
+from backdoor_bench_none.contracts.recipe import NamedRecipe, Recipe
 from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.contracts.task import TrainingTask
 from backdoor_bench_none.contracts.trainer import (
@@ -163,6 +163,7 @@ __all__ = [
     "Metric",
     "ModelBuilder",
     "ModelSpec",
+    "NamedRecipe",
     "NiN",
     "Npz",
     "OracleTask",

@@ -72,6 +72,7 @@ NAMES = [
     "Metric",
     "ModelBuilder",
     "ModelSpec",
+    "NamedRecipe",
     "NiN",
     "Npz",
     "OracleTask",
