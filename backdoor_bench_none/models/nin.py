@@ -31,6 +31,7 @@ class NiN(Architecture):
     one. The released initialisation, N(0, 0.05), stays at chance for several epochs.
     """
 
+    revision = 2  # released weights of narrow networks
     paper = "NONE, section 5.1; arXiv:1312.4400"
 
     init: InitialWeights = Field("auto", description=INIT_DESCRIPTION)
