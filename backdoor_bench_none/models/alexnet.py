@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from backdoor_bench_none.contracts.architecture import Architecture, ModelSpec
+from backdoor_bench_none.contracts.recipe import PAPER, NamedRecipe
 from backdoor_bench_none.models.initial_weights import draw_calibrated_weights
+from backdoor_bench_none.models.paper_recipe import recipe_without_norms
 
 LARGEST_SMALL_IMAGE = 64
 POOLED_SIZE = 6
@@ -68,6 +70,12 @@ class AlexNet(Architecture):
     def recipe(self, dataset: str) -> Mapping[str, Any]:
         """A smaller learning rate and clipped gradients, since nothing normalises the layers."""
         return {"lr": 0.05, "clip_norm": 1.0}
+
+    def named_recipe(self, name: str, activation: str) -> NamedRecipe:
+        """See the base class; the paper's recipe is clipped, as its learning rate needs with calibrated weights."""
+        if name != "paper":
+            return NamedRecipe({})
+        return recipe_without_norms(PAPER, activation, "calibrated")
 
 
 def make_pool(small: bool) -> nn.Module:

@@ -79,7 +79,7 @@ class NiN(Architecture):
         """See the base class; the paper's recipe brings initial weights."""
         if name != "paper":
             return NamedRecipe({}, {"init": "calibrated"})
-        return recipe_without_norms({**PAPER, **PAPER_NIN}, activation, clip_released=False)
+        return recipe_without_norms({**PAPER, **PAPER_NIN}, activation, "released")
 
     def check_recipe(self, name: str, recipe: Recipe) -> None:
         """See the base class."""

@@ -2,7 +2,7 @@
 
 Measured on 10,000 images of CIFAR-10 with crop and flip, at the published learning rate of 0.1: with weights calibrated
 to the activation and no clipping, NiN, VGG-11 and VGG-16 diverge within ten steps; warm-up does not help, clipping at
-norm 1 does. See `docs/reproduction.md`.
+norm 1 does. `docs/benchmark-file.md` lists what is not as published.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ InitialWeights = Literal["auto", "calibrated", "released"]
 INIT_DESCRIPTION = "initial weights: calibrated to the activation, or as released; auto: what goes with the recipe"
 
 
-def recipe_without_norms(published: Mapping[str, Any], activation: str, clip_released: bool) -> NamedRecipe:
+def recipe_without_norms(
+    published: Mapping[str, Any], activation: str, weights: Literal["released", "released, clipped", "calibrated"]
+) -> NamedRecipe:
     """The published recipe with the initial weights that train with it.
 
-    `clip_released` says whether the released weights need clipping, as those of VGG do. `ConfigError` for tanhshrink,
-    with which no such network was seen to leave chance.
+    `weights` are those of the architecture with ReLU: the released ones, which VGG needs to clip, or calibrated ones,
+    where none were released. `ConfigError` for tanhshrink, with which no such network was seen to leave chance.
     """
     if activation == "tanhshrink":
         raise ConfigError(
@@ -31,8 +33,11 @@ def recipe_without_norms(published: Mapping[str, Any], activation: str, clip_rel
     clipped = {**published, "clip_norm": 1.0}
     if activation == "softplus":
         deviation = "calibrated initial weights and clip_norm 1: released weights give constant logits with softplus"
-        return NamedRecipe(clipped, {"init": "calibrated"}, deviation)
-    if clip_released:
+        params = {} if weights == "calibrated" else {"init": "calibrated"}
+        return NamedRecipe(clipped, params, deviation)
+    if weights == "calibrated":
+        return NamedRecipe(clipped, deviation="clip_norm 1: calibrated initial weights diverge without it")
+    if weights == "released, clipped":
         deviation = "clip_norm 1: as published, VGG diverges with elu and may stay at chance with relu"
         return NamedRecipe(clipped, {"init": "released"}, deviation)
     return NamedRecipe(published, {"init": "released"})

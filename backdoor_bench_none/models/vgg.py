@@ -66,7 +66,7 @@ class VGG(Architecture):
         """See the base class; the paper's recipe brings initial weights."""
         if name != "paper":
             return NamedRecipe({}, {"init": "calibrated"})
-        return recipe_without_norms(PAPER, activation, clip_released=True)
+        return recipe_without_norms(PAPER, activation, "released, clipped")
 
     def check_recipe(self, name: str, recipe: Recipe) -> None:
         """See the base class."""
