@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -103,9 +104,9 @@ def experiments_of(table: str) -> list[Experiment]:
 def _experiment(table: str, row: Mapping[str, Any]) -> Experiment:
     trainer: Entry = {"name": "centralized"}
     dataset: Entry = {"name": DATASETS.get(row["dataset"], "image_folder"), "recipe": "paper"}
-    defense = _copy(DEFENSES[row["defense"]])
+    defense = deepcopy(DEFENSES[row["defense"]])
     if table == "table2" and row["defense"] == "none":
-        defense = _copy(NATURAL_NONE)
+        defense = deepcopy(NATURAL_NONE)
     if table == "table11":
         trainer = {"name": "federated", "recipe": {"epochs": 30}}
         dataset.pop("recipe")
@@ -133,14 +134,16 @@ def _attack(row: Mapping[str, Any]) -> Entry:
         varied = {"poison_rate": float(row["poison_rate"])}
     elif "alpha" in row:
         varied = {"alpha": float(row["alpha"])}
-    return _with(_copy(ATTACKS[row["attack"]]), varied)
+    return _with(deepcopy(ATTACKS[row["attack"]]), varied)
 
 
 def _defense(entry: Entry, row: Mapping[str, Any]) -> Entry:
     """`entry` with what the table of the row varies: the share r2, 0 for a single neuron, or the two lambdas."""
     if "selection_threshold" in row:
         written = str(row["selection_threshold"])
-        share = 0.0 if written == "1" else float(written.removesuffix("%")) / 100
+        share = float(written.removesuffix("%")) / 100
+        if written == "1":
+            share = 0.0
         return _with(entry, {"r2": share})
     if "lambda_h" in row:
         return _with(entry, {"lambda_h": float(row["lambda_h"]), "lambda_l": float(row["lambda_l"])})
@@ -154,10 +157,6 @@ def _with(entry: Entry, varied: Mapping[str, Any]) -> Entry:
     values = ",".join(f"{name}={value}" for name, value in varied.items())
     label = f"{entry.get('as', entry['name'])}[{values}]"
     return {**entry, "params": {**entry.get("params", {}), **varied}, "as": label}
-
-
-def _copy(entry: Mapping[str, Any]) -> Entry:
-    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in entry.items()}
 
 
 # Benchmark files.

@@ -46,8 +46,10 @@ def compare_with_paper(
     close: list[Row] = []
     for experiment in experiments:
         ours, differences = _closest(experiment, cells.get(experiment.labels), candidates)
-        if ours is not None:
-            (close if differences else exact).append(ours)
+        if ours is not None and differences:
+            close.append(ours)
+        elif ours is not None:
+            exact.append(ours)
         if differences and not near:
             ours, differences = None, []
         line = [*(str(experiment.row[key]) for key in described), *_numbers(experiment.row, ours)]
