@@ -77,7 +77,7 @@ class RecipeMaker:
         base = "default"
         named = self._named(architecture, base, activation)
         for recipe, location in self._written((dataset, architecture, trainer)):
-            written = {"base": recipe} if isinstance(recipe, str) else dict(recipe or {})
+            written = _as_fields(recipe)
             if "base" in written:
                 base = str(written.pop("base"))
                 named = self._named(architecture, base, activation, location)
@@ -128,3 +128,10 @@ class RecipeMaker:
             recipe = self.config.defaults.get(choice.kind, {}).get(choice.name, {}).get("recipe")
             written.append((recipe, ("defaults", choice.kind, choice.name, "recipe")))
         return written + [(one.entry.recipe, (*one.location, "recipe")) for one in selected]
+
+
+def _as_fields(recipe: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """A recipe of the file as fields, of which `base` names the recipe to start from."""
+    if isinstance(recipe, str):
+        return {"base": recipe}
+    return dict(recipe or {})
