@@ -24,7 +24,7 @@ from backdoor_bench_none.contracts.attack import (
 )
 from backdoor_bench_none.contracts.builder import ModelBuilder
 from backdoor_bench_none.contracts.cell import AXES, Cell
-from backdoor_bench_none.contracts.component import Choice, Combination, Component, Incidental
+from backdoor_bench_none.contracts.component import Added, Choice, Combination, Component, Incidental
 from backdoor_bench_none.contracts.config import Config
 from backdoor_bench_none.contracts.context import Context, choose_amp, choose_device
 from backdoor_bench_none.contracts.dataset import Dataset, DatasetInfo, ImageSet
@@ -114,6 +114,7 @@ __all__ = [
     "VGG11",
     "VGG16",
     "Activation",
+    "Added",
     "AlexNet",
     "Architecture",
     "Attack",

@@ -18,6 +18,7 @@ NAMES = [
     "API_VERSION",
     "AXES",
     "Activation",
+    "Added",
     "AlexNet",
     "Architecture",
     "Attack",

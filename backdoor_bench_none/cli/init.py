@@ -9,6 +9,7 @@ import click
 from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.errors import ConfigError, ExitCode, did_you_mean
 from backdoor_bench_none.paper import benchmark_names, benchmark_text
+from backdoor_bench_none.paper.experiments import Scale
 
 
 @click.command("init")
@@ -19,10 +20,22 @@ from backdoor_bench_none.paper import benchmark_names, benchmark_text
     metavar="NAME",
     help="Write the file of a table or figure of the paper (table4, fig6) or of a track (digits-v1).",
 )
+@click.option(
+    "--scale",
+    type=click.Choice(["full", "small"]),
+    default="full",
+    show_default=True,
+    help="With --from a table: as in the paper, or on 10,000 images with narrow networks, for two CPU cores.",
+)
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
-def init_command(file: Path, origin: str | None, force: bool) -> int:
+def init_command(file: Path, origin: str | None, scale: Scale, force: bool) -> int:
     """Write a commented benchmark file that runs in minutes on a CPU, or one of the paper or of a track."""
-    text = default_benchmark() if origin is None else text_from(origin)
+    if origin is not None:
+        text = text_from(origin, scale)
+    elif scale == "full":
+        text = default_benchmark()
+    else:
+        raise ConfigError("--scale goes with --from and a table of the paper, as table1")
     if file.exists() and not force:
         raise ConfigError(f"'{file}' exists already", "--force overwrites it")
     try:
@@ -33,16 +46,16 @@ def init_command(file: Path, origin: str | None, force: bool) -> int:
     return ExitCode.OK
 
 
-def text_from(name: str) -> str:
+def text_from(name: str, scale: Scale = "full") -> str:
     """The benchmark file of a track of the leaderboard, or of a table or figure of the paper."""
     from backdoor_bench_none.leaderboard.track import read_track, track_names
 
-    if name in track_names():
+    if name in track_names() and scale == "full":
         return read_track(name).commented_text()
     known = [*benchmark_names(), *track_names()]
     if name not in known:
         raise ConfigError(f"there is no benchmark file '{name}'", did_you_mean(name, known))
-    return benchmark_text(name)
+    return benchmark_text(name, scale)
 
 
 def default_benchmark() -> str:

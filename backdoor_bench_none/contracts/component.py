@@ -16,6 +16,13 @@ class Incidental:
     """Marks a parameter that does not change results (a folder, a download switch): it stays out of the content key."""
 
 
+class Added:
+    """Marks a parameter that a later version added: while it has its default, it stays out of the content key.
+
+    So results of the version without it are found under the key that they were kept under.
+    """
+
+
 class Component(BaseModel):
     """A frozen set of validated parameters; subclasses add fields, each with a `Field(description=...)`."""
 
@@ -28,9 +35,11 @@ class Component(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """The revision and the parameters that determine results, as JSON values."""
-        fields = type(self).model_fields
-        incidental = {name for name, field in fields.items() if Incidental in field.metadata}
-        return {"revision": self.revision, "params": self.model_dump(mode="json", exclude=incidental)}
+        left_out = set()
+        for name, field in type(self).model_fields.items():
+            if Incidental in field.metadata or (Added in field.metadata and getattr(self, name) == field.default):
+                left_out.add(name)
+        return {"revision": self.revision, "params": self.model_dump(mode="json", exclude=left_out)}
 
     @classmethod
     def facts(cls) -> Mapping[str, str]:

@@ -24,7 +24,7 @@ from pydantic import Field
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
 
-from backdoor_bench_none.contracts.component import Incidental
+from backdoor_bench_none.contracts.component import Added, Incidental
 from backdoor_bench_none.contracts.dataset import Dataset, DatasetInfo, ImageSet
 from backdoor_bench_none.errors import DatasetError
 
@@ -86,7 +86,11 @@ class TorchvisionSet(Dataset):
             raise DatasetError(f"{self.title} in {self.folder()} cannot be read: {error}", self._hint()) from error
         for part in parts:
             self._check(part)
-        return parts
+        return self._select(*parts)
+
+    def _select(self, train: ImageSet, test: ImageSet) -> tuple[ImageSet, ImageSet]:
+        """The images to use, of all."""
+        return train, test
 
     def _needed(self) -> list[Path]:
         """The files and folders that the data set consists of."""
@@ -162,7 +166,26 @@ class TorchvisionSet(Dataset):
             )
 
 
-class MNIST(TorchvisionSet):
+class MixedSet(TorchvisionSet):
+    """Base of published data sets whose classes are mixed, so that the first images are a sample of all."""
+
+    first: Annotated[int | None, Added] = Field(
+        default=None, ge=1, description="only the first so many training images; default: all"
+    )
+
+    def _select(self, train: ImageSet, test: ImageSet) -> tuple[ImageSet, ImageSet]:
+        return train.take(torch.arange(self._limited(len(train)))), test
+
+    def _limited(self, size: int) -> int:
+        """The number of training images, of `size`; `DatasetError` if `first` asks for more."""
+        if self.first is None:
+            return size
+        if self.first > size:
+            raise DatasetError(f"{self.title} has {size:,} training images, fewer than first = {self.first:,}")
+        return self.first
+
+
+class MNIST(MixedSet):
     """LeCun's handwritten digits: 60,000 training and 10,000 test images (1, 28, 28); neither cropped nor flipped."""
 
     title: ClassVar[str] = "MNIST"
@@ -175,7 +198,7 @@ class MNIST(TorchvisionSet):
             name="mnist",
             shape=(1, 28, 28),
             num_classes=10,
-            train_size=self._train_size(),
+            train_size=self._limited(self._train_size()),
             mean=(0.1307,),
             std=(0.3081,),
             paper_target=0,
@@ -245,7 +268,7 @@ class FashionMNIST(MNIST):
             name="fashion_mnist",
             shape=(1, 28, 28),
             num_classes=10,
-            train_size=self._train_size(),
+            train_size=self._limited(self._train_size()),
             mean=(0.2860,),
             std=(0.3530,),
             paper_target=0,
@@ -253,7 +276,7 @@ class FashionMNIST(MNIST):
         )
 
 
-class CIFAR10(TorchvisionSet):
+class CIFAR10(MixedSet):
     """Krizhevsky's CIFAR-10: 50,000 training and 10,000 test images (3, 32, 32).
 
     The batches are pickles. They are opened only after torchvision has verified the md5 sums of the published files, so
@@ -269,7 +292,7 @@ class CIFAR10(TorchvisionSet):
             name="cifar10",
             shape=(3, 32, 32),
             num_classes=10,
-            train_size=50_000,
+            train_size=self._limited(50_000),
             mean=(0.4914, 0.4822, 0.4465),
             std=(0.2023, 0.1994, 0.2010),
             crop_padding=4,

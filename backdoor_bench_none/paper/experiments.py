@@ -12,13 +12,14 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from backdoor_bench_none.errors import ConfigError, did_you_mean
 
 TABLES = Path(__file__).parent / "tables.json"
+Scale = Literal["full", "small"]
 #: an entry of a benchmark file
 Entry = dict[str, Any]
 #: the axes of a block, in the order in which blocks are merged
@@ -57,6 +58,23 @@ UNAVAILABLE = {
     "ImageNet-pair": "ImageNet's classes 'theater curtain' and 'plunger' need a registration; "
     "`bbn init --from hidden_trigger` is the file for those who have them",
 }
+
+
+#: data set -> what it is at the scale `small`, which fits two CPU cores: a part, without crop and flip
+SMALL_DATASETS: Mapping[str, Entry] = {
+    "mnist": {"name": "mnist", "params": {"first": 10_000}, "recipe": {"epochs": 10, "augment": False}},
+    "cifar10": {"name": "cifar10", "params": {"first": 10_000}, "recipe": {"epochs": 20, "augment": False}},
+}
+SMALL_WIDTH = 0.25
+SMALL_SEEDS = [0, 1, 2]
+#: defense -> parameters that give it as many steps on 10,000 images as its authors' have on 50,000: NAD's student 800
+#: and teacher 400, ABL's ascent 16
+SMALL_DEFENSES: Mapping[str, Mapping[str, Any]] = {
+    "nad": {"epochs": 100, "teacher_epochs": 50},
+    "abl": {"unlearning_epochs": 16},
+}
+#: what is shown beside the paper's columns at the scale `small`
+SMALL_EXTRA: Entry = {"name": "none_retrain"}
 
 
 @dataclass(frozen=True)
@@ -162,8 +180,14 @@ def _with(entry: Entry, varied: Mapping[str, Any]) -> Entry:
 # Benchmark files.
 
 
-def benchmark_of(table: str) -> str:
-    """The benchmark file of a table: every row that can be repeated, as YAML; `ConfigError` if there is none."""
+def benchmark_of(table: str, scale: Scale = "full") -> str:
+    """The benchmark file of a table: every row that can be repeated, as YAML; `ConfigError` if there is none.
+
+    At the scale `small` it has 10,000 images, networks of a quarter of the width, three seeds, and the column
+    `none_retrain`; other data sets than MNIST and CIFAR-10 are left out.
+    """
+    if scale == "small":
+        return _small_benchmark(table)
     experiments = experiments_of(table)
     available = [experiment for experiment in experiments if not experiment.unavailable]
     reasons = list(dict.fromkeys(experiment.unavailable for experiment in experiments if experiment.unavailable))
@@ -177,6 +201,32 @@ def benchmark_of(table: str) -> str:
     if include:
         content["include"] = include
     return "\n".join([*lines, write_yaml(content)])
+
+
+def _small_benchmark(table: str) -> str:
+    experiments = [each for each in experiments_of(table) if each.entries["dataset"]["name"] in SMALL_DATASETS]
+    cells = [_small_entries(each.entries) for each in experiments if not each.unavailable]
+    if not cells:
+        raise ConfigError(f"{table} has no row at the scale small: it has neither MNIST nor CIFAR-10")
+    undefended = [cell for cell in cells if cell["defense"]["name"] == "no_defense"]
+    cells += [{**cell, "defense": SMALL_EXTRA} for cell in undefended]
+    matrix, *include = merge_blocks(cells)
+    content: dict[str, Any] = {"version": 1, "name": f"{table}-small", "seeds": SMALL_SEEDS, "matrix": matrix}
+    if include:
+        content["include"] = include
+    caption = find_table(table)["caption"]
+    return f"# {table} of the paper at a scale for two CPU cores: {caption}.\n{write_yaml(content)}"
+
+
+def _small_entries(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries of an experiment at the scale `small`."""
+    defense = deepcopy(entries["defense"])
+    steps = SMALL_DEFENSES.get(defense["name"], {})
+    if steps:
+        defense["params"] = {**defense.get("params", {}), **steps}
+    architecture = {**entries["architecture"], "params": {"width": SMALL_WIDTH}}
+    dataset = deepcopy(SMALL_DATASETS[entries["dataset"]["name"]])
+    return {**deepcopy(dict(entries)), "dataset": dataset, "defense": defense, "architecture": architecture}
 
 
 def merge_blocks(cells: Iterable[Mapping[str, Entry]]) -> list[dict[str, list[Entry]]]:

@@ -129,6 +129,12 @@ def test_root_and_download_stay_out_of_the_identity(kind: Any, tmp_path: Path) -
     assert set(kind().identity()["params"]) <= {"image_size", "classes"}
 
 
+@pytest.mark.parametrize("kind", [MNIST, FashionMNIST, CIFAR10])
+def test_a_part_of_the_training_set_is_another_data_set_and_the_whole_is_what_it_was(kind: Any) -> None:
+    assert kind().identity() == {"revision": 1, "params": {}}
+    assert kind(first=100).identity() == {"revision": 1, "params": {"first": 100}}
+
+
 def test_only_the_place_of_users_files_stays_out_of_the_identity(tmp_path: Path) -> None:
     assert ImageFolder(root=tmp_path).identity() == ImageFolder(root=tmp_path / "b").identity()
     assert ImageFolder(root=tmp_path).identity() != ImageFolder(root=tmp_path, test_fraction=0.3).identity()
@@ -265,6 +271,25 @@ def test_mnist_files(kind: Any, packed: bool, tmp_path: Path, no_network: list[s
         "train-labels-idx1-ubyte",
     ]
     assert no_network == []
+
+
+def test_the_first_images_are_taken_in_their_order(tmp_path: Path, no_network: list[str]) -> None:
+    images, labels = write_mnist(tmp_path)
+    part, whole = MNIST(root=tmp_path, first=12), MNIST(root=tmp_path)
+    train, test = part.load()
+    assert np.array_equal(train.images[:, 0], images[:12])
+    assert np.array_equal(train.labels, labels[:12])
+    assert len(test) == 40
+    assert (part.info().train_size, part.fingerprint()) == (12, whole.fingerprint())
+
+
+def test_more_images_than_there_are_cannot_be_asked_for(tmp_path: Path, no_network: list[str]) -> None:
+    write_mnist(tmp_path)
+    for ask in (MNIST(root=tmp_path, first=31).info, MNIST(root=tmp_path, first=31).load):
+        with pytest.raises(DatasetError, match="MNIST has 30 training images, fewer than first = 31"):
+            ask()
+    with pytest.raises(DatasetError, match=r"CIFAR-10 has 50,000 training images, fewer than first = 50,001"):
+        CIFAR10(first=50_001).info()
 
 
 def test_mnist_fingerprint_follows_every_byte_and_not_the_place(tmp_path: Path) -> None:

@@ -117,6 +117,38 @@ def test_rows_without_data_are_left_out_with_the_reason(bbn: Callable[..., Any],
     assert list(reasons) == ["ImageNet-pair"]
 
 
+@pytest.mark.parametrize(("table", "cells"), [("table1", 15 * 7 * 3), ("table4", 6 * 3 * 3), ("table12", 4 * 3 * 3)])
+def test_a_table_at_the_small_scale(
+    table: str, cells: int, bbn: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """15 rows of Table 1 are on MNIST and CIFAR-10; each has the paper's six columns and one more, and three seeds."""
+    monkeypatch.setenv("BBN_DATA", str(tmp_path))
+    path = tmp_path / "small.yaml"
+    assert bbn("init", path, "--from", table, "--scale", "small").code == 0
+    config, source = parse_config(path.read_text(), "small.yaml")
+    plan = plan_config(config, source, Registry(Plugins(external=False)))
+    assert len(plan.cells) == cells
+    for cell in plan.cells:
+        assert cell.dataset.component.model_dump()["first"] == cell.info.train_size == 10_000
+        assert cell.architecture.component.model_dump()["width"] == 0.25
+        assert not cell.recipe.augment
+        if cell.defense.name == "abl":
+            assert cell.defense.component.unlearning_epochs == 16
+    assert {cell.defense.name for cell in plan.cells} >= {"no_defense", "none", "none_retrain"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--from", "fig6", "--scale", "small"], "'fig6' has no scale 'small'"),
+     (["--scale", "small"], "--scale goes with --from"),
+     (["--from", "digits-v1", "--scale", "small"], "'digits-v1'")],
+)  # fmt: skip
+def test_what_has_no_small_scale(arguments: list[str], message: str, bbn: Callable[..., Any], tmp_path: Path) -> None:
+    said = bbn("init", tmp_path / "b.yaml", *arguments)
+    assert said.code == 2
+    assert message in said.err
+
+
 VARIED = ("dataset", "attack", "defense")
 ENTRIES = st.fixed_dictionaries({axis: st.sampled_from([{"name": name} for name in "abc"]) for axis in VARIED})
 
