@@ -17,7 +17,7 @@ FLOORS = (
     {"maths"},
     {"contracts"},
     {"inspection"},
-    {"data", "models", "trainers", "loggers"},
+    {"data", "models", "trainers", "loggers", "metrics"},
     {"registry"},
     {"planning"},
     {"results"},

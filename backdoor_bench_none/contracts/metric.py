@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from backdoor_bench_none.contracts.attack import Attack
 from backdoor_bench_none.contracts.component import Component
 from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.dataset import DatasetInfo, ImageSet
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,10 @@ class Evaluation:
     wanted_labels: Tensor
     #: the number of triggered images per trigger, for attacks with several triggers
     part_sizes: tuple[int, ...] = ()
+    #: the clean test set, the facts of the data set, and the attack: for metrics that classify other images
+    test: ImageSet | None = None
+    info: DatasetInfo | None = None
+    attack: Attack | None = None
 
 
 class Metric(Component):

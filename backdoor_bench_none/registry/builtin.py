@@ -66,6 +66,15 @@ def bbn_trainers() -> Mapping[str, str]:
 
 
 @hookimpl
+def bbn_metrics() -> Mapping[str, str]:
+    """Measures of the theory behind NONE."""
+    return {
+        "curvature": "backdoor_bench_none.metrics.curvature:Curvature",
+        "trojan_region": "backdoor_bench_none.metrics.trojan_region:TrojanRegion",
+    }
+
+
+@hookimpl
 def bbn_executors() -> Mapping[str, str]:
     """Processes on this machine."""
     return {"local": "backdoor_bench_none.executors.local:Local"}

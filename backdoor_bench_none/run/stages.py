@@ -307,7 +307,9 @@ class Stages:
         if has_stage(self.cell, "search"):
             triggers = self.search()
             parts = (triggers.stamp(index, test) for index in range(len(triggers.labels)))
-        return evaluate(model, test, parts, Pixels.of(self.cell.info, self.context.device), self.context)
+        info = self.cell.info
+        counts, evaluation = evaluate(model, test, parts, Pixels.of(info, self.context.device), self.context)
+        return counts, replace(evaluation, test=test, info=info, attack=self.cell.attack.component)
 
     def detect(self, flagged: Tensor | None, scores: Tensor | None) -> Detection | None:
         """The counts of `flagged` (N,) bool and `scores` (N,) against the ground truth; None if `flagged` is."""

@@ -154,9 +154,14 @@ def check_trainer(trainer: Trainer, bench: Bench) -> None:
 
 def check_metric(metric: Metric, bench: Bench) -> None:
     """`compute` returns numbers by name, with and without triggered images."""
-    labels = torch.arange(6) % 3
-    for triggered in (labels[:0], labels[:4]):
-        evaluation = Evaluation(nn.Identity(), labels, labels, triggered, triggered, (triggered + 1) % 3)
+    stages = bench.stages()
+    test, info, attack = stages.data()[1], stages.cell.info, stages.cell.attack.component
+    model, predicted = stages.victim_network(), (test.labels + 1) % info.num_classes
+    for triggered in (test.labels[:0], test.labels[:4]):
+        evaluation = Evaluation(
+            model, predicted, test.labels, triggered, triggered, (triggered + 1) % info.num_classes, (), test, info,
+            attack,
+        )  # fmt: skip
         numbers = metric.compute(evaluation, bench.context)
         require(all(isinstance(name, str) for name in numbers), "names are not strings")
         for name, value in numbers.items():
