@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
@@ -35,19 +36,12 @@ class TrojanRegion(Metric):
         """`complete`: the trigger; `near`: its pattern changed; `shifted`: one pixel off; `random`: its mask elsewhere
         with a pattern of noise.
         """
-        attack, info, test = evaluation.attack, evaluation.info, evaluation.test
-        if info is None or test is None or not isinstance(attack, StampAttack):
+        case = open_case(evaluation, self.images)
+        if case is None:
             return {}
-        trigger = attack.trigger(info)
-        if not isinstance(trigger, Trigger) or not bool(trigger.mask.any()):
-            return {}
-        chosen = torch.arange(min(self.images, len(test)))
-        wanted = attack.relabel(test.labels[chosen], info.num_classes)
-        chosen = chosen[evaluation.clean_predictions[chosen] != wanted]
-        if len(chosen) == 0:
-            return {}
-        images, wanted = test.images[chosen], attack.relabel(test.labels[chosen], info.num_classes)
-        pixels = Pixels.of(info, context.device)
+        trigger, images, wanted = case
+        assert evaluation.info is not None
+        pixels = Pixels.of(evaluation.info, context.device)
 
         def share(tried: Trigger) -> float:
             stamped = tried.apply(images).to(context.device)
@@ -65,6 +59,33 @@ class TrojanRegion(Metric):
             values[name] = sum(map(share, triggers)) / len(triggers)
             context.check_deadline()
         return values
+
+
+class Case(NamedTuple):
+    """A trigger, clean images (N, C, H, W) uint8 that do not get the attacker's label, and that label (N,)."""
+
+    trigger: Trigger
+    images: Tensor
+    wanted: Tensor
+
+
+def open_case(evaluation: Evaluation, count: int) -> Case | None:
+    """The attack's trigger and those of the first `count` test images that the network gives another label.
+
+    None without test images, a fixed trigger, or such an image.
+    """
+    attack, info, test = evaluation.attack, evaluation.info, evaluation.test
+    if info is None or test is None or not isinstance(attack, StampAttack):
+        return None
+    trigger = attack.trigger(info)
+    if not isinstance(trigger, Trigger) or not bool(trigger.mask.any()):
+        return None
+    chosen = torch.arange(min(count, len(test)))
+    wanted = attack.relabel(test.labels[chosen], info.num_classes)
+    others = evaluation.clean_predictions[chosen] != wanted
+    if not bool(others.any()):
+        return None
+    return Case(trigger, test.images[chosen[others]], wanted[others])
 
 
 def change_pattern(trigger: Trigger, radius: float, generator: torch.Generator) -> Trigger:

@@ -70,6 +70,7 @@ def bbn_metrics() -> Mapping[str, str]:
     """Measures of the theory behind NONE."""
     return {
         "curvature": "backdoor_bench_none.metrics.curvature:Curvature",
+        "linearity": "backdoor_bench_none.metrics.linearity:Linearity",
         "trojan_region": "backdoor_bench_none.metrics.trojan_region:TrojanRegion",
     }
 

@@ -115,12 +115,14 @@ def test_triggers_are_moved_and_drawn() -> None:
 def test_values_are_in_the_record(
     write_benchmark: Callable[..., Path], bbn: Callable[..., Any], tmp_path: Path
 ) -> None:
-    write_benchmark(defense="no_defense", attack="clean, badnets", rest="metrics: [curvature, trojan_region]\n")
+    write_benchmark(
+        defense="no_defense", attack="clean, badnets", rest="metrics: [curvature, linearity, trojan_region]\n"
+    )
     said = bbn("run", "-q")
     assert said.code == 0, said.out
     found = {record.axes["attack"].name: record.metrics for record in Store(tmp_path / "results").records()}
     curvature = {f"curvature.lambda_{place}" for place in (1, 2, 3)}
     assert set(found["clean"]) == curvature
-    assert set(found["badnets"]) == curvature | {
-        f"trojan_region.{n}" for n in ("complete", "near", "shifted", "random")
-    }
+    region = {f"trojan_region.{name}" for name in ("complete", "near", "shifted", "random")}
+    linearity = {f"linearity.{name}" for name in ("r2", "r2_last", "positive_benign", "positive_triggered")}
+    assert set(found["badnets"]) == curvature | region | linearity
