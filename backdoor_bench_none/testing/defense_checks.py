@@ -182,7 +182,7 @@ def check_deadline(defense: Defense, bench: Bench) -> None:
     late = replace(bench.context, deadline=time.monotonic() - 1)
     layers = sum(isinstance(module, (nn.Linear, nn.Conv2d)) for module in task.new_model().modules())
     epochs = 3 * layers * max(1, len(task.train) // task.recipe.batch_size)
-    with disturbed(1), _count_training_steps(limit=20 * epochs) as steps:
+    with disturbed(1), _count_training_steps(limit=5 * epochs) as steps:
         torch.manual_seed(late.seed)
         try:
             defense.run(task, late)

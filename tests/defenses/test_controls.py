@@ -290,7 +290,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("architecture", SMALL)
+@pytest.mark.parametrize("architecture", ["mlp", pytest.param("resnet18", marks=pytest.mark.slow)])
 def test_every_defense_ends_with_a_record(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     side, text, defenses = SMALL[architecture]
     algorithm1 = "{name: none, params: {procedure: algorithm1}, as: algorithm1}"
