@@ -221,10 +221,13 @@ def test_ctrl_c_does_not_end_a_process_that_is_starting(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("disabled", [["bbnfile"], []])
-def test_disabled_plugins_are_disabled_in_workers(disabled: list[str], write_benchmark: Callable[..., Path]) -> None:
+def test_disabled_plugins_are_disabled_in_workers(
+    disabled: list[str], write_benchmark: Callable[..., Path], disable_plugins: Callable[[str], list[str]]
+) -> None:
+    installed = disable_plugins("")
     path = write_benchmark(defense="no_defense")
     (path.parent / "bbnfile.py").write_text("import os, pathlib\npathlib.Path(f'{os.getpid()}.seen').touch()")
-    registry = Registry(Plugins(bbnfile=path.parent / "bbnfile.py", disabled=disabled))
+    registry = Registry(Plugins(bbnfile=path.parent / "bbnfile.py", disabled=[*disabled, *installed]))
     summary = run_plan(make_plan(path, registry), registry, Options(path.parent / "results", "cpu"), Lines(Console()))
     assert summary.done == 1
     loaded_by = {found.stem for found in path.parent.glob("*.seen")}
