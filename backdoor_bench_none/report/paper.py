@@ -42,6 +42,7 @@ def compare_with_paper(
     candidates = _read_candidates(rows, store)
     described = [key for key in experiments[0].row if key not in ("ba", "asr")]
     lines: list[list[str]] = []
+    marks: dict[str, str] = {}
     exact: list[Row] = []
     close: list[Row] = []
     for experiment in experiments:
@@ -54,16 +55,15 @@ def compare_with_paper(
             ours, differences = None, []
         line = [*(str(experiment.row[key]) for key in described), *_numbers(experiment.row, ours)]
         if near:
-            line.append(_remark(experiment, differences))
+            line.append(_mark("; ".join(differences), marks))
         lines.append(line)
     if near and not exact + close:
         raise ConfigError(f"no cell here has the components of a row of {name}", "`bbn init --from` writes its file")
     header = [*described, "paper BA / ASR", "ours BA / ASR", "difference", "seeds"]
-    notes = [
-        f"{len(exact)} of {len(lines)} rows of the paper have their very cell here; percent, differences in points"
-    ]
+    notes = [f"{len(exact)} of {len(lines)} rows of the paper have the same cell here; percent, differences in points"]
     if near:
-        header.append("not as in the paper")
+        header.append("differs")
+        notes += [f"{mark} {text}" for text, mark in marks.items()]
     elif close:
         notes.append(f"--near shows {len(close)} more beside cells that differ, with the differences")
     reasons = dict.fromkeys(experiment.unavailable for experiment in experiments if experiment.unavailable)
@@ -127,10 +127,11 @@ def _differing(part: str, ours: Mapping[str, Any], wanted: Mapping[str, Any]) ->
     return {f"{part}.{name}": f"{part}.{name} {ours.get(name)}, not {wanted.get(name)}" for name in names}
 
 
-def _remark(experiment: Experiment, differences: Sequence[str]) -> str:
-    if experiment.unavailable:
-        return "cannot be repeated"
-    return "; ".join(differences)
+def _mark(differences: str, marks: dict[str, str]) -> str:
+    """The mark of a footnote with these differences, such as "[1]"; equal ones share it."""
+    if not differences:
+        return ""
+    return marks.setdefault(differences, f"[{len(marks) + 1}]")
 
 
 def _numbers(theirs: Mapping[str, Any], ours: Row | None) -> list[str]:

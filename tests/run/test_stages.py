@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from backdoor_bench_none.planning.plan import Plan
 from backdoor_bench_none.planning.stage_table import poison_key, stage_key
 from backdoor_bench_none.results.store import DamagedArtifactWarning, Store
 from backdoor_bench_none.run.checks import check_result
+from backdoor_bench_none.run.provenance import installed_libraries
 from backdoor_bench_none.run.stages import Stages
 from backdoor_bench_none.trainers.centralized import Centralized
 
@@ -276,3 +278,9 @@ def test_good_results_pass() -> None:
 def test_faulty_results_are_named(result: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         check_result(result, 4)
+
+
+def test_versions_of_the_installed_libraries_are_known() -> None:
+    assert installed_libraries() == {
+        name: version(name) for name in ("torch", "torchvision", "numpy", "scikit-learn", "opencv-python-headless")
+    }
