@@ -267,6 +267,7 @@ def strangers(shared: Shared, environment: Environment) -> Path:
     return shared("strangers", fill)
 
 
+@pytest.mark.slow
 def test_a_matrix_with_components_of_strangers(strangers: Path) -> None:
     record = records(strangers)["cross", "trim_losses"]
     assert record.status == "done"

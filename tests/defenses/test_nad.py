@@ -233,6 +233,7 @@ def test_without_attention_it_is_fine_tuning(repair: tuple[DefenseTask, Snapshot
     assert any(not torch.equal(drawn[name], tuned[name]) for name in drawn)
 
 
+@pytest.mark.slow
 def test_attention_draws_the_student_to_its_teacher(repair: tuple[DefenseTask, Snapshots]) -> None:
     task, trainer = repair
     images = task.training_data(task.clean, CPU)

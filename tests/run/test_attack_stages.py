@@ -382,6 +382,7 @@ def test_the_benign_network_is_for_those_who_ask(one: Callable[..., Cell], store
 # all again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axes", "kept"),
     [
