@@ -50,6 +50,7 @@ class HiddenTrigger(CleanLabelAttack):
     with lr 0.01 is theirs, for AlexNet's features; `sign` suits features of any scale.
     """
 
+    revision: ClassVar[int] = 2
     paper: ClassVar[str] = "arXiv:1910.00033"
     needs_backbone: ClassVar[bool] = True
 

@@ -78,6 +78,7 @@ class LabelConsistent(CleanLabelAttack):
     space, is left out. The four corners survive crops and flips: one corner is always left.
     """
 
+    revision: ClassVar[int] = 2
     paper: ClassVar[str] = "arXiv:1912.02771"
 
     norm: Norm = Field("linf", description="norm of the perturbation")

@@ -47,6 +47,7 @@ class TrojanNet(StampAttack):
     host's weights stay as they are. A defense that retrains from the data is not exposed to it.
     """
 
+    revision: ClassVar[int] = 2
     paper: ClassVar[str] = "arXiv:2006.08131"
     poisons: ClassVar[bool] = False
     controls_training: ClassVar[bool] = True

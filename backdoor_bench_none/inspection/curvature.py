@@ -43,8 +43,9 @@ def input_curvature(model: nn.Module, inputs: Tensor, labels: Tensor, count: int
         beside.append(length.squeeze(1))
         vector = torch.where(length > 0, rest / length, 0.0)
     tridiagonal = torch.diag_embed(torch.stack(diagonal, 1))
-    edge = torch.stack(beside[:-1], 1) if steps > 1 else tridiagonal.new_zeros(len(inputs), 0)
-    tridiagonal = tridiagonal + torch.diag_embed(edge, 1) + torch.diag_embed(edge, -1)
+    if steps > 1:
+        edge = torch.stack(beside[:-1], 1)
+        tridiagonal = tridiagonal + torch.diag_embed(edge, 1) + torch.diag_embed(edge, -1)
     values: Tensor = torch.linalg.eigvalsh(tridiagonal.double())
     return values.flip(1)[:, :count].detach()
 

@@ -1,4 +1,4 @@
-"""The curvature profile of a network (section 8.3): DP-SGD makes decision regions more curved, a Trojan is flat."""
+"""The curvature profile of a network: the largest eigenvalues of the loss over its input."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ def test_disabled_plugins_are_disabled_in_workers(
     registry = Registry(Plugins(bbnfile=path.parent / "bbnfile.py", disabled=[*disabled, *installed]))
     summary = run_plan(make_plan(path, registry), registry, Options(path.parent / "results", "cpu"), Lines(Console()))
     assert summary.done == 1
-    loaded_by = {found.stem for found in path.parent.glob("*.seen")}
+    loaded_by = {file.stem for file in path.parent.glob("*.seen")}
     assert bool(loaded_by - {str(os.getpid())}) == (not disabled)
 
 

@@ -120,9 +120,9 @@ def test_values_are_in_the_record(
     )
     said = bbn("run", "-q")
     assert said.code == 0, said.out
-    found = {record.axes["attack"].name: record.metrics for record in Store(tmp_path / "results").records()}
+    metrics_of = {record.axes["attack"].name: record.metrics for record in Store(tmp_path / "results").records()}
     curvature = {f"curvature.lambda_{place}" for place in (1, 2, 3)}
-    assert set(found["clean"]) == curvature
+    assert set(metrics_of["clean"]) == curvature
     region = {f"trojan_region.{name}" for name in ("complete", "near", "shifted", "random")}
     linearity = {f"linearity.{name}" for name in ("r2", "r2_last", "positive_benign", "positive_triggered")}
-    assert set(found["badnets"]) == curvature | region | linearity
+    assert set(metrics_of["badnets"]) == curvature | region | linearity
