@@ -141,6 +141,7 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_records(undisturbed: dict[str, Any], tmp_path: Path) -> None:
     write_few(tmp_path)
     results = tmp_path / "results"

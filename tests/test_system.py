@@ -19,7 +19,7 @@ from backdoor_bench_none.planning.plan import Plan
 from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.results.store import Store, UnlockedFolderWarning
 
-#: hides modules and the folder /proc before anything is imported, as on Windows, and runs `bbn`
+#: hides modules and the folder /proc before anything is imported, as on Windows, and runs `bbn` once for each argument
 ELSEWHERE = """
 import builtins, os, pathlib, signal, sys
 for name in ("fcntl", "resource"):
@@ -30,14 +30,14 @@ import backdoor_bench_none.system as system
 system.PROC = pathlib.Path("no such folder")
 assert system.fcntl is None and system.resource is None
 from backdoor_bench_none.cli.main import run_cli
-sys.exit(run_cli(sys.argv[1:]))
+sys.exit(max(run_cli(line.split()) for line in sys.argv[1:]))
 """
 
 
-def elsewhere(folder: Path, *arguments: str) -> str:
-    """What `bbn` prints where these modules do not exist."""
+def elsewhere(folder: Path, *lines: str) -> str:
+    """What `bbn` prints where these modules do not exist, called with each line in one process."""
     done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning", "-c", ELSEWHERE, *arguments],
+        [sys.executable, "-W", "error::DeprecationWarning", "-c", ELSEWHERE, *lines],
         cwd=folder, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -49,9 +49,14 @@ def test_records_tables_and_reports_need_no_unix(
 ) -> None:
     record = make_record(record_key(tiny_plan(defense="none").cells[0]), ba=91, asr=7)
     Store(tmp_path / "results").write_record(record)
-    assert record.key in elsewhere(tmp_path, "results", "show", record.key)
-    assert "91.0" in elsewhere(tmp_path, "table", "--results", "results", "--format", "markdown", "--all")
-    elsewhere(tmp_path, "report", "--results", "results", "--output", "page.html")
+    shown = elsewhere(
+        tmp_path,
+        f"results show {record.key}",
+        "table --results results --format markdown --all",
+        "report --results results --output page.html",
+    )
+    assert record.key in shown
+    assert "91.0" in shown.partition("cell")[2]
     assert record.key in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 

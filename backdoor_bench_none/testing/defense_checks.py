@@ -36,9 +36,49 @@ def _run(defense: Defense, bench: Bench, task: DefenseTask | None = None, distur
         return defense.run(task or _stages(defense, bench).defense_task(), bench.context)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """A run of a defense, and what it did beside its result."""
+
+    result: DefenseResult
+    asked_for_victim: bool
+    #: the sets of the task that it changed in place, by name
+    changed_sets: list[str]
+    changed_victim: bool
+
+
+def _observed(defense: Defense, bench: Bench) -> _Run:
+    """One run of the defense, which several checks look at."""
+    return cast("_Run", bench.keep("run", defense, lambda: _observe(defense, bench)))
+
+
+def _observe(defense: Defense, bench: Bench) -> _Run:
+    given = _stages(defense, bench).defense_task()
+    asked = []
+
+    class Asking(type(given)):  # type: ignore[misc]
+        def victim(self) -> nn.Module:
+            asked.append(1)
+            return cast("nn.Module", super().victim())
+
+    task = Asking(**vars(given))
+    sets = {"train": task.train, "clean": task.clean}
+    before = {name: (data.images.clone(), data.labels.clone()) for name, data in sets.items() if data is not None}
+    victim = None
+    if task.victim_network is not None:
+        victim = weights_of(task.victim_network)
+    result = _run(defense, bench, task)
+    changed = [
+        name for name, (images, labels) in before.items()
+        if not (torch.equal(sets[name].images, images) and torch.equal(sets[name].labels, labels))
+    ]  # fmt: skip
+    changed_victim = victim is not None and not same_weights(weights_of(task.victim_network), victim)
+    return _Run(result, bool(asked), changed, changed_victim)
+
+
 def _result(defense: Defense, bench: Bench) -> DefenseResult:
     """The result of the defense, computed once."""
-    return cast("DefenseResult", bench.keep("result", defense, lambda: _run(defense, bench)))
+    return _observed(defense, bench).result
 
 
 def check_stage(defense: Defense, bench: Bench) -> None:
@@ -49,16 +89,8 @@ def check_stage(defense: Defense, bench: Bench) -> None:
         defense.starts_from_victim or not repairs,
         "it repairs a finished network (POST_TRAINING) and does not ask for it; set starts_from_victim = True",
     )
-    asked = []
-
-    class Asking(type(_stages(defense, bench).defense_task())):  # type: ignore[misc]
-        def victim(self) -> nn.Module:
-            asked.append(1)
-            return cast("nn.Module", super().victim())
-
-    _run(defense, bench, Asking(**vars(_stages(defense, bench).defense_task())))
     require(
-        asked or not defense.starts_from_victim,
+        _observed(defense, bench).asked_for_victim or not defense.starts_from_victim,
         "it says starts_from_victim and never calls task.victim(): its cost would include a training it does not use",
     )
 
@@ -87,20 +119,10 @@ def check_logits(defense: Defense, bench: Bench) -> None:
 
 def check_inputs_unchanged(defense: Defense, bench: Bench) -> None:
     """Training set, clean images and victim are not changed."""
-    task = _stages(defense, bench).defense_task()
-    sets = {"train": task.train}
-    if task.clean is not None:
-        sets["clean"] = task.clean
-    before = {name: (data.images.clone(), data.labels.clone()) for name, data in sets.items()}
-    victim = None
-    if task.victim_network is not None:
-        victim = weights_of(task.victim_network)
-    _run(defense, bench, task)
-    for name, (images, labels) in before.items():
-        same = torch.equal(sets[name].images, images) and torch.equal(sets[name].labels, labels)
-        require(same, f"it changes task.{name} in place; change a clone")
-    if task.victim_network is not None and victim is not None:
-        require(same_weights(weights_of(task.victim_network), victim), "it changes the victim; task.victim() is a copy")
+    observed = _observed(defense, bench)
+    changed = " and ".join(f"task.{name}" for name in observed.changed_sets)
+    require(not changed, f"it changes {changed} in place; change a clone")
+    require(not observed.changed_victim, "it changes the victim; task.victim() is a copy")
 
 
 def check_deterministic(defense: Defense, bench: Bench) -> None:

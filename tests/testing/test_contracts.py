@@ -126,6 +126,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_doors_give_one_test_for_each_check(report: str) -> None:
     ends = dict(re.findall(r"^test_mine\.py::(\S+) (PASSED|FAILED|XFAIL|XPASS|ERROR)", report, re.MULTILINE))
     assert {name: end for name, end in ends.items() if end != "PASSED"} == ENDS
@@ -136,10 +137,12 @@ def test_doors_give_one_test_for_each_check(report: str) -> None:
     assert not [name for name in ends if name.startswith("Abstract")]
 
 
+@pytest.mark.slow
 def test_a_failed_check_says_what_to_mend(report: str) -> None:
     assert "Unfinished: documented: the class has no docstring; `bbn show` prints it" in report
 
 
+@pytest.mark.slow
 def test_what_was_expected_to_fail_and_passes_is_told(report: str) -> None:
     assert report.count("[XPASS(strict)] it has no docstring") == 2
 
