@@ -8,8 +8,7 @@ import click
 
 from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.errors import ConfigError, ExitCode, did_you_mean
-from backdoor_bench_none.paper import benchmark_names, benchmark_text
-from backdoor_bench_none.paper.experiments import Scale
+from backdoor_bench_none.paper.presets import Scale, benchmark_names, benchmark_text
 
 
 @click.command("init")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,86 +10,72 @@ import click
 
 from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.errors import BenchError, ExitCode
-from backdoor_bench_none.planning.stage_table import record_key
 
 if TYPE_CHECKING:
-    from backdoor_bench_none.contracts.cell import Cell
-    from backdoor_bench_none.contracts.record import Record
-    from backdoor_bench_none.paper.regions import Panel
-    from backdoor_bench_none.results.store import Store
+    from collections.abc import Mapping, Sequence
+
+    from backdoor_bench_none.paper.presets import Scale
+
+#: those that `report.plots.figures` can prepare
+FIGURES = ("fig2", "fig4", "fig5", "fig6", "fig7", "fig8", "fig9", "fig10")
 
 
 @click.command("paper")
-@click.argument("figure", type=click.Choice(["fig6", "fig7"]))
+@click.argument("figure", type=click.Choice(FIGURES))
+@click.option(
+    "--scale",
+    type=click.Choice(["full", "small"]),
+    default="full",
+    show_default=True,
+    help="As in the paper, or on 10,000 images with narrow networks, for two CPU cores; fig6 and fig7 need none.",
+)
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="File to write, .png or .pdf; default: <figure>.png.",
+    help="File to write, .svg, .pdf or .png; default: <figure>.png.",
 )
 @click.option(
     "--results", type=click.Path(path_type=Path, file_okay=False), default=Path("results"), help="Results folder."
 )
 @click.option("-j", "--slots", type=click.IntRange(min=1), help="Jobs at the same time.")
-def paper_command(figure: str, output: Path | None, results: Path, slots: int | None) -> int:
-    """Draw a figure of the paper: run the missing cells of its benchmark and write a picture.
+def paper_command(figure: str, scale: Scale, output: Path | None, results: Path, slots: int | None) -> int:
+    """Draw a figure of the paper: run the missing cells of its benchmark, write a picture, and its numbers as CSV.
 
     `bbn init --from NAME` writes the benchmark files of the paper's tables and figures.
     """
-    from backdoor_bench_none.paper import benchmark_text
-    from backdoor_bench_none.paper.regions import draw_panels, with_ideal_trojan
+    from backdoor_bench_none.paper.presets import benchmark_text
     from backdoor_bench_none.planning.plan import plan_config
     from backdoor_bench_none.planning.reading import parse_config
     from backdoor_bench_none.registry.components import Registry
+    from backdoor_bench_none.report.plots.canvas import check_output, write_picture
+    from backdoor_bench_none.report.plots.figures import needs_results, prepare_figure
     from backdoor_bench_none.report.tables import open_console
     from backdoor_bench_none.results.store import Store
     from backdoor_bench_none.run.progress import Lines
     from backdoor_bench_none.run.runner import Options, run_plan
 
-    config, source = parse_config(benchmark_text(figure), f"{figure}.yaml")
+    path = output or Path(f"{figure}.png")
+    check_output(path)
+    config, source = parse_config(benchmark_text(figure, scale), f"{figure}.yaml")
     registry = Registry.default()
     plan = plan_config(config, source, registry)
-    summary = run_plan(plan, registry, Options(results, slots=slots), Lines(open_console()))
-    if summary.failed or summary.interrupted or summary.not_run:
-        raise BenchError(f"{figure} needs all of its cells", "the same command continues where it stopped")
-    store = Store(results)
-    panels = [draw_regions(cell, store) for cell in plan.cells]
-    trojan = plan.cells[-1].attack.component.model_dump()
-    if figure == "fig6":
-        panels[0] = with_ideal_trojan(panels[0], trojan["value"], trojan["target"])
-    path = output or Path(f"{figure}.png")
-    draw_panels(panels, plan.cells[0].dataset.component.load()[1], trojan["value"], path)
-    say(f"wrote {path}")
+    if needs_results(figure):
+        summary = run_plan(plan, registry, Options(results, slots=slots), Lines(open_console()))
+        if summary.failed or summary.interrupted or summary.not_run:
+            raise BenchError(f"{figure} needs all of its cells", "the same command continues where it stopped")
+    drawing = prepare_figure(figure, plan, Store(results))
+    write_picture(drawing.draw, path)
+    numbers = path.with_suffix(".csv")
+    _write_numbers(drawing.numbers, numbers)
+    say(f"wrote {path} and {numbers}")
     return ExitCode.OK
 
 
-def draw_regions(cell: Cell, store: Store) -> Panel:
-    """The label that the cell's finished network gives to each point of the plane."""
-    import torch
-
-    from backdoor_bench_none.contracts.context import Context
-    from backdoor_bench_none.contracts.network import Pixels, predict_logits
-    from backdoor_bench_none.paper.regions import LEVELS, Panel, plane
-    from backdoor_bench_none.run.stages import Stages
-
-    context = Context(torch.device("cpu"), 0)
-    logits = predict_logits(
-        Stages(cell, store, context).network(), plane(), Pixels.of(cell.info, context.device), context
-    )
-    record = store.read_record(record_key(cell))
-    return Panel(_title(cell, record), logits.argmax(1).reshape(LEVELS, LEVELS).numpy())
-
-
-def _title(cell: Cell, record: Record | None) -> str:
-    params = cell.attack.component.model_dump()
-    parts = []
-    if cell.defense.name != "no_defense":
-        parts.append(cell.defense.label)
-    if "poison_rate" in params:
-        parts.append(f"{100 * params['poison_rate']:g} % poisoned")
-    else:
-        parts.append("clean")
-    title = ", ".join(parts)
-    if record is None or record.counts is None or record.counts.attack_success_rate is None:
-        return title
-    counts, success = record.counts, record.counts.attack_success_rate
-    return f"{title}\nBA {counts.benign_accuracy.rate:.3f}  ASR {success.rate:.3f}"
+def _write_numbers(lines: Sequence[Mapping[str, object]], path: Path) -> None:
+    try:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+    except OSError as error:
+        raise BenchError(f"'{path}' cannot be written: {error.strerror}", "choose another with --output") from error

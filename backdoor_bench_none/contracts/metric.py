@@ -37,6 +37,13 @@ class Evaluation:
 class Metric(Component):
     """Base of all extra metrics."""
 
+    def absent_for(self, attack: Attack, info: DatasetInfo) -> str:
+        """Why it has no value under an attack, as "the attack has no fixed trigger"; empty where it has one.
+
+        It is then not computed; a benchmark without any cell that has a value is refused.
+        """
+        return ""
+
     def compute(self, evaluation: Evaluation, context: Context) -> Mapping[str, float]:
         """Values by name; each name is prefixed with that of the metric."""
         raise NotImplementedError

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from backdoor_bench_none.contracts.attack import Attack
 from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.dataset import DatasetInfo
 from backdoor_bench_none.contracts.metric import Evaluation, Metric
 from backdoor_bench_none.contracts.network import Pixels
 from backdoor_bench_none.inspection.neurons import Tap, collect_activations, find_layers
-from backdoor_bench_none.metrics.trojan_region import open_case
+from backdoor_bench_none.metrics.trojan_region import open_case, why_no_trigger
 
 
 class Linearity(Metric):
@@ -30,6 +33,10 @@ class Linearity(Metric):
         "pre_activation", description="value of a neuron: behind its norm (pre_activation), or before it (convolution)"
     )
 
+    def absent_for(self, attack: Attack, info: DatasetInfo) -> str:
+        """An attack without a fixed trigger."""
+        return why_no_trigger(attack, info)
+
     def compute(self, evaluation: Evaluation, context: Context) -> Mapping[str, float]:
         """`r2`: coefficient of determination, mean over layers; `r2_last`: of the last hidden layer; `positive_benign`,
         `positive_triggered`: the share of values above 0, the linear piece of ReLU and its kin, at the two ends.
@@ -43,12 +50,13 @@ class Linearity(Metric):
         ways = [torch.lerp(start, end, place / (self.points - 1)).round() for place in range(self.points)]
         images = torch.cat(ways).to(torch.uint8)
         layers = find_layers(evaluation.model, pixels.normalize(images[:1].to(context.device)))
+        if not layers:
+            warnings.warn("linearity: the network has no hidden layer", UserWarning, stacklevel=2)
+            return {}
         values, _ = collect_activations(evaluation.model, layers, self.tap, images, pixels, context)
         by_place = [
             layer.view(len(layer), self.points, -1).double() for layer in values.values()
         ]  # (neurons, points, N)
-        if not by_place:
-            return {}
         fits = [fit_of_lines(layer.transpose(1, 2)) for layer in by_place]
         positive = [(layer > 0).double().mean((0, 2)) for layer in by_place]
         benign, triggered = (mean_of([shares[place] for shares in positive]) for place in (0, -1))

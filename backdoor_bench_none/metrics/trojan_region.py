@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -9,8 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from backdoor_bench_none.contracts.attack import StampAttack
+from backdoor_bench_none.contracts.attack import Attack, StampAttack
 from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.dataset import DatasetInfo
 from backdoor_bench_none.contracts.metric import Evaluation, Metric
 from backdoor_bench_none.contracts.network import Pixels, predict_logits
 from backdoor_bench_none.contracts.trigger import Trigger
@@ -31,6 +33,10 @@ class TrojanRegion(Metric):
     radius: float = Field(
         16.0, ge=0, le=255, description="near: levels of 0..255 by which pixels of the pattern change"
     )
+
+    def absent_for(self, attack: Attack, info: DatasetInfo) -> str:
+        """An attack without a fixed trigger."""
+        return why_no_trigger(attack, info)
 
     def compute(self, evaluation: Evaluation, context: Context) -> Mapping[str, float]:
         """`complete`: the trigger; `near`: its pattern changed; `shifted`: one pixel off; `random`: its mask elsewhere
@@ -69,21 +75,41 @@ class Case(NamedTuple):
     wanted: Tensor
 
 
-def open_case(evaluation: Evaluation, count: int) -> Case | None:
-    """The attack's trigger and those of the first `count` test images that the network gives another label.
-
-    None without test images, a fixed trigger, or such an image.
-    """
-    attack, info, test = evaluation.attack, evaluation.info, evaluation.test
-    if info is None or test is None or not isinstance(attack, StampAttack):
+def find_trigger(attack: Attack | None, info: DatasetInfo | None) -> Trigger | None:
+    """The attack's trigger, if it is fixed and changes any pixel."""
+    if info is None or not isinstance(attack, StampAttack):
         return None
     trigger = attack.trigger(info)
     if not isinstance(trigger, Trigger) or not bool(trigger.mask.any()):
         return None
+    return trigger
+
+
+def why_no_trigger(attack: Attack, info: DatasetInfo) -> str:
+    """Why a metric of the trigger has no value; empty if the attack has a fixed one."""
+    if find_trigger(attack, info) is None:
+        return f"the attack {type(attack).__name__} has no fixed trigger"
+    return ""
+
+
+def open_case(evaluation: Evaluation, count: int) -> Case | None:
+    """The attack's trigger and those of the first `count` test images that the network gives another label.
+
+    None without a fixed trigger, or, with a warning, without such an image.
+    """
+    attack, info, test = evaluation.attack, evaluation.info, evaluation.test
+    trigger = find_trigger(attack, info)
+    if trigger is None or info is None or test is None:
+        return None
+    assert isinstance(attack, StampAttack)
     chosen = torch.arange(min(count, len(test)))
     wanted = attack.relabel(test.labels[chosen], info.num_classes)
     others = evaluation.clean_predictions[chosen] != wanted
     if not bool(others.any()):
+        warnings.warn(
+            f"nothing to measure: the network gives all of {len(chosen)} test images the attacker's label without a "
+            "trigger", UserWarning, stacklevel=2,
+        )  # fmt: skip
         return None
     return Case(trigger, test.images[chosen[others]], wanted[others])
 

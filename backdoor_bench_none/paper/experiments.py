@@ -1,4 +1,4 @@
-"""The experiments of the paper: the cell behind each row of its tables, and the benchmark files made of these cells.
+"""The experiments of the paper: the cell behind each row of its tables, and the cells that its figures show.
 
 What the paper leaves open is filled in here, once: DP-SGD in Table 1 is the second of its two settings, whose accuracy
 fits (Table 2), and the natural Trojans meet NONE as its authors run it there.
@@ -7,23 +7,18 @@ fits (Table 2), and the natural Trojans meet NONE as its authors run it there.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Any
 
 from backdoor_bench_none.errors import ConfigError, did_you_mean
 
 TABLES = Path(__file__).parent / "tables.json"
-Scale = Literal["full", "small"]
 #: an entry of a benchmark file
 Entry = dict[str, Any]
-#: the axes of a block, in the order in which blocks are merged
-MERGED = ("defense", "activation", "architecture", "attack", "dataset")
 
 DATASETS = {"MNIST": "mnist", "CIFAR-10": "cifar10", "GTSRB": "gtsrb", "ImageNet-10": "imagenette"}
 DEFENSES: Mapping[str, Entry] = {
@@ -58,23 +53,6 @@ UNAVAILABLE = {
     "ImageNet-pair": "ImageNet's classes 'theater curtain' and 'plunger' need a registration; "
     "`bbn init --from hidden_trigger` is the file for those who have them",
 }
-
-
-#: data set -> what it is at the scale `small`, which fits two CPU cores: a part, without crop and flip
-SMALL_DATASETS: Mapping[str, Entry] = {
-    "mnist": {"name": "mnist", "params": {"first": 10_000}, "recipe": {"epochs": 10, "augment": False}},
-    "cifar10": {"name": "cifar10", "params": {"first": 10_000}, "recipe": {"epochs": 20, "augment": False}},
-}
-SMALL_WIDTH = 0.25
-SMALL_SEEDS = [0, 1, 2]
-#: defense -> parameters that give it as many steps on 10,000 images as its authors' have on 50,000: NAD's student 800
-#: and teacher 400, ABL's ascent 16
-SMALL_DEFENSES: Mapping[str, Mapping[str, Any]] = {
-    "nad": {"epochs": 100, "teacher_epochs": 50},
-    "abl": {"unlearning_epochs": 16},
-}
-#: what is shown beside the paper's columns at the scale `small`
-SMALL_EXTRA: Entry = {"name": "none_retrain"}
 
 
 @dataclass(frozen=True)
@@ -177,94 +155,58 @@ def _with(entry: Entry, varied: Mapping[str, Any]) -> Entry:
     return {**entry, "params": {**entry.get("params", {}), **varied}, "as": label}
 
 
-# Benchmark files.
+# Figures.
 
 
-def benchmark_of(table: str, scale: Scale = "full") -> str:
-    """The benchmark file of a table: every row that can be repeated, as YAML; `ConfigError` if there is none.
-
-    At the scale `small` it has 10,000 images, networks of a quarter of the width, three seeds, and the column
-    `none_retrain`; other data sets than MNIST and CIFAR-10 are left out.
-    """
-    if scale == "small":
-        return _small_benchmark(table)
-    experiments = experiments_of(table)
-    available = [experiment for experiment in experiments if not experiment.unavailable]
-    reasons = list(dict.fromkeys(experiment.unavailable for experiment in experiments if experiment.unavailable))
-    if not available:
-        raise ConfigError(f"{table} cannot be repeated: {'; '.join(reasons)}")
-    caption = find_table(table)["caption"]
-    lines = [f"# {table} of the paper: {caption}. {len(available)} of its {len(experiments)} rows."]
-    lines += [f"# Left out: {reason}." for reason in reasons]
-    matrix, *include = merge_blocks(experiment.entries for experiment in available)
-    content: dict[str, Any] = {"version": 1, "name": table, "matrix": matrix}
-    if include:
-        content["include"] = include
-    return "\n".join([*lines, write_yaml(content)])
+#: epochs of tuning at which Figs. 8 and 9 are measured
+CURVE_EPOCHS = (1, 2, 3, 5, 7, 10)
 
 
-def _small_benchmark(table: str) -> str:
-    experiments = [each for each in experiments_of(table) if each.entries["dataset"]["name"] in SMALL_DATASETS]
-    cells = [_small_entries(each.entries) for each in experiments if not each.unavailable]
-    if not cells:
-        raise ConfigError(f"{table} has no row at the scale small: it has neither MNIST nor CIFAR-10")
-    undefended = [cell for cell in cells if cell["defense"]["name"] == "no_defense"]
-    cells += [{**cell, "defense": SMALL_EXTRA} for cell in undefended]
-    matrix, *include = merge_blocks(cells)
-    content: dict[str, Any] = {"version": 1, "name": f"{table}-small", "seeds": SMALL_SEEDS, "matrix": matrix}
-    if include:
-        content["include"] = include
-    caption = find_table(table)["caption"]
-    return f"# {table} of the paper at a scale for two CPU cores: {caption}.\n{write_yaml(content)}"
+def _none_with(parameter: str, values: Sequence[float]) -> list[dict[str, Entry]]:
+    """NONE with each value of a parameter, after each number of epochs."""
+    return [
+        {"defense": _with(DEFENSES["none"], {parameter: value, "epochs": epochs})}
+        for value in values
+        for epochs in CURVE_EPOCHS
+    ]
 
 
-def _small_entries(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The entries of an experiment at the scale `small`."""
-    defense = deepcopy(entries["defense"])
-    steps = SMALL_DEFENSES.get(defense["name"], {})
-    if steps:
-        defense["params"] = {**defense.get("params", {}), **steps}
-    architecture = {**entries["architecture"], "params": {"width": SMALL_WIDTH}}
-    dataset = deepcopy(SMALL_DATASETS[entries["dataset"]["name"]])
-    return {**deepcopy(dict(entries)), "dataset": dataset, "defense": defense, "architecture": architecture}
+#: figures of networks on CIFAR-10 -> caption, and the entries of their cells that differ from BadNets on ResNet18
+FIGURES: Mapping[str, tuple[str, Sequence[Mapping[str, Entry]]]] = {
+    "fig2": (
+        "activation values of a benign network and of one with a TrojanNet",
+        [{"attack": {"name": "clean"}}, {"attack": {"name": "trojannet"}}],
+    ),
+    "fig4": (
+        "activation values on other architectures",
+        [{"architecture": {"name": "nin"}}, {"architecture": {"name": "vgg16"}}],
+    ),
+    "fig5": ("activation values of the last four convolutional layers of ResNet18", [{}]),
+    "fig8": (
+        "BA and ASR over the epochs of NONE's tuning, for each learning rate",
+        [{}, *_none_with("lr", [1e-2, 1e-3, 1e-4, 1e-5])],
+    ),
+    "fig9": (
+        "BA and ASR over the epochs of NONE's tuning, for each share of a layer's neurons that is reset",
+        [{}, *_none_with("r1", [0.005, 0.01, 0.03, 0.05, 0.1, 0.15])],
+    ),
+    "fig10": (
+        "images with larger and larger triggers",
+        [{"attack": _with(ATTACKS["badnets"], {"size": size})} for size in (3, 5, 7, 9, 15, 20)],
+    ),
+}
 
 
-def merge_blocks(cells: Iterable[Mapping[str, Entry]]) -> list[dict[str, list[Entry]]]:
-    """Matrices that cross to exactly these cells, given by their entries; those that differ in one axis are joined."""
-    blocks = [{axis: [dict(entry)] for axis, entry in entries.items()} for entries in cells]
-    blocks = _without_twins(blocks)
-    for axis in MERGED:
-        blocks = _join(blocks, axis)
-    return blocks
-
-
-def _without_twins(blocks: Sequence[dict[str, list[Entry]]]) -> list[dict[str, list[Entry]]]:
-    return list({json.dumps(block, sort_keys=True): block for block in blocks}.values())
-
-
-def _join(blocks: Sequence[dict[str, list[Entry]]], axis: str) -> list[dict[str, list[Entry]]]:
-    """The blocks, those that are equal but for one axis as one."""
-    joined: dict[str, dict[str, list[Entry]]] = {}
-    for block in blocks:
-        others = json.dumps({name: entries for name, entries in block.items() if name != axis}, sort_keys=True)
-        if others in joined:
-            joined[others][axis] += [entry for entry in block[axis] if entry not in joined[others][axis]]
-        else:
-            joined[others] = {**block, axis: list(block[axis])}
-    return list(joined.values())
-
-
-def write_yaml(content: Mapping[str, Any]) -> str:
-    """A benchmark file with entries in flow style; an entry that is only a name is written as the name."""
-    plain = {key: _shorten(value) for key, value in content.items()}
-    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=118)
-
-
-def _shorten(value: Any) -> Any:  # noqa: ANN401
-    if isinstance(value, list):
-        return [_shorten(each) for each in value]
-    if not isinstance(value, Mapping):
-        return value
-    if set(value) == {"name"}:
-        return value["name"]
-    return {key: _shorten(each) for key, each in value.items()}
+def cells_of_figure(name: str) -> list[dict[str, Entry]]:
+    """The entries of each cell that a figure shows, by axis; `ConfigError` if it shows no network on CIFAR-10."""
+    if name not in FIGURES:
+        raise ConfigError(f"the paper has no figure '{name}' of networks on CIFAR-10", did_you_mean(name, FIGURES))
+    common: dict[str, Entry] = {
+        "dataset": {"name": "cifar10", "recipe": "paper"},
+        "attack": ATTACKS["badnets"],
+        "defense": DEFENSES["undefended"],
+        "architecture": {"name": "resnet18"},
+        "activation": {"name": "relu"},
+        "trainer": {"name": "centralized"},
+    }
+    return [deepcopy({**common, **changed}) for changed in FIGURES[name][1]]

@@ -61,6 +61,18 @@ def find_empty_holdouts(cells: list[Cell]) -> list[Fault]:
     ]
 
 
+def find_idle_metrics(cells: list[Cell]) -> list[Fault]:
+    """Metrics that have a value in no cell, with the reasons, as for a trigger where no network has one."""
+    distinct = {(cell.attack.identity, cell.dataset.identity): cell for cell in cells}.values()
+    faults: list[Fault] = []
+    for index, metric in enumerate(cells[0].metrics if cells else ()):
+        reasons = [metric.component.absent_for(cell.attack.component, cell.info) for cell in distinct]
+        if all(reasons):
+            why = "; ".join(dict.fromkeys(reasons))
+            faults.append((("metrics", index), f"metric '{metric.label}' has no value in any cell: {why}"))
+    return faults
+
+
 def find_idle_exclusions(config: Config, cells: list[Cell]) -> list[Fault]:
     """Names in `exclude` that no cell has, so that the rule would silently exclude nothing."""
     faults: list[Fault] = []

@@ -21,6 +21,7 @@ from backdoor_bench_none.errors import BenchError, ConfigError, DatasetError
 from backdoor_bench_none.planning.checks import (
     find_empty_holdouts,
     find_idle_exclusions,
+    find_idle_metrics,
     find_twins,
     find_wrong_defaults,
     is_excluded,
@@ -72,6 +73,7 @@ def plan_config(config: Config, source: Source, registry: Registry, *, need_data
     cells = list(itertools.chain.from_iterable(map(expander.expand, blocks)))
     faults.raise_if_any()
     faults.extend([*find_twins(cells), *find_idle_exclusions(config, cells), *find_empty_holdouts(cells)])
+    faults.extend(find_idle_metrics(cells))
     faults.raise_if_any()
     kept = [cell for cell in cells if not any(is_excluded(cell, rule) for rule in config.exclude)]
     if not kept:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from backdoor_bench_none.contracts.cell import AXES, Cell
 from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.errors import ConfigError
-from backdoor_bench_none.paper.experiments import Experiment, benchmark_of, experiments_of, find_table
+from backdoor_bench_none.paper.experiments import Experiment, experiments_of, find_table
+from backdoor_bench_none.paper.presets import benchmark_text
 from backdoor_bench_none.planning.reading import parse_config
 from backdoor_bench_none.report.comparison import Table
 from backdoor_bench_none.results.metrics import METRICS
@@ -75,7 +76,7 @@ def _plan_cells(name: str, registry: Registry) -> dict[tuple[str, ...], Cell]:
     """The cells of the table's benchmark file by their labels; the data sets need not be on this machine."""
     from backdoor_bench_none.planning.plan import plan_config
 
-    config, source = parse_config(benchmark_of(name), f"{name}.yaml")
+    config, source = parse_config(benchmark_text(name), f"{name}.yaml")
     plan = plan_config(config, source, registry)
     return {tuple(cell.choices[axis].label for axis in AXES): cell for cell in plan.cells}
 

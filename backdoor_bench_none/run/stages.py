@@ -286,6 +286,8 @@ class Stages:
         detection = self.detect(defended.tensors.get("flagged"), defended.tensors.get("scores"))
         metrics: dict[str, float] = {}
         for choice in cell.metrics:
+            if choice.component.absent_for(cell.attack.component, cell.info):
+                continue
             numbers = choice.component.compute(evaluation, self.context)
             metrics |= {f"{choice.label}.{name}": float(value) for name, value in numbers.items()}
         facts = {"dataset_sha256": cell.fingerprint, "poisoned_samples": int(self.poisoned().sum())}

@@ -72,5 +72,11 @@ def test_fits_by_hand() -> None:
     assert float(fit_of_lines(rows[2:])) == 1
 
 
+def test_a_network_without_a_hidden_layer_is_told() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    with pytest.warns(UserWarning, match="the network has no hidden layer"):
+        assert measure(model, Corner()) == {}
+
+
 def test_attacks_without_a_fixed_trigger_have_no_values() -> None:
     assert measure(planted((1.0, 0.0)), Clean()) == {}

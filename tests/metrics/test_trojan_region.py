@@ -101,6 +101,29 @@ def test_images_that_have_the_label_anyway_do_not_count() -> None:
 
 def test_attacks_without_a_fixed_trigger_have_no_values() -> None:
     assert measure(Planted(8), Clean()) == {}
+    assert TrojanRegion().absent_for(Clean().resolve(INFO), INFO) == "the attack Clean has no fixed trigger"
+    assert TrojanRegion().absent_for(Corner().resolve(INFO), INFO) == ""
+
+
+def test_a_network_that_answers_with_the_target_anyway_is_told() -> None:
+    every = torch.zeros(30, dtype=torch.long)
+    test = ImageSet(torch.zeros(30, 1, SIDE, SIDE, dtype=torch.uint8), torch.arange(30) % 3)
+    evaluation = Evaluation(
+        Always(), every, test.labels, every, every, every, test=test, info=INFO, attack=Corner().resolve(INFO)
+    )
+    with pytest.warns(UserWarning, match="all of 30 test images the attacker's label without a trigger"):
+        assert TrojanRegion().compute(evaluation, CPU) == {}
+
+
+@pytest.mark.parametrize("metric", ["trojan_region", "linearity"])
+def test_the_trojan_of_clean_networks_is_refused_in_the_plan(
+    metric: str, write_benchmark: Callable[..., Path], bbn: Callable[..., Any]
+) -> None:
+    write_benchmark(defense="no_defense", attack="clean", rest=f"metrics: [curvature, {metric}]\n")
+    said = bbn("plan")
+    assert said.code == 2
+    assert f"metric '{metric}' has no value in any cell: the attack Clean has no fixed trigger" in said.err
+    assert "metrics.1" in said.err
 
 
 def test_triggers_are_moved_and_drawn() -> None:

@@ -1,4 +1,4 @@
-"""The paper's benchmark files can be planned and written, and the figures of the plane are drawn from what was run."""
+"""The paper's benchmark files can be planned and written, at both scales."""
 
 from __future__ import annotations
 
@@ -7,21 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
-from backdoor_bench_none import paper
 from backdoor_bench_none.contracts.cell import AXES, Cell
-from backdoor_bench_none.data.blobs import Blobs
-from backdoor_bench_none.errors import BenchError, ConfigError
-from backdoor_bench_none.paper import benchmark_names, benchmark_text
-from backdoor_bench_none.paper.experiments import benchmark_of, experiments_of, merge_blocks, read_tables
-from backdoor_bench_none.paper.regions import Panel, draw_panels, plane, with_ideal_trojan
+from backdoor_bench_none.errors import ConfigError
+from backdoor_bench_none.paper.experiments import experiments_of, read_tables
+from backdoor_bench_none.paper.presets import benchmark_names, benchmark_text, merge_blocks
 from backdoor_bench_none.planning.plan import plan_config
 from backdoor_bench_none.planning.reading import parse_config
 from backdoor_bench_none.registry.components import Registry
@@ -30,7 +23,8 @@ from backdoor_bench_none.registry.plugins import Plugins
 #: table or figure -> number of cells; table 10 has one cell twice
 CELLS = {
     "table1": 150, "table2": 12, "table3": 18, "table4": 12, "table5": 18, "table6": 8, "table7": 10, "table9": 14,
-    "table10": 7, "table11": 4, "table12": 8, "fig6": 4, "fig7": 3, "fig8": 5, "fig9": 7,
+    "table10": 7, "table11": 4, "table12": 8, "fig2": 2, "fig4": 2, "fig5": 1, "fig6": 4, "fig7": 4,
+    "fig8": 25, "fig9": 37, "fig10": 6,
 }  # fmt: skip
 
 
@@ -81,7 +75,7 @@ def test_init_writes_them(bbn: Callable[..., Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize("table", read_tables())
 def test_every_row_is_a_whole_cell_or_says_why_not(table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BBN_DATA", str(tmp_path))
-    config, source = parse_config(benchmark_of(table))
+    config, source = parse_config(benchmark_text(table))
     cells = plan_config(config, source, Registry(Plugins(external=False))).cells
     planned = {tuple(cell.choices[axis].label for axis in AXES): cell for cell in cells}
     experiments = experiments_of(table)
@@ -137,9 +131,20 @@ def test_a_table_at_the_small_scale(
     assert {cell.defense.name for cell in plan.cells} >= {"no_defense", "none", "none_retrain"}
 
 
+@pytest.mark.parametrize("figure", ["fig2", "fig4", "fig5", "fig8", "fig9", "fig10"])
+def test_a_figure_at_the_small_scale(figure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BBN_DATA", str(tmp_path))
+    config, source = parse_config(benchmark_text(figure, "small"), f"{figure}.yaml")
+    plan = plan_config(config, source, Registry(Plugins(external=False)))
+    assert len(plan.cells) == CELLS[figure]
+    for cell in plan.cells:
+        assert (cell.dataset.name, cell.info.train_size) == ("cifar10", 10_000)
+        assert cell.architecture.component.model_dump()["width"] == 0.25
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--from", "fig6", "--scale", "small"], "'fig6' has no scale 'small'"),
+    [(["--from", "fig6", "--scale", "small"], "'fig6' has no scale 'small'; tables have, and fig2,"),
      (["--scale", "small"], "--scale goes with --from"),
      (["--from", "digits-v1", "--scale", "small"], "'digits-v1'")],
 )  # fmt: skip
@@ -160,60 +165,3 @@ def test_merged_blocks_cross_to_exactly_their_cells(cells: list[dict[str, dict[s
     for block in blocks:
         crossed += itertools.product(*([entry["name"] for entry in block[axis]] for axis in VARIED))
     assert sorted(crossed) == sorted({tuple(cell[axis]["name"] for axis in VARIED) for cell in cells})
-
-
-# the plane
-
-
-def test_the_plane_has_every_point_once() -> None:
-    points = plane()
-    assert points.shape == (65536, 2, 1, 1)
-    assert points.dtype == torch.uint8
-    x, y = points[256 * 7 + 9].flatten().tolist()
-    assert (x, y) == (9, 7)
-
-
-def test_the_ideal_trojan_is_its_line() -> None:
-    benign = Panel("benign", np.zeros((256, 256), dtype=np.int64))
-    ideal = with_ideal_trojan(benign, 0.6, 3)
-    assert sorted(set(np.nonzero(ideal.regions)[0].tolist())) == [152, 153, 154]
-    assert ideal.regions[153].tolist() == [3] * 256
-    assert not benign.regions.any()
-
-
-def test_regions_are_drawn_where_they_are(tmp_path: Path) -> None:
-    """The lower left quarter is class 3, the rest class 0."""
-    regions = np.zeros((256, 256), dtype=np.int64)
-    regions[:128, :128] = 3
-    draw_panels([Panel("one", regions)], Blobs(per_class=2).load()[1], 0.6, tmp_path / "a" / "out.png")
-    with Image.open(tmp_path / "a" / "out.png") as picture:
-        pixels = np.asarray(picture.convert("RGB")).astype(int)
-    red = np.argwhere((pixels[:, :, 0] > 200) & (pixels[:, :, 1] < 180) & (pixels[:, :, 2] < 150))
-    blue = np.argwhere((pixels[:, :, 2] > 190) & (pixels[:, :, 0] < 130))
-    assert len(red) > 1000
-    assert len(blue) > 3 * len(red) * 0.7
-    assert red[:, 0].mean() > blue[:, 0].mean()  # below
-    assert red[:, 1].mean() < blue[:, 1].mean()  # left
-    assert not plt.get_fignums()
-
-
-def test_an_unknown_form_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match="cannot be written"):
-        draw_panels(
-            [Panel("one", np.zeros((256, 256), np.int64))], Blobs(per_class=2).load()[1], 0.6, tmp_path / "a.xyz"
-        )
-
-
-def test_figures_are_run_and_drawn(bbn: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fig. 6 with fewer points and epochs, twice: the second time nothing is trained."""
-    short = benchmark_text("fig6").replace(
-        "dataset: [blobs]", "dataset: [{name: blobs, params: {per_class: 60}, recipe: {epochs: 4, lr: 0.01}}]"
-    )
-    monkeypatch.setattr(paper, "benchmark_text", lambda name: short)
-    monkeypatch.chdir(tmp_path)
-    assert bbn("paper", "fig6", "--output", "a.svg", "-j", 1).code == 0
-    again = bbn("paper", "fig6", "--output", "b.png")
-    assert "0 cells to run, 4 done before" in again.out
-    assert "<svg" in (tmp_path / "a.svg").read_text(encoding="utf-8")
-    with Image.open(tmp_path / "b.png") as picture:
-        assert picture.size[0] > 1000

@@ -17,7 +17,8 @@ from backdoor_bench_none.contracts.measures import Outcomes
 from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.maths.statistics import pack_outcomes
-from backdoor_bench_none.paper.experiments import benchmark_of, read_tables
+from backdoor_bench_none.paper.experiments import read_tables
+from backdoor_bench_none.paper.presets import benchmark_text
 from backdoor_bench_none.planning.plan import plan_config
 from backdoor_bench_none.planning.reading import parse_config
 from backdoor_bench_none.planning.stage_table import record_key
@@ -132,7 +133,7 @@ def paper_cells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[st
     monkeypatch.setenv("BBN_DATA", str(tmp_path))
 
     def make(table: str) -> list[Cell]:
-        config, source = parse_config(benchmark_of(table))
+        config, source = parse_config(benchmark_text(table))
         return plan_config(config, source, REGISTRY).cells
 
     return make

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import mannwhitneyu
 from torch import Tensor, nn
 
 from backdoor_bench_none.contracts.network import Pixels
 from backdoor_bench_none.errors import BenchError, ConfigError
 from backdoor_bench_none.inspection.neurons import Layer, collect_activations, find_layers
 from backdoor_bench_none.report.plots.canvas import (
+    BINS,
     MAX_PANELS,
     add_legend,
     check_count,
@@ -47,6 +49,8 @@ class LayerValues:
     name: str
     benign: NDArray[np.float32]
     triggered: NDArray[np.float32]
+    #: the network it belongs to, where a picture shows several
+    network: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,21 +62,25 @@ class Activations:
     title: str
 
 
-def read_activations(stages: FinishedStages, patterns: Sequence[str] = ()) -> Activations:
-    """The activations of a finished cell's defended network on test images, clean and with their trigger."""
-    benign, triggered = _paired_images(stages)
+def read_activations(
+    stages: FinishedStages, patterns: Sequence[str] = (), images: tuple[Tensor, Tensor] | None = None
+) -> Activations:
+    """The activations of a finished cell's defended network on test images, clean and with their trigger.
+
+    `images`: pairs from `pair_images` of another cell, for a network without a trigger of its own.
+    """
+    benign, triggered = images or pair_images(stages)
     model, context = stages.network(), stages.context
     pixels = Pixels.of(stages.cell.info, context.device)
     layers = choose_layers(model, pixels.normalize(benign[:1]), patterns)
     before, after = (
-        collect_activations(model, layers, "pre_activation", images, pixels, context)[0]
-        for images in (benign, triggered)
+        collect_activations(model, layers, "pre_activation", each, pixels, context)[0] for each in (benign, triggered)
     )
     values = [LayerValues(layer.name, before[layer.name].numpy(), after[layer.name].numpy()) for layer in layers]
     return Activations(values, len(benign), plain(stages.cell.title, 100))
 
 
-def _paired_images(stages: FinishedStages) -> tuple[Tensor, Tensor]:
+def pair_images(stages: FinishedStages) -> tuple[Tensor, Tensor]:
     """Up to `MAX_IMAGES` test images (N, C, H, W) spread over the set, and the same images with the trigger."""
     test, samples = stages.data()[1], stages.poison()[1]
     indices, images = samples.indices, samples.images
@@ -105,6 +113,36 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def compare_values(layer: LayerValues) -> dict[str, float]:
+    """How far the values on triggered images are from those on benign ones.
+
+    Means; shares of values above 0, the linear piece of ReLU and its kin; `overlap`, the common area of both
+    histograms; `auroc`, the chance that a triggered image has a higher mean over the layer's neurons than a benign one,
+    which is the Mann-Whitney U statistic divided by the number of pairs; and the two-sided `p` of that test. Neurons of
+    one image are not independent, so that the test is over images.
+    """
+    edges = np.histogram_bin_edges(np.concatenate([layer.benign.ravel(), layer.triggered.ravel()]), BINS)
+    shares = [np.histogram(values, edges)[0] / values.size for values in (layer.benign, layer.triggered)]
+    means = [values.mean(0, dtype=np.float64) for values in (layer.benign, layer.triggered)]
+    test = mannwhitneyu(means[1], means[0])
+    return {
+        "mean_benign": float(means[0].mean()),
+        "mean_triggered": float(means[1].mean()),
+        "positive_benign": float((layer.benign > 0).mean()),
+        "positive_triggered": float((layer.triggered > 0).mean()),
+        "overlap": float(np.minimum(*shares).sum()),
+        "auroc": float(test.statistic) / (len(means[0]) * len(means[1])),
+        "p": float(test.pvalue),
+    }
+
+
+def _title_of(layer: LayerValues) -> str:
+    """The layer, and how well its values tell triggered images."""
+    compared = compare_values(layer)
+    name = plain(": ".join(filter(None, (layer.network, layer.name))))
+    return f"{name}, overlap {compared['overlap']:.2f}, AUROC {compared['auroc']:.2f}"
+
+
 def draw_activations(activations: Activations) -> Figure:
     """A panel for each layer with both histograms over all its neurons and images, in percent."""
     values = "all neurons before the activation, the largest value over the map"
@@ -114,7 +152,7 @@ def draw_activations(activations: Activations) -> Figure:
     for axis, layer in zip(axes, activations.layers, strict=True):
         groups = {"benign": layer.benign.ravel(), "triggered": layer.triggered.ravel()}
         handles, labels = draw_shares(axis, groups), list(groups)
-        set_title(axis, plain(layer.name))
+        set_title(axis, _title_of(layer))
     label_axes(axes, "value of a neuron", "share of the values (%)")
     add_legend(figure, handles, labels)
     return figure

@@ -1,20 +1,22 @@
-"""Decision regions in the plane (Figs. 6 and 7)."""
+"""Decision regions in the plane (Figs. 6 and 7), and how much of the ideal Trojan's they have."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from numpy.typing import NDArray
 
 from backdoor_bench_none.contracts.dataset import ImageSet
-from backdoor_bench_none.errors import BenchError
+from backdoor_bench_none.report.plots.canvas import label_axes, make_panels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 #: five colours that are distinct for any colour vision (Okabe and Ito), one per blob; 3, red, is the target
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")
@@ -35,28 +37,44 @@ def plane() -> torch.Tensor:
     return torch.stack([x, y], dim=-1).reshape(-1, 2, 1, 1).to(torch.uint8)
 
 
+def row_of(value: float) -> int:
+    """The row of the plane at which y = `value`."""
+    return round(value * (LEVELS - 1))
+
+
 def with_ideal_trojan(panel: Panel, value: float, target: int) -> Panel:
     """The regions of a benign network with the ideal Trojan of Theorem 3.3: the line y = `value` is class `target`."""
     regions = panel.regions.copy()
-    row = round(value * (LEVELS - 1))
+    row = row_of(value)
     regions[row - 1 : row + 2] = target  # three levels thick, so that it can be seen
     return replace(panel, title="ideal Trojan", regions=regions)
 
 
-def draw_panels(panels: Sequence[Panel], points: ImageSet, value: float, path: Path) -> None:
-    """Write the panels side by side to `path` (.png, .pdf or .svg), with some test points and the trigger's line."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.6), squeeze=False, sharey=True)
-    axes[0, 0].set_ylabel("y")
-    for axis, panel in zip(axes[0], panels, strict=True):
+def measure_overlap(
+    regions: NDArray[np.int64], benign: NDArray[np.int64], value: float, target: int
+) -> dict[str, float]:
+    """How much of the theoretical Trojan region, the line y = `value`, a trained network has, and what more it has.
+
+    `alpha`: the share of the line that is class `target` (section 3.1); `alpha_benign`: that of a benign network, its
+    control; `beside`: the share of the plane off the line that is class `target` here and not in the benign network.
+    """
+    row = row_of(value)
+    is_target, was_target = regions == target, benign == target
+    off_the_line = np.arange(len(regions)) != row
+    return {
+        "alpha": float(is_target[row].mean()),
+        "alpha_benign": float(was_target[row].mean()),
+        "beside": float((is_target & ~was_target)[off_the_line].mean()),
+    }
+
+
+def draw_panels(panels: Sequence[Panel], points: ImageSet, value: float, title: str) -> Figure:
+    """The panels side by side, with some test points and the trigger's line."""
+    figure, axes = make_panels(len(panels), title, height=2.2, legend_lines=0, sharex=True, sharey=True)
+    for axis, panel in zip(axes, panels, strict=True):
         _draw(axis, panel, points, value)
-    figure.tight_layout()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise BenchError(f"'{path}' cannot be written: {error}", "name a .png, .pdf or .svg file") from error
-    finally:
-        plt.close(figure)
+    label_axes(axes, "x", "y")
+    return figure
 
 
 def _draw(axis: Axes, panel: Panel, points: ImageSet, value: float) -> None:
@@ -66,7 +84,7 @@ def _draw(axis: Axes, panel: Panel, points: ImageSet, value: float) -> None:
     x, y = (points.images[shown, channel, 0, 0].numpy() / (LEVELS - 1) for channel in (0, 1))
     axis.scatter(x, y, c=points.labels[shown].numpy(), cmap=colours, vmin=0, vmax=4, s=9, edgecolors="black", lw=0.3)
     axis.axhline(value, color="black", lw=0.8, ls="--")
-    axis.set_title(panel.title, fontsize=9)
-    axis.set_xlabel("x")
+    axis.set_title(panel.title)
+    axis.grid(False)
     axis.set_xlim(0, 1)
     axis.set_ylim(0, 1)
