@@ -11,6 +11,7 @@ from bbn_defenses.abl import ABL
 from bbn_defenses.ac import AC
 from bbn_defenses.dp_sgd import DPSGD
 from bbn_defenses.nad import attention_loss, find_blocks
+from bbn_defenses.none_retrain import NONERetrain
 from pytest_benchmark.fixture import BenchmarkFixture
 from ratios import measure_ratio, seconds
 from torch import nn
@@ -153,3 +154,18 @@ def test_distillation_epoch_against_its_passes(benchmark: BenchmarkFixture) -> N
     benchmark.extra_info["NAD epoch / two forward, one backward"] = ratio
     benchmark.pedantic(epoch, rounds=1)
     assert ratio <= 1.3
+
+
+def test_scores_of_none_retrain_against_inference(benchmark: BenchmarkFixture) -> None:
+    """Activations of every layer, their medians and deviations, and the sums, against one pass over the images."""
+    task, context = make_task(4096)
+    single, model = Context(DEVICE, 0), task.new_model()
+    pixels = Pixels.of(task.info, DEVICE)
+    ratio = measure_ratio(
+        lambda: NONERetrain().score(model, task, context).sum().item(),
+        lambda: predict_logits(model, task.train.images, pixels, single).sum().item(),
+        rounds=3,
+    )
+    benchmark.extra_info["scores of none_retrain / inference"] = ratio
+    benchmark.pedantic(lambda: NONERetrain().score(model, task, context), rounds=1)
+    assert ratio <= 1.5
