@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as npst
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from backdoor_bench_none.api import Architecture, Context, ImageSet, ModelSpec
+from backdoor_bench_none.api import Architecture, Context, DefenseTask, ImageSet, ModelSpec, TrainingError
 from backdoor_bench_none.planning.plan import make_plan
 from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.registry.plugins import Plugins
@@ -103,21 +103,21 @@ def planted(make_task: Make, stripes: Stripes) -> Make:
 @pytest.mark.parametrize("cut", ["outliers", "break"])
 def test_exactly_the_poisoned_samples_are_flagged_on_either_side(sign: float, cut: str, planted: Make) -> None:
     tiny = planted(sign)
-    result = NONERetrain(cut=cut, deviations=FAR, readmit=False).run(tiny.task, CPU)
+    result = NONERetrain(r2=1, cut=cut, deviations=FAR, screening=0).run(tiny.task, CPU)
     assert torch.equal(result.flagged, tiny.poisoned)
     assert result.scores[tiny.poisoned].min() > result.scores[~tiny.poisoned].max()
 
 
 def test_the_high_side_alone_misses_low_values(planted: Make) -> None:
     tiny = planted(-1.0)
-    flagged = NONERetrain(sides="high", readmit=False).run(tiny.task, CPU).flagged
+    flagged = NONERetrain(r2=1, sides="high", cut="outliers", screening=0).run(tiny.task, CPU).flagged
     assert not (flagged & tiny.poisoned).any()
 
 
 def test_flags_follow_the_samples(planted: Make) -> None:
     tiny, order = planted(), torch.randperm(150, generator=torch.Generator().manual_seed(3))
     shuffled = planted(train=tiny.task.train.take(order), poisoned=tiny.poisoned[order])
-    expected, result = (NONERetrain(readmit=False).run(each.task, CPU) for each in (tiny, shuffled))
+    expected, result = (NONERetrain(r2=1, screening=0).run(each.task, CPU) for each in (tiny, shuffled))
     assert torch.equal(result.flagged, expected.flagged[order])
     torch.testing.assert_close(result.scores, expected.scores[order])
 
@@ -127,14 +127,14 @@ def test_flags_follow_the_samples(planted: Make) -> None:
 
 def test_outliers_by_hand() -> None:
     scores = torch.tensor([0.0, 1, 2, 3, 4, 6.5, 100]).double()  # median 3, MAD 2
-    flagged = NONERetrain(deviations=1.2).choose(scores)  # above 3 + 1.2 * 1.4826 * 2 = 6.56
+    flagged = NONERetrain(cut="outliers", deviations=1.2).choose(scores)  # above 3 + 1.2 * 1.4826 * 2 = 6.56
     assert flagged.tolist() == [False] * 6 + [True]
-    assert NONERetrain(deviations=1.1).choose(scores).tolist() == [False] * 5 + [True] * 2
+    assert NONERetrain(cut="outliers", deviations=1.1).choose(scores).tolist() == [False] * 5 + [True] * 2
 
 
 def test_normal_scores_lose_as_many_as_a_normal_distribution_has() -> None:
     scores = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).double()
-    share = NONERetrain().choose(scores).double().mean().item()
+    share = NONERetrain(cut="outliers").choose(scores).double().mean().item()
     assert share == pytest.approx(0.00135, abs=0.0004)
 
 
@@ -148,7 +148,7 @@ def test_equal_scores_flag_nothing(cut: str) -> None:
 
 def test_a_fresh_network_is_trained_on_what_is_kept_by_the_recipe(planted: Make) -> None:
     tiny = planted(lr=0.3, epochs=5)
-    model = NONERetrain(deviations=FAR, readmit=False).run(tiny.task, CPU).model
+    model = NONERetrain(r2=1, screening=0).run(tiny.task, CPU).model
     (call,) = tiny.calls
     assert call.model is model
     assert torch.equal(call.keep, torch.nonzero(~tiny.poisoned).flatten())
@@ -157,36 +157,68 @@ def test_a_fresh_network_is_trained_on_what_is_kept_by_the_recipe(planted: Make)
     assert all(torch.equal(fresh[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def agreeing_with(labels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every network predicts `labels` on the training set."""
-    from bbn_defenses import none_retrain
+@pytest.fixture
+def predicted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], None]:
+    """Makes every network predict these labels on the training set."""
 
-    monkeypatch.setattr(none_retrain, "_agrees", lambda model, task, context: labels == task.train.labels)
+    def predict(labels: Tensor) -> None:
+        logits = torch.nn.functional.one_hot(labels, 3).float()
+        monkeypatch.setattr(DefenseTask, "predict", lambda task, model, context: logits)
+
+    return predict
 
 
-def test_samples_whose_label_is_predicted_come_back(planted: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = planted()
-    wrong = (tiny.task.train.labels + 1) % 3
+def test_samples_whose_label_is_predicted_come_back(planted: Make, predicted: Callable[[Tensor], None]) -> None:
+    tiny = planted(epochs=20)
+    labels = (tiny.task.train.labels + 1) % 3
     returning = torch.nonzero(tiny.poisoned).flatten()[:4]
-    predicted = wrong.clone()
-    predicted[returning] = tiny.task.train.labels[returning]
-    agreeing_with(predicted, monkeypatch)
-    result = NONERetrain(deviations=FAR).run(tiny.task, CPU)
+    labels[returning] = tiny.task.train.labels[returning]
+    predicted(labels)
+    result = NONERetrain(r2=1).run(tiny.task, CPU)
     expected = tiny.poisoned.clone()
     expected[returning] = False
     assert torch.equal(result.flagged, expected)
     assert result.extras == {"flagged_first": 15, "flagged": 11}
-    assert len(tiny.calls) == 1  # 4 of 135 are less than 5 %
 
 
-def test_many_that_come_back_are_trained_on_from_the_start(planted: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = planted()
-    agreeing_with(tiny.task.train.labels, monkeypatch)
-    result = NONERetrain(deviations=FAR).run(tiny.task, CPU)
+def test_a_short_training_says_what_comes_back_and_a_whole_one_follows(
+    planted: Make, predicted: Callable[[Tensor], None]
+) -> None:
+    tiny = planted(epochs=20)
+    predicted(tiny.task.train.labels)
+    result = NONERetrain(r2=1, screening=0.1).run(tiny.task, CPU)
     assert not result.flagged.any()
-    assert [len(call.keep) for call in tiny.calls] == [135, 150]
+    assert [(len(call.keep), call.recipe.epochs) for call in tiny.calls] == [(135, 2), (150, 20)]
     assert result.model is tiny.calls[1].model
-    assert tiny.calls[1].model is not tiny.calls[0].model
+    first, second = (tiny.task.new_model(draw).state_dict() for draw in (2, 1))
+    assert same(tiny.calls[0].model, first)
+    assert same(tiny.calls[1].model, second)
+
+
+def same(model: nn.Module, weights: dict[str, Tensor]) -> bool:
+    return all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("screening", "epochs"), [(0.01, 1), (0.25, 2), (1, 6)])
+def test_the_short_training_has_an_epoch_at_least(screening: float, epochs: int, planted: Make) -> None:
+    tiny = planted(epochs=6)
+    NONERetrain(r2=1, screening=screening).run(tiny.task, CPU)
+    assert [call.recipe.epochs for call in tiny.calls] == [epochs, 6]
+
+
+def test_nothing_comes_back_if_the_short_training_fails(planted: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = planted()
+    fit = DefenseTask.fit
+
+    def fail_once(task: DefenseTask, model: nn.Module, context: Context, **options: Any) -> Any:
+        if "epochs" in options:
+            raise TrainingError("failed to train: the loss stayed at chance level")
+        return fit(task, model, context, **options)
+
+    monkeypatch.setattr(DefenseTask, "fit", fail_once)
+    with pytest.warns(UserWarning, match="no sample comes back: the network for it failed to train: the loss"):
+        result = NONERetrain(r2=1).run(tiny.task, CPU)
+    assert torch.equal(result.flagged, tiny.poisoned)
 
 
 def test_losses_are_warned_of(planted: Make) -> None:
@@ -199,13 +231,15 @@ def test_losses_are_warned_of(planted: Make) -> None:
             return dropping
 
     with pytest.warns(UserWarning, match="none_retrain: ") as caught:
-        DropsTwoClasses(readmit=False).run(tiny.task, CPU)
+        DropsTwoClasses(screening=0).run(tiny.task, CPU)
     messages = "\n".join(str(each.message) for each in caught)
     assert f"{int(dropping.sum())} of 150 samples are dropped" in messages
     assert "no sample of class 0, 2 is kept" in messages
 
 
-@pytest.mark.parametrize("params", [{"r2": 0}, {"deviations": 0}, {"cut": "otsu"}, {"sides": "low"}, {"r1": 0.1}])
+@pytest.mark.parametrize(
+    "params", [{"r2": 0}, {"deviations": 0}, {"cut": "otsu"}, {"sides": "low"}, {"r1": 0.1}, {"screening": 1.5}]
+)
 def test_parameters_are_checked(params: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         NONERetrain(**params)

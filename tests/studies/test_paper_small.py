@@ -1,0 +1,80 @@
+"""The study studies/paper-small: its files are the presets, and its records are what a run gives."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from backdoor_bench_none.api import Context
+from backdoor_bench_none.contracts.cell import Cell
+from backdoor_bench_none.contracts.record import Record
+from backdoor_bench_none.leaderboard.agreement import compare_runs, is_made_on
+from backdoor_bench_none.paper.presets import benchmark_text
+from backdoor_bench_none.planning.plan import make_plan
+from backdoor_bench_none.planning.reading import parse_config
+from backdoor_bench_none.planning.stage_table import record_key
+from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.registry.plugins import Plugins
+from backdoor_bench_none.results.store import Store
+from backdoor_bench_none.run.provenance import describe
+from backdoor_bench_none.run.stages import Stages
+
+STUDY = Path(__file__).parents[2] / "studies" / "paper-small"
+RESULTS = STUDY / "results"
+REAL = Path(os.environ.get("BBN_TEST_DATA", "nowhere"))
+#: as many of the cells that were computed fastest are computed again
+REPEATED = 3
+
+
+def files() -> list[Path]:
+    return sorted(STUDY.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: path.stem)
+def test_its_files_are_the_presets(path: Path) -> None:
+    config = parse_config(path.read_text(encoding="utf-8"), path.name)[0]
+    assert config.results == Path("studies/paper-small/results")
+    preset = parse_config(benchmark_text(path.stem, "small"), path.name)[0]
+    assert config.model_copy(update={"results": preset.results}) == preset
+
+
+def test_its_records_are_small_and_done() -> None:
+    records = Store(RESULTS).records()
+    assert records
+    assert {record.status for record in records} == {"done"}
+    sizes = [path.stat().st_size for path in RESULTS.rglob("*.json")]
+    assert len(sizes) == len(records)
+    assert max(sizes) < 50_000
+    assert {path.suffix for path in RESULTS.rglob("*") if path.is_file()} == {".json"}
+
+
+def choose_cells(cells: list[Cell], records: dict[str, Record]) -> list[Cell]:
+    """Those that took the least time, with all the stages that they need."""
+    found = [cell for cell in cells if record_key(cell) in records]
+    return sorted(found, key=lambda cell: sum(cost.seconds for cost in records[record_key(cell)].costs.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (REAL / "MNIST").is_dir(), reason="BBN_TEST_DATA names no folder with MNIST")
+def test_cells_computed_again_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal counts on the same machine; elsewhere within three deviations over seeds, or a point."""
+    monkeypatch.setenv("BBN_DATA", str(REAL))
+    registry, store = Registry(Plugins(external=False)), Store(tmp_path)
+    store.create()
+    records = {record.key: record for record in Store(RESULTS).records()}
+    cells = make_plan(STUDY / "table1.yaml", registry).cells
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each of two processes has
+    try:
+        for cell in choose_cells(cells, records)[:REPEATED]:
+            context = Context(torch.device("cpu"), 0)
+            provenance = describe(cell, context, registry)
+            recorded = records[record_key(cell)]
+            again = Stages(cell, store, context, provenance).evaluate()
+            exact = is_made_on(recorded, provenance)
+            assert compare_runs(recorded, again, list(records.values()), exact) == "", cell.title
+    finally:
+        torch.set_num_threads(before)
