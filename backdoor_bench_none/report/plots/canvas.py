@@ -194,7 +194,7 @@ def legend_lines(labels: Sequence[str], width: float = PAGE) -> int:
 def add_legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
     """A legend below the panels, as wide as the figure allows."""
     columns = _legend_columns(labels, figure.get_size_inches()[0])
-    figure.legend(list(handles), list(labels), loc="outside lower center", ncols=columns)
+    figure.legend(list(handles), list(labels), loc="outside lower center", ncols=columns, columnspacing=1.5)
 
 
 def _legend_columns(labels: Sequence[str], width: float) -> int:
