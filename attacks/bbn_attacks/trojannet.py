@@ -80,6 +80,12 @@ class TrojanNet(StampAttack):
         """The patch of the target class."""
         return self.trigger_of(self.target or 0, info)
 
+    def fixed_trigger(self, info: DatasetInfo) -> Trigger | None:
+        """The patch of the target class; None where every label has its own."""
+        if self.label_mode == "all_to_all":
+            return None
+        return super().fixed_trigger(info)
+
     def trigger_of(self, label: int, info: DatasetInfo) -> Trigger:
         """The patch that makes class `label`."""
         tile = all_patterns()[label].view(1, SIDE, SIDE)

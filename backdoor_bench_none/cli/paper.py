@@ -58,12 +58,14 @@ def paper_command(figure: str, scale: Scale, output: Path | None, results: Path,
     check_output(path)
     config, source = parse_config(benchmark_text(figure, scale), f"{figure}.yaml")
     registry = Registry.default()
-    plan = plan_config(config, source, registry)
+    plan = plan_config(config, source, registry, need_data=True)
     if needs_results(figure):
         summary = run_plan(plan, registry, Options(results, slots=slots), Lines(open_console()))
         if summary.failed or summary.interrupted or summary.not_run:
             raise BenchError(f"{figure} needs all of its cells", "the same command continues where it stopped")
     drawing = prepare_figure(figure, plan, Store(results))
+    for note in drawing.notes:
+        say(f"not shown: {note}", err=True)
     write_picture(drawing.draw, path)
     numbers = path.with_suffix(".csv")
     _write_numbers(drawing.numbers, numbers)

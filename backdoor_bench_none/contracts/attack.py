@@ -247,6 +247,15 @@ class StampAttack(Attack):
         """The triggers of the samples `indices` (N,), batched or one for all; each depends on (seed, index) alone."""
         return self.trigger(info)
 
+    def fixed_trigger(self, info: DatasetInfo) -> Trigger | None:
+        """The trigger of all images; None if each has its own, or a change that is no trigger of Eq. 1."""
+        if type(self).stamp is not StampAttack.stamp:
+            return None
+        trigger = self.trigger_each(info, torch.arange(2), seed=0)
+        if not isinstance(trigger, Trigger) or max(trigger.mask.dim(), trigger.pattern.dim()) > len(info.shape):
+            return None
+        return trigger
+
     def resolve(self, info: DatasetInfo) -> Self:
         """Fill in the paper's target label; `all_to_all` has none."""
         target = self.target

@@ -15,8 +15,13 @@ def input_curvature(model: nn.Module, inputs: Tensor, labels: Tensor, count: int
 
     `inputs` (N, ...) are normalised, `labels` (N,); `model` is in eval mode. Lanczos runs for `steps` steps on all
     samples at once, each step one Hessian-vector product. With K classes and piecewise linear activations the Hessian
-    has at most K - 1 eigenvalues that are not zero, so that K steps find them all.
+    has at most K - 1 eigenvalues that are not zero, so that K steps find them all. Of D inputs there are D eigenvalues,
+    and no more steps; `ValueError` for a larger `count`.
     """
+    dimension = inputs[0].numel()
+    if count > dimension:
+        raise ValueError(f"{count} eigenvalues of a Hessian over {dimension} inputs")
+    steps = min(steps, dimension)
     basis: list[Tensor] = []  # each (N, D)
     diagonal: list[Tensor] = []
     beside: list[Tensor] = []

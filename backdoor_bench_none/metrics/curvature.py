@@ -22,7 +22,7 @@ class Curvature(Metric):
     paper = "NONE, section 8.3; Moosavi-Dezfooli et al., arXiv:1811.09716"
 
     images: int = Field(200, ge=1, description="the first so many test images")
-    count: int = Field(3, ge=1, description="eigenvalues, from the largest one")
+    count: int = Field(3, ge=1, description="eigenvalues, from the largest one; no more than inputs")
     steps: int = Field(12, ge=1, description="Hessian-vector products; at least the number of classes finds them all")
 
     def compute(self, evaluation: Evaluation, context: Context) -> Mapping[str, float]:
@@ -35,8 +35,9 @@ class Curvature(Metric):
         for start in range(0, len(chosen), CHUNK):
             part = chosen.take(torch.arange(start, min(start + CHUNK, len(chosen))))
             inputs = pixels.normalize(part.images)
-            steps = max(self.steps, self.count)
-            profiles.append(input_curvature(evaluation.model, inputs, part.labels, self.count, steps, seed=0))
+            count = min(self.count, inputs[0].numel())
+            steps = max(self.steps, count)
+            profiles.append(input_curvature(evaluation.model, inputs, part.labels, count, steps, seed=0))
             context.check_deadline()
         means = torch.cat(profiles).mean(0).tolist()
         return {f"lambda_{place}": mean for place, mean in enumerate(means, start=1)}

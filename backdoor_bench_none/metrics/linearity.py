@@ -9,20 +9,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from backdoor_bench_none.contracts.attack import Attack
+from backdoor_bench_none.contracts.attack import Attack, AttackTask, StampAttack
 from backdoor_bench_none.contracts.context import Context
 from backdoor_bench_none.contracts.dataset import DatasetInfo
 from backdoor_bench_none.contracts.metric import Evaluation, Metric
 from backdoor_bench_none.contracts.network import Pixels
 from backdoor_bench_none.inspection.neurons import Tap, collect_activations, find_layers
-from backdoor_bench_none.metrics.trojan_region import open_case, why_no_trigger
+from backdoor_bench_none.metrics.trojan_region import open_case
 
 
 class Linearity(Metric):
     """The fit of a line to each neuron's values along the way from an image to its triggered copy, and where they are.
 
-    Neurons whose value does not change along the way are left out of the fit. Attacks without a fixed trigger, `clean`
-    among them, have no values.
+    Neurons whose value does not change along the way are left out of the fit. Attacks without a trigger that is known
+    in advance, `clean` among them, have no values.
     """
 
     paper = "NONE, section 3.2"
@@ -34,8 +34,10 @@ class Linearity(Metric):
     )
 
     def absent_for(self, attack: Attack, info: DatasetInfo) -> str:
-        """An attack without a fixed trigger."""
-        return why_no_trigger(attack, info)
+        """An attack that does not stamp images."""
+        if isinstance(attack, StampAttack):
+            return ""
+        return f"the attack {type(attack).__name__} has no trigger that is known in advance"
 
     def compute(self, evaluation: Evaluation, context: Context) -> Mapping[str, float]:
         """`r2`: coefficient of determination, mean over layers; `r2_last`: of the last hidden layer; `positive_benign`,
@@ -44,9 +46,9 @@ class Linearity(Metric):
         case = open_case(evaluation, self.images)
         if case is None:
             return {}
-        assert evaluation.info is not None
-        pixels = Pixels.of(evaluation.info, context.device)
-        start, end = case.images.float(), case.trigger.apply(case.images).float()
+        pixels = Pixels.of(case.info, context.device)
+        stamped = case.attack.preview(AttackTask(case.data, case.info), context)
+        start, end = case.data.images.float(), stamped.float()
         ways = [torch.lerp(start, end, place / (self.points - 1)).round() for place in range(self.points)]
         images = torch.cat(ways).to(torch.uint8)
         layers = find_layers(evaluation.model, pixels.normalize(images[:1].to(context.device)))

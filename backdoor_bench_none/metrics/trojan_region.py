@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backdoor_bench_none.contracts.attack import Attack, StampAttack
 from backdoor_bench_none.contracts.context import Context
-from backdoor_bench_none.contracts.dataset import DatasetInfo
+from backdoor_bench_none.contracts.dataset import DatasetInfo, ImageSet
 from backdoor_bench_none.contracts.metric import Evaluation, Metric
 from backdoor_bench_none.contracts.network import Pixels, predict_logits
 from backdoor_bench_none.contracts.trigger import Trigger
@@ -22,8 +22,8 @@ class TrojanRegion(Metric):
     """The shares of test images that the trigger, triggers near it, and random ones turn into the attacker's label.
 
     Counted are images that the network does not give this label without a trigger. A Trojan is complete if the trigger
-    always works, and accurate if no other one does. Attacks without a fixed trigger, `clean` among them, have no
-    values.
+    always works, and accurate if no other one does. Attacks whose trigger differs between images, or that have none,
+    have no values.
     """
 
     paper = "NONE, Definitions 3.3 and 3.4, Eqs. 7 and 8"
@@ -36,7 +36,9 @@ class TrojanRegion(Metric):
 
     def absent_for(self, attack: Attack, info: DatasetInfo) -> str:
         """An attack without a fixed trigger."""
-        return why_no_trigger(attack, info)
+        if _find_trigger(attack, info) is None:
+            return f"the attack {type(attack).__name__} has no trigger that is the same for all images"
+        return ""
 
     def compute(self, evaluation: Evaluation, context: Context) -> Mapping[str, float]:
         """`complete`: the trigger; `near`: its pattern changed; `shifted`: one pixel off; `random`: its mask elsewhere
@@ -45,9 +47,11 @@ class TrojanRegion(Metric):
         case = open_case(evaluation, self.images)
         if case is None:
             return {}
-        trigger, images, wanted = case
-        assert evaluation.info is not None
-        pixels = Pixels.of(evaluation.info, context.device)
+        trigger = _find_trigger(case.attack, case.info)
+        if trigger is None:
+            return {}
+        images, wanted = case.data.images, case.wanted
+        pixels = Pixels.of(case.info, context.device)
 
         def share(tried: Trigger) -> float:
             stamped = tried.apply(images).to(context.device)
@@ -68,40 +72,22 @@ class TrojanRegion(Metric):
 
 
 class Case(NamedTuple):
-    """A trigger, clean images (N, C, H, W) uint8 that do not get the attacker's label, and that label (N,)."""
+    """An attack, clean images that the network does not give its label yet, with their labels, and that label (N,)."""
 
-    trigger: Trigger
-    images: Tensor
+    attack: StampAttack
+    info: DatasetInfo
+    data: ImageSet
     wanted: Tensor
 
 
-def find_trigger(attack: Attack | None, info: DatasetInfo | None) -> Trigger | None:
-    """The attack's trigger, if it is fixed and changes any pixel."""
-    if info is None or not isinstance(attack, StampAttack):
-        return None
-    trigger = attack.trigger(info)
-    if not isinstance(trigger, Trigger) or not bool(trigger.mask.any()):
-        return None
-    return trigger
-
-
-def why_no_trigger(attack: Attack, info: DatasetInfo) -> str:
-    """Why a metric of the trigger has no value; empty if the attack has a fixed one."""
-    if find_trigger(attack, info) is None:
-        return f"the attack {type(attack).__name__} has no fixed trigger"
-    return ""
-
-
 def open_case(evaluation: Evaluation, count: int) -> Case | None:
-    """The attack's trigger and those of the first `count` test images that the network gives another label.
+    """Those of the first `count` test images that the network gives another label than the attacker wants.
 
-    None without a fixed trigger, or, with a warning, without such an image.
+    None if the attack does not stamp images, or, with a warning, if there is no such image.
     """
     attack, info, test = evaluation.attack, evaluation.info, evaluation.test
-    trigger = find_trigger(attack, info)
-    if trigger is None or info is None or test is None:
+    if info is None or test is None or not isinstance(attack, StampAttack):
         return None
-    assert isinstance(attack, StampAttack)
     chosen = torch.arange(min(count, len(test)))
     wanted = attack.relabel(test.labels[chosen], info.num_classes)
     others = evaluation.clean_predictions[chosen] != wanted
@@ -111,7 +97,15 @@ def open_case(evaluation: Evaluation, count: int) -> Case | None:
             "trigger", UserWarning, stacklevel=2,
         )  # fmt: skip
         return None
-    return Case(trigger, test.images[chosen[others]], wanted[others])
+    return Case(attack, info, test.take(chosen[others]), wanted[others])
+
+
+def _find_trigger(attack: Attack, info: DatasetInfo) -> Trigger | None:
+    """The attack's trigger, if it is the same for all images and changes any pixel."""
+    trigger = attack.fixed_trigger(info) if isinstance(attack, StampAttack) else None
+    if trigger is None or not bool(trigger.mask.any()):
+        return None
+    return trigger
 
 
 def change_pattern(trigger: Trigger, radius: float, generator: torch.Generator) -> Trigger:

@@ -1,1 +1,1 @@
-"""The paper's experiments: benchmark files for its tables and figures, and the drawing of its figures."""
+"""The paper's experiments: what its rows and figures are, and their benchmark files."""

@@ -67,10 +67,11 @@ def benchmark_text(name: str, scale: Scale = "full") -> str:
 
 def _figure(name: str, scale: Scale) -> str:
     cells = cells_of_figure(name)
-    title = f"# {name} of the paper: {FIGURES[name][0]}; `bbn paper {name}` runs and draws it."
+    title = f"# {name} of the paper: {FIGURES[name][0]}"
     if scale == "small":
-        return f"{title}\n{_write(f'{name}-small', map(_small_entries, cells))}"
-    return f"{title}\n{_write(name, cells)}"
+        body = _write(f"{name}-small", map(_small_entries, cells))
+        return f"{title}; `bbn paper {name} --scale small` runs and draws it.\n{body}"
+    return f"{title}; `bbn paper {name}` runs and draws it.\n{_write(name, cells)}"
 
 
 def _table(name: str) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 from backdoor_bench_none.contracts.cell import AXES, Cell
 from backdoor_bench_none.contracts.component import Choice, Component
 from backdoor_bench_none.contracts.config import Config, Exclude, Fault
+from backdoor_bench_none.contracts.metric import Metric
 from backdoor_bench_none.errors import did_you_mean
 from backdoor_bench_none.planning.choices import RECIPE_AXES
+from backdoor_bench_none.planning.faults import Faults, Selected
 from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.registry.components import Registry
 
@@ -61,16 +66,17 @@ def find_empty_holdouts(cells: list[Cell]) -> list[Fault]:
     ]
 
 
-def find_idle_metrics(cells: list[Cell]) -> list[Fault]:
-    """Metrics that have a value in no cell, with the reasons, as for a trigger where no network has one."""
+def find_idle_metrics(metrics: Sequence[Selected[Metric]], cells: Sequence[Cell], faults: Faults) -> None:
+    """Add a fault for each metric that has a value in no cell, with the reasons: no network has a trigger, say."""
     distinct = {(cell.attack.identity, cell.dataset.identity): cell for cell in cells}.values()
-    faults: list[Fault] = []
-    for index, metric in enumerate(cells[0].metrics if cells else ()):
-        reasons = [metric.component.absent_for(cell.attack.component, cell.info) for cell in distinct]
-        if all(reasons):
-            why = "; ".join(dict.fromkeys(reasons))
-            faults.append((("metrics", index), f"metric '{metric.label}' has no value in any cell: {why}"))
-    return faults
+    for metric in metrics:
+        component = metric.choice.component
+        reasons = [
+            faults.call(metric, partial(component.absent_for, cell.attack.component, cell.info)) for cell in distinct
+        ]
+        if reasons and all(reasons):
+            why = "; ".join(dict.fromkeys(filter(None, reasons)))
+            faults.add(metric.location, f"metric '{metric.choice.label}' has no value in any cell: {why}")
 
 
 def find_idle_exclusions(config: Config, cells: list[Cell]) -> list[Fault]:

@@ -64,7 +64,8 @@ def plan_config(config: Config, source: Source, registry: Registry, *, need_data
     faults = Faults(source, registry)
     maker = ChoiceMaker(config, registry, faults)
     faults.extend(find_wrong_defaults(config, registry))
-    metrics = tuple(selected.choice for selected in maker.make(Metric, config.metrics, ("metrics",)))
+    selected = maker.make(Metric, config.metrics, ("metrics",))
+    metrics = tuple(each.choice for each in selected)
     maker.check_executor()
     blocks = [_make_block(maker, config.matrix, ("matrix",))]
     blocks += [_make_block(maker, matrix, ("include", index)) for index, matrix in enumerate(config.include)]
@@ -73,11 +74,12 @@ def plan_config(config: Config, source: Source, registry: Registry, *, need_data
     cells = list(itertools.chain.from_iterable(map(expander.expand, blocks)))
     faults.raise_if_any()
     faults.extend([*find_twins(cells), *find_idle_exclusions(config, cells), *find_empty_holdouts(cells)])
-    faults.extend(find_idle_metrics(cells))
     faults.raise_if_any()
     kept = [cell for cell in cells if not any(is_excluded(cell, rule) for rule in config.exclude)]
     if not kept:
         raise ConfigError(f"{source.name}: the matrix is empty: 'exclude' leaves no cell")
+    find_idle_metrics(selected, kept, faults)
+    faults.raise_if_any()
     unique = list({record_key(cell): cell for cell in kept}.values())
     registry.plugins.modify_plan(config, unique)
     if not unique:

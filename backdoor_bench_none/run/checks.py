@@ -1,16 +1,23 @@
-"""Checks of what attacks and defenses return, before it is kept."""
+"""Checks of what data sets, attacks and defenses return, before it is kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from backdoor_bench_none.contracts.dataset import ImageSet
+from backdoor_bench_none.contracts.attack import PoisonedSamples
+from backdoor_bench_none.contracts.context import Context
+from backdoor_bench_none.contracts.dataset import DatasetInfo, ImageSet
 from backdoor_bench_none.contracts.defense import DefenseResult
+from backdoor_bench_none.contracts.network import Pixels, move, predict_logits
 from backdoor_bench_none.seeds import canonical_json
+
+#: the largest difference between two computations of equal logits, in their range: tensor cores round to 10 bits
+ROUNDING = 0.01
 
 
 def check_result(result: DefenseResult, count: int) -> None:
@@ -52,9 +59,93 @@ def forbid_changes(**sets: ImageSet | None) -> Iterator[None]:
         raise TypeError(f"{' and '.join(changed)} changed in place; change a clone")
 
 
+def check_dataset(train: ImageSet, test: ImageSet, info: DatasetInfo) -> None:
+    """Raise `TypeError` or `ValueError` if a data set does not hold what its `info` says."""
+    if len(train) != info.train_size:
+        raise ValueError(f"load: there are {len(train)} training images, info says {info.train_size}")
+    for name, part in (("training", train), ("test", test)):
+        if not len(part):
+            raise ValueError(f"load: there are no {name} images")
+        check_images(part.images, (len(part), *info.shape), f"load: {name}")
+        _check_whole_numbers(part.labels, len(part), info.num_classes, f"load: {name}.labels")
+
+
+def check_samples(samples: PoisonedSamples, count: int, info: DatasetInfo, name: str) -> None:
+    """Raise `TypeError` or `ValueError` if what an attack's method `name` returned for `count` samples is wrong."""
+    if not isinstance(samples, PoisonedSamples):
+        raise TypeError(f"{name} returned {type(samples).__name__}, not PoisonedSamples")
+    found = len(samples.indices)
+    _check_whole_numbers(samples.indices, found, count, f"{name}.indices")
+    _check_whole_numbers(samples.labels, found, info.num_classes, f"{name}.labels")
+    check_images(samples.images, (found, *info.shape), name)
+    if len(torch.unique(samples.indices)) != found:
+        raise ValueError(f"{name}.indices names a sample twice")
+    if samples.decoys is not None and (samples.decoys.dtype != torch.bool or samples.decoys.shape != (found,)):
+        raise TypeError(f"{name}.decoys is not ({found},) bool")
+
+
+def check_images(images: Tensor, shape: tuple[int, ...], what: str) -> None:
+    """Raise `TypeError` or `ValueError` unless `images` are a uint8 tensor of this shape on the CPU."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{what}.images is {type(images).__name__}, not a tensor")
+    if images.dtype != torch.uint8:
+        raise TypeError(f"{what}.images is {images.dtype}, not uint8 in 0..255")
+    if tuple(images.shape) != shape:
+        raise ValueError(f"{what}.images has shape {tuple(images.shape)}, not {shape}")
+    if images.device.type != "cpu":
+        raise ValueError(f"{what}.images is on {images.device}, not on the CPU")
+
+
+def _check_whole_numbers(values: Tensor, count: int, end: int, what: str) -> None:
+    """`values` are (count,) int64 from 0 to `end` - 1, on the CPU."""
+    if not isinstance(values, Tensor) or values.dtype != torch.int64:
+        raise TypeError(f"{what} is {getattr(values, 'dtype', type(values).__name__)}, not int64")
+    if values.device.type != "cpu":
+        raise ValueError(f"{what} is on {values.device}, not on the CPU")
+    if tuple(values.shape) != (count,):
+        raise ValueError(f"{what} has shape {tuple(values.shape)}, not ({count},)")
+    if bool(((values < 0) | (values >= end)).any()):
+        raise ValueError(f"{what} is not within 0 to {end - 1}")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside `nn.DataParallel` and `torch.compile`, whose names of weights have a prefix."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
 def check_loadable(model: nn.Module, expected: nn.Module, remedy: str) -> None:
     """Raise `TypeError` if the weights of `model` do not fit `expected`, the network that is evaluated."""
     try:
         expected.load_state_dict(model.state_dict())
     except RuntimeError as error:
         raise TypeError(f"the network is not of the cell's architecture; override {remedy}: {error}") from error
+
+
+def check_rebuilt(
+    model: nn.Module, rebuilt: nn.Module, images: Tensor, pixels: Pixels, context: Context, remedy: str
+) -> None:
+    """Raise `TypeError` unless `rebuilt`, the network that is evaluated, computes what `model` does, in eval mode.
+
+    The weights of `model` are loaded into it. Hooks, a replaced `forward`, another activation, and state that is no
+    parameter and no buffer are lost then. `images` (N, C, H, W) uint8 are classified by both, in float32; logits may
+    differ by `ROUNDING` of their range. `ValueError` if they are not finite.
+    """
+    check_loadable(model, rebuilt, remedy)
+    single = replace(context, amp=None)
+    given, made = (predict_logits(move(each, context.device), images, pixels, single) for each in (model, rebuilt))
+    if not bool(torch.isfinite(given).all()):
+        raise ValueError("the network's logits are not all finite")
+    scale = (given.max() - given.min()).clamp(min=torch.finfo(given.dtype).tiny)
+    if given.shape != made.shape or bool((given - made).abs().max() > ROUNDING * scale):
+        differing = float((given.argmax(1) != made.argmax(1)).double().mean())
+        raise TypeError(
+            f"the network computes something else once its weights are loaded into a new one: {differing:.0%} of "
+            f"{len(images)} predictions differ; hooks, a replaced forward and state outside state_dict are lost, so "
+            f"make them parts of the network that {remedy} returns"
+        )

@@ -49,12 +49,22 @@ from backdoor_bench_none.planning.stage_table import (
 )
 from backdoor_bench_none.results.store import Artifact, Store
 from backdoor_bench_none.run import artifacts
-from backdoor_bench_none.run.checks import check_loadable, check_result, forbid_changes
+from backdoor_bench_none.run.checks import (
+    check_dataset,
+    check_rebuilt,
+    check_result,
+    check_samples,
+    forbid_changes,
+    unwrap,
+)
 from backdoor_bench_none.run.evaluation import count_trigger_hits, evaluate, pack_evaluation, score_detection
 from backdoor_bench_none.run.ground_truth import draw_clean_samples, mark_decoys, mark_poisoned
 from backdoor_bench_none.run.measuring import measure_stage
 from backdoor_bench_none.seeds import derive_seed
 from backdoor_bench_none.trainers.centralized import Centralized
+
+#: of so many training images, and of as many poisoned ones, the logits of a returned network are compared
+COMPARED = 128
 
 
 @dataclass
@@ -73,8 +83,7 @@ class Stages:
 
     def data(self) -> tuple[ImageSet, ImageSet]:
         """The decoded training and test set."""
-        dataset = self.cell.dataset.component
-        tensors = self._artifact("data", lambda: artifacts.data_artifact(*dataset.load())).tensors
+        tensors = self._artifact("data", self._load).tensors
         return artifacts.read_images(tensors, "train"), artifacts.read_images(tensors, "test")
 
     def crafter(self) -> Artifact:
@@ -164,12 +173,18 @@ class Stages:
         model = self.cell.trainer.component.pretrain(task, self._seeded(stage_key(self.cell, "backbone")))
         return Artifact(model.state_dict(), {})
 
+    def _load(self) -> Artifact:
+        train, test = self.cell.dataset.component.load()
+        check_dataset(train, test, self.cell.info)
+        return artifacts.data_artifact(train, test)
+
     def _poison(self) -> Artifact:
         attack, (train, test) = self.cell.attack.component, self.attack_tasks()
         samples: dict[str, PoisonedSamples] = {}
         for name, (task, context), method in (("train", train, attack.poison), ("test", test, attack.attack_test)):
             with forbid_changes(data=task.data):
                 samples[name] = method(task, context)
+            check_samples(samples[name], len(task.data), task.info, f"{method.__name__}()")
         return artifacts.samples_artifact(samples)
 
     def attack_tasks(self) -> tuple[tuple[AttackTask, Context], tuple[AttackTask, Context]]:
@@ -205,8 +220,20 @@ class Stages:
             torch.manual_seed(context.seed)
             with forbid_changes(train=task.train, original=task.original):
                 model, history = attack.train(task, context)
-        check_loadable(model, self._victim_shell(), "Attack.adapt")
+        remedy = "Attack.adapt" if attack.controls_training else "Architecture.build"
+        model = self._check_rebuilt(model, self._victim_shell(), task.train, remedy)
         return Artifact(model.state_dict(), {"losses": history.losses})
+
+    def _check_rebuilt(self, model: nn.Module, shell: nn.Module, train: ImageSet, remedy: str) -> nn.Module:
+        """`model` without wrappers; `TypeError` unless its weights in `shell` make the same network.
+
+        Both classify the first images of the poisoned training set `train`, and as many poisoned ones.
+        """
+        images = torch.cat([train.images[:COMPARED], train.take(self.poison()[0].indices[:COMPARED]).images])
+        model = unwrap(model)
+        pixels = Pixels.of(self.cell.info, self.context.device)
+        check_rebuilt(model, shell, images, pixels, self.context, remedy)
+        return model
 
     def victim_task(self) -> VictimTask:
         """The task of an attacker who controls training."""
@@ -232,8 +259,8 @@ class Stages:
         with forbid_changes(train=task.train, clean=task.clean):
             result = cell.defense.component.run(task, context)
         check_result(result, len(task.train))
-        check_loadable(result.model, self.defended_shell(), "Defense.adapt")
-        return artifacts.defense_artifact(result)
+        model = self._check_rebuilt(result.model, self.defended_shell(), task.train, "Defense.adapt")
+        return artifacts.defense_artifact(replace(result, model=model))
 
     def defense_task(self) -> DefenseTask:
         """The task of the defense; only one that sees the ground truth is given any of it."""

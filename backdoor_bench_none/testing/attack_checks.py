@@ -19,10 +19,10 @@ from backdoor_bench_none.contracts.attack import (
 )
 from backdoor_bench_none.contracts.context import Context
 from backdoor_bench_none.contracts.network import Pixels, predict_logits
-from backdoor_bench_none.run.checks import check_loadable
+from backdoor_bench_none.run.checks import check_images, check_rebuilt, check_samples, unwrap
 from backdoor_bench_none.run.stages import Stages
 from backdoor_bench_none.testing.bench import Bench, weights_of
-from backdoor_bench_none.testing.checks import Check, check_images, disturbed, equal, left_alone, require, same_weights
+from backdoor_bench_none.testing.checks import Check, disturbed, equal, left_alone, require, same_weights
 
 
 def _stages(attack: Attack, bench: Bench) -> Stages:
@@ -74,23 +74,7 @@ def check_samples_well_formed(attack: Attack, bench: Bench) -> None:
     for name, samples, task in zip(
         ("poison()", "attack_test()"), _samples(attack, bench), _tasks(attack, bench), strict=True
     ):
-        require(isinstance(samples, PoisonedSamples), f"{name} returned {type(samples).__name__}")
-        count = len(samples.indices)
-        for part, tensor in (("indices", samples.indices), ("labels", samples.labels)):
-            require(tensor.dtype == torch.int64, f"{name}.{part} is {tensor.dtype}, not int64")
-            require(tensor.device.type == "cpu", f"{name}.{part} is on {tensor.device}, not on the CPU")
-            require(tuple(tensor.shape) == (count,), f"{name}.{part} has shape {tuple(tensor.shape)}, not ({count},)")
-        check_images(samples.images, (count, *task.info.shape), name)
-        _require_range(samples.indices, len(task.data), f"{name}.indices")
-        _require_range(samples.labels, task.info.num_classes, f"{name}.labels")
-        require(len(set(samples.indices.tolist())) == count, f"{name}.indices names a sample twice")
-        if samples.decoys is not None:
-            good = samples.decoys.dtype == torch.bool and tuple(samples.decoys.shape) == (count,)
-            require(good, f"{name}.decoys is not ({count},) bool")
-
-
-def _require_range(values: Tensor, end: int, what: str) -> None:
-    require(bool(((values >= 0) & (values < end)).all()), f"{what} is not within 0 to {end - 1}")
+        check_samples(samples, len(task.data), task.info, name)
 
 
 def check_poison_count(attack: Attack, bench: Bench) -> None:
@@ -217,7 +201,8 @@ def check_victim(attack: Attack, bench: Bench) -> None:
         require(isinstance(history.losses, list), "train() returns (model, History)")
         unchanged = torch.equal(task.train.images, before[0]) and torch.equal(task.original.images, before[1])
         require(unchanged, "train() changes its data in place; change a clone")
-        check_loadable(model, resolved.adapt(task.new_model(), task.info), "Attack.adapt")
+        shell, pixels = resolved.adapt(task.new_model(), task.info), Pixels.of(task.info, bench.device)
+        check_rebuilt(unwrap(model), shell, task.train.images, pixels, bench.context, "Attack.adapt")
         weights.append(weights_of(model))
     require(same_weights(*weights), "two victims of one seed differ; draw from context.generator")
 

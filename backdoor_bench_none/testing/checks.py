@@ -179,11 +179,3 @@ def left_alone() -> Iterator[None]:
     yield
     changed = [name for name, value in global_state().items() if value != before[name]]
     require(not changed, f"it changes {', '.join(changed)}; use context.generator, and restore what you change")
-
-
-def check_images(images: Tensor, shape: tuple[int, ...], what: str) -> None:
-    """`images` are (N, C, H, W) uint8 on the CPU."""
-    require(isinstance(images, Tensor), f"{what}.images is {type(images).__name__}, not a tensor")
-    require(images.dtype == torch.uint8, f"{what}.images is {images.dtype}, not uint8 in 0..255")
-    require(tuple(images.shape) == shape, f"{what}.images has shape {tuple(images.shape)}, not {shape}")
-    require(images.device.type == "cpu", f"{what}.images is on {images.device}, not on the CPU")

@@ -16,7 +16,7 @@ from backdoor_bench_none.contracts.attack import PoisonedSamples
 from backdoor_bench_none.contracts.defense import Defense, DefenseResult, DefenseTask, OracleTask, Stage
 from backdoor_bench_none.contracts.network import Pixels, predict_logits
 from backdoor_bench_none.errors import DeadlineError
-from backdoor_bench_none.run.checks import check_loadable, check_result
+from backdoor_bench_none.run.checks import check_rebuilt, check_result, unwrap
 from backdoor_bench_none.run.stages import Stages
 from backdoor_bench_none.testing.bench import Bench, mixed_order, weights_of
 from backdoor_bench_none.testing.checks import Check, disturbed, equal, left_alone, require, same_weights
@@ -100,7 +100,9 @@ def check_result_well_formed(defense: Defense, bench: Bench) -> None:
     result, stages = _result(defense, bench), _stages(defense, bench)
     check_result(result, len(stages.data()[0]))
     start = stages.victim_network() if defense.starts_from_victim else stages.builder(0)
-    check_loadable(result.model, defense.adapt(start), "Defense.adapt")
+    train, info = stages.poisoned_train(), stages.cell.info
+    pixels = Pixels.of(info, bench.device)
+    check_rebuilt(unwrap(result.model), defense.adapt(start), train.images, pixels, bench.context, "Defense.adapt")
     for name in ("flagged", "scores", "infected"):
         is_returned, is_declared = getattr(result, name) is not None, name in defense.returns
         require(is_returned or not is_declared, f"{name} is not returned; `returns` says otherwise")

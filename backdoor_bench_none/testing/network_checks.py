@@ -14,8 +14,9 @@ from backdoor_bench_none.contracts.metric import Evaluation, Metric
 from backdoor_bench_none.contracts.network import find_logits_layer
 from backdoor_bench_none.contracts.recipe import Recipe
 from backdoor_bench_none.contracts.trainer import FitTask, Trainer
+from backdoor_bench_none.run.checks import check_dataset as check_dataset_holds
 from backdoor_bench_none.testing.bench import Bench, weights_of
-from backdoor_bench_none.testing.checks import Check, check_images, left_alone, require, same_weights
+from backdoor_bench_none.testing.checks import Check, left_alone, require, same_weights
 
 CLASSES, SIDE = 7, 32
 
@@ -127,12 +128,7 @@ def check_dataset(dataset: Dataset, bench: Bench) -> None:
     dataset.prepare()
     info = dataset.info()
     train, test = dataset.load()
-    require(len(train) == info.train_size, f"there are {len(train)} training images, info says {info.train_size}")
-    for name, part in (("training", train), ("test", test)):
-        check_images(part.images, (len(part), *info.shape), name)
-        require(part.labels.dtype == torch.int64, f"{name} labels are {part.labels.dtype}, not int64")
-        inside = 0 <= int(part.labels.min()) <= int(part.labels.max()) < info.num_classes
-        require(inside, f"{name} labels are not within 0 to {info.num_classes - 1}")
+    check_dataset_holds(train, test, info)
     require(len(info.mean) == len(info.std) == info.shape[0], "mean and std do not have one value for each channel")
     again = dataset.load()[0]
     require(torch.equal(again.images, train.images), "two calls of load return different images")
@@ -156,6 +152,8 @@ def check_metric(metric: Metric, bench: Bench) -> None:
     """`compute` returns numbers by name, with and without triggered images."""
     stages = bench.stages()
     test, info, attack = stages.data()[1], stages.cell.info, stages.cell.attack.component
+    reason = metric.absent_for(attack, info)
+    require(isinstance(reason, str), f"absent_for returned {type(reason).__name__}, not text")
     model, predicted = stages.victim_network(), (test.labels + 1) % info.num_classes
     for triggered in (test.labels[:0], test.labels[:4]):
         evaluation = Evaluation(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,6 +17,7 @@ from backdoor_bench_none.api import (
     Stage,
     Tap,
     TrainingError,
+    check_learned,
     collect_activations,
     find_layers,
 )
@@ -82,9 +83,10 @@ class NONERetrain(Defense):
         if self.screening and bool(flagged.any()):
             flagged = flagged & ~self._agreed(flagged, task, context)
         _warn_of_losses(flagged, task)
-        model = self._train(flagged, task, context, draw=1)
+        model = task.new_model(1)
+        task.fit(model, context.derive("retrain", 1), keep=torch.nonzero(~flagged).flatten())
         counts = {"flagged_first": int(flagged_first.sum()), "flagged": int(flagged.sum())}
-        return DefenseResult(model, flagged, scores, extras=counts)
+        return DefenseResult(model.eval(), flagged, scores, extras=counts)
 
     def score(self, model: nn.Module, task: DefenseTask, context: Context) -> Tensor:
         """How far the neurons of each sample are from their medians, (N,) float64: the sum over layers of the means."""
@@ -114,22 +116,21 @@ class NONERetrain(Defense):
 
     def _agreed(self, flagged: Tensor, task: DefenseTask, context: Context) -> Tensor:
         """The samples (N,) bool whose label a network predicts that is trained for a short time on the others."""
-        epochs = max(1, round(self.screening * task.recipe.epochs))
+        epochs, *milestones = (
+            max(1, round(self.screening * each)) for each in (task.recipe.epochs, *task.recipe.milestones)
+        )
+        model, kept = task.new_model(2), torch.nonzero(~flagged).flatten()
         try:
-            model = self._train(flagged, task, context, draw=2, epochs=epochs)
+            history = task.fit(
+                model, context.derive("retrain", 2), keep=kept, epochs=epochs, milestones=tuple(milestones)
+            )
+            check_learned(history, task.info.num_classes)
         except TrainingError as error:
             warnings.warn(
                 f"none_retrain: no sample comes back: the network for it {error.message}", UserWarning, stacklevel=2
             )
             return torch.zeros_like(flagged)
         return task.predict(model, context).argmax(1) == task.train.labels
-
-    def _train(self, flagged: Tensor, task: DefenseTask, context: Context, draw: int, **recipe: Any) -> nn.Module:
-        """A fresh network, trained on the samples that are not flagged."""
-        model = task.new_model(draw)
-        kept = torch.nonzero(~flagged).flatten()
-        task.fit(model, context.derive("retrain", draw), keep=kept, **recipe)
-        return model.eval()
 
 
 def _warn_of_losses(flagged: Tensor, task: DefenseTask) -> None:

@@ -91,3 +91,19 @@ def test_the_metric_is_the_mean_over_the_first_images() -> None:
 def test_without_images_there_are_no_values() -> None:
     labels = torch.zeros(2, dtype=torch.long)
     assert Curvature().compute(Evaluation(nn.Identity(), labels, labels, labels, labels, labels), CPU) == {}
+
+
+def test_a_hessian_has_as_many_eigenvalues_as_inputs() -> None:
+    """Two inputs, one eigenvalue below zero: nothing is filled up with zeros, which would sort above it."""
+
+    class Saddle(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            value = 2 * x[:, 0] ** 2 - 0.5 * x[:, 1] ** 2
+            return torch.stack([value, torch.zeros_like(value)], 1)
+
+    inputs, labels = torch.zeros(3, 2), torch.ones(3, dtype=torch.long)
+    values = input_curvature(Saddle(), inputs, labels, 2, 12, seed=0)
+    # at the origin the loss is ln 2 + value / 2 to second order
+    torch.testing.assert_close(values, torch.tensor([[2.0, -0.5]] * 3).double(), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="3 eigenvalues of a Hessian over 2 inputs"):
+        input_curvature(Saddle(), inputs, labels, 3, 12, seed=0)

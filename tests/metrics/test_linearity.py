@@ -7,7 +7,7 @@ import pytest
 import torch
 from bbn_attacks.badnets import BadNets
 from bbn_attacks.clean import Clean
-from torch import nn
+from torch import Tensor, nn
 
 from backdoor_bench_none.api import Attack, Context, DatasetInfo, Evaluation, ImageSet, Trigger
 from backdoor_bench_none.metrics.linearity import Linearity, fit_of_lines
@@ -70,6 +70,18 @@ def test_fits_by_hand() -> None:
     assert float(fit_of_lines(rows[1:2])) == pytest.approx(0)
     assert float(fit_of_lines(rows)) == pytest.approx(0.5)
     assert float(fit_of_lines(rows[2:])) == 1
+
+
+def test_the_way_goes_to_what_the_attack_makes_of_each_image() -> None:
+    """A change that is no trigger of Eq. 1: the pixel is inverted."""
+
+    class Inverts(Corner):
+        def stamp(self, images: Tensor, indices: Tensor, info: DatasetInfo, seed: int) -> Tensor:
+            return 100 - images
+
+    values = measure(planted((1.0, -0.5)), Inverts())
+    assert values["positive_triggered"] == pytest.approx((1 + 1) / 2)
+    assert values["positive_benign"] == 0
 
 
 def test_a_network_without_a_hidden_layer_is_told() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ import pytest
 import torch
 from bbn_attacks.badnets import BadNets
 from bbn_attacks.clean import Clean
+from bbn_attacks.hidden_trigger import HiddenTrigger
+from bbn_attacks.sig import SIG
+from bbn_attacks.trojannet import TrojanNet
+from bbn_attacks.wanet import WaNet
 from torch import Tensor, nn
 
 from backdoor_bench_none.api import Attack, Context, DatasetInfo, Evaluation, ImageSet, Trigger
@@ -101,8 +106,43 @@ def test_images_that_have_the_label_anyway_do_not_count() -> None:
 
 def test_attacks_without_a_fixed_trigger_have_no_values() -> None:
     assert measure(Planted(8), Clean()) == {}
-    assert TrojanRegion().absent_for(Clean().resolve(INFO), INFO) == "the attack Clean has no fixed trigger"
     assert TrojanRegion().absent_for(Corner().resolve(INFO), INFO) == ""
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        Clean(),
+        WaNet(),
+        SIG(),
+        BadNets(trigger_kind="dynamic", size=2),
+        HiddenTrigger(source=1, target=0, size=2),
+        TrojanNet(label_mode="all_to_all"),
+    ],
+    ids=lambda attack: type(attack).__name__,
+)
+def test_a_trigger_that_differs_between_images_is_not_measured(attack: Attack) -> None:
+    info = replace(INFO, shape=(1, 8, 8))
+    resolved = attack.resolve(info)
+    message = f"the attack {type(attack).__name__} has no trigger that is the same for all images"
+    assert TrojanRegion().absent_for(resolved, info) == message
+
+
+@pytest.mark.parametrize("metric", ["trojan_region", "linearity"])
+def test_a_matrix_with_attacks_of_all_kinds_is_planned(
+    metric: str, write_benchmark: Callable[..., Path], bbn: Callable[..., Any]
+) -> None:
+    write_benchmark(defense="no_defense", attack="wanet, sig, badnets, clean", rest=f"metrics: [{metric}]\n")
+    said = bbn("plan")
+    assert said.code == 0, said.err
+
+
+def test_cells_that_are_excluded_do_not_count(write_benchmark: Callable[..., Path], bbn: Callable[..., Any]) -> None:
+    rest = "metrics: [trojan_region]\nexclude: [{attack: badnets, because: slow}]\n"
+    write_benchmark(defense="no_defense", attack="clean, badnets", rest=rest)
+    said = bbn("plan")
+    assert said.code == 2
+    assert "metric 'trojan_region' has no value in any cell" in said.err
 
 
 def test_a_network_that_answers_with_the_target_anyway_is_told() -> None:
@@ -122,7 +162,7 @@ def test_the_trojan_of_clean_networks_is_refused_in_the_plan(
     write_benchmark(defense="no_defense", attack="clean", rest=f"metrics: [curvature, {metric}]\n")
     said = bbn("plan")
     assert said.code == 2
-    assert f"metric '{metric}' has no value in any cell: the attack Clean has no fixed trigger" in said.err
+    assert f"metric '{metric}' has no value in any cell: the attack Clean has no trigger that is" in said.err
     assert "metrics.1" in said.err
 
 

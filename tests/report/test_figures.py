@@ -16,6 +16,7 @@ from PIL import Image
 
 from backdoor_bench_none.cli.paper import FIGURES
 from backdoor_bench_none.data.blobs import Blobs
+from backdoor_bench_none.errors import BenchError
 from backdoor_bench_none.paper import presets
 from backdoor_bench_none.paper.presets import benchmark_text
 from backdoor_bench_none.report.plots.activations import LayerValues, compare_values
@@ -112,7 +113,7 @@ def test_fig6_is_run_and_drawn(bbn: Callable[..., Any], tmp_path: Path, monkeypa
 
 
 @given(shift=st.floats(-3, 3), seed=st.integers(0, 99))
-def test_values_are_compared_as_numbers_are(shift: float, seed: int) -> None:
+def test_shifted_values_differ_by_their_shift_and_the_auroc_counts_pairs(shift: float, seed: int) -> None:
     generator = np.random.default_rng(seed)
     benign = generator.normal(size=(4, 30)).astype(np.float32)
     compared = compare_values(LayerValues("l", benign, benign + np.float32(shift)))
@@ -120,7 +121,22 @@ def test_values_are_compared_as_numbers_are(shift: float, seed: int) -> None:
     first, second = benign.mean(0, dtype=np.float64), (benign + np.float32(shift)).mean(0, dtype=np.float64)
     pairs = (second[:, None] > first).mean() + (second[:, None] == first).mean() / 2
     assert compared["auroc"] == pytest.approx(pairs)
-    assert 0 <= compared["p"] <= 1
+    assert compared["positive_triggered"] == pytest.approx((benign + np.float32(shift) > 0).mean())
+
+
+def test_p_is_of_pairs() -> None:
+    """Eight images, each a little higher with its trigger, far less than they differ: 2 of 2 ** 8 orders of signs."""
+    benign = 100 * np.arange(8, dtype=np.float32)[None]
+    compared = compare_values(LayerValues("l", benign, benign + np.arange(1, 9, dtype=np.float32)))
+    assert compared["p"] == pytest.approx(2 / 2**8)
+    assert compared["auroc"] < 0.6
+    assert compare_values(LayerValues("l", benign, benign))["p"] == 1
+
+
+def test_values_that_are_not_finite_are_told() -> None:
+    ruined = np.array([[1.0, np.nan]], np.float32)
+    with pytest.raises(BenchError, match="values of the layer conv1 are not finite"):
+        compare_values(LayerValues("conv1", ruined, ruined))
 
 
 def test_the_overlap_of_histograms() -> None:
@@ -137,8 +153,8 @@ def on_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The paper's benchmarks of CIFAR-10 on digits, with a narrow network, a short training and a quick TrojanNet."""
 
     def text(name: str, scale: str) -> str:
-        found = benchmark_text(name).replace("{name: cifar10, recipe: paper}", DATA).replace("resnet18", NETWORK)
-        return found.replace("trojannet", "{name: trojannet, params: {steps: 300}}")
+        benchmark = benchmark_text(name).replace("{name: cifar10, recipe: paper}", DATA).replace("resnet18", NETWORK)
+        return benchmark.replace("trojannet", "{name: trojannet, params: {steps: 300}}")
 
     monkeypatch.setattr(presets, "benchmark_text", text)
     monkeypatch.chdir(tmp_path)

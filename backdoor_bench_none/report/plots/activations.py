@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import mannwhitneyu
+from scipy.stats import mannwhitneyu, wilcoxon
 from torch import Tensor, nn
 
 from backdoor_bench_none.contracts.network import Pixels
@@ -31,7 +31,7 @@ from backdoor_bench_none.report.plots.canvas import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from backdoor_bench_none.report.plots.finished import FinishedStages
+    from backdoor_bench_none.run.stages import Stages
 
 #: the most images of each kind; more do not change the shares visibly
 MAX_IMAGES = 2000
@@ -63,7 +63,7 @@ class Activations:
 
 
 def read_activations(
-    stages: FinishedStages, patterns: Sequence[str] = (), images: tuple[Tensor, Tensor] | None = None
+    stages: Stages, patterns: Sequence[str] = (), images: tuple[Tensor, Tensor] | None = None
 ) -> Activations:
     """The activations of a finished cell's defended network on test images, clean and with their trigger.
 
@@ -80,7 +80,7 @@ def read_activations(
     return Activations(values, len(benign), plain(stages.cell.title, 100))
 
 
-def pair_images(stages: FinishedStages) -> tuple[Tensor, Tensor]:
+def pair_images(stages: Stages) -> tuple[Tensor, Tensor]:
     """Up to `MAX_IMAGES` test images (N, C, H, W) spread over the set, and the same images with the trigger."""
     test, samples = stages.data()[1], stages.poison()[1]
     indices, images = samples.indices, samples.images
@@ -118,21 +118,31 @@ def compare_values(layer: LayerValues) -> dict[str, float]:
 
     Means; shares of values above 0, the linear piece of ReLU and its kin; `overlap`, the common area of both
     histograms; `auroc`, the chance that a triggered image has a higher mean over the layer's neurons than a benign one,
-    which is the Mann-Whitney U statistic divided by the number of pairs; and the two-sided `p` of that test. Neurons of
-    one image are not independent, so that the test is over images.
+    which is the Mann-Whitney U statistic divided by the number of pairs of images. `p` is that of Wilcoxon's signed
+    rank test, two-sided, over images: each is compared with its own triggered copy, and neurons of one image are not
+    independent. `BenchError` if values are not finite.
     """
-    edges = np.histogram_bin_edges(np.concatenate([layer.benign.ravel(), layer.triggered.ravel()]), BINS)
-    shares = [np.histogram(values, edges)[0] / values.size for values in (layer.benign, layer.triggered)]
-    means = [values.mean(0, dtype=np.float64) for values in (layer.benign, layer.triggered)]
-    test = mannwhitneyu(means[1], means[0])
+    groups = (layer.benign, layer.triggered)
+    if not all(np.isfinite(values).all() for values in groups):
+        raise BenchError(
+            f"values of the layer {plain(layer.name)} are not finite",
+            "the network has diverged; see `bbn results show`",
+        )
+    edges = np.histogram_bin_edges(np.concatenate([values.ravel() for values in groups]), BINS)
+    shares = [np.histogram(values, edges)[0] / values.size for values in groups]
+    means = [values.mean(0, dtype=np.float64) for values in groups]
+    pairs = len(means[0]) * len(means[1])
+    p = 1.0
+    if (means[0] != means[1]).any():
+        p = float(wilcoxon(means[1], means[0]).pvalue)
     return {
         "mean_benign": float(means[0].mean()),
         "mean_triggered": float(means[1].mean()),
         "positive_benign": float((layer.benign > 0).mean()),
         "positive_triggered": float((layer.triggered > 0).mean()),
         "overlap": float(np.minimum(*shares).sum()),
-        "auroc": float(test.statistic) / (len(means[0]) * len(means[1])),
-        "p": float(test.pvalue),
+        "auroc": float(mannwhitneyu(means[1], means[0]).statistic) / pairs,
+        "p": p,
     }
 
 

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from backdoor_bench_none.contracts.attack import StampAttack
 from backdoor_bench_none.contracts.context import Context
 from backdoor_bench_none.contracts.network import Pixels, predict_logits
 from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.report.plots import regions
 from backdoor_bench_none.report.plots.activations import (
     Activations,
+    LayerValues,
     compare_values,
     draw_activations,
     pair_images,
     read_activations,
 )
-from backdoor_bench_none.report.plots.finished import FinishedStages
 from backdoor_bench_none.report.plots.labels import find_metrics
 from backdoor_bench_none.report.plots.sweep import draw_sweep, find_sweep
 from backdoor_bench_none.report.plots.triggers import draw_sheets, make_sheets
 from backdoor_bench_none.results.rows import make_rows
+from backdoor_bench_none.run.stages import Stages
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,6 +48,8 @@ class Drawing:
 
     draw: Callable[[], Figure]
     numbers: list[dict[str, Any]]
+    #: what is in the numbers and not in the picture, with the reason
+    notes: Sequence[str] = ()
 
 
 def prepare_figure(name: str, plan: Plan, store: Store) -> Drawing:
@@ -64,10 +70,9 @@ def _prepare_trojan_net(plan: Plan, store: Store) -> Drawing:
     by_attack = {cell.attack.name: _open(cell, store) for cell in plan.cells}
     benign, trojan = by_attack["clean"], by_attack["trojannet"]
     images = pair_images(trojan)
-    last = 1
     parts = {
-        "benign": _take(read_activations(benign, images=images), last),
-        "with TrojanNet": _take(read_activations(trojan, images=images), last),
+        "benign": _last_layer(read_activations(benign, images=images)),
+        "with TrojanNet": _last_layer(read_activations(trojan, images=images)),
         "Trojan's neurons": read_activations(trojan, TROJAN_LAYERS, images=images),
     }
     return _show_activations(parts, "benign network, and network with a TrojanNet")
@@ -75,7 +80,7 @@ def _prepare_trojan_net(plan: Plan, store: Store) -> Drawing:
 
 def _prepare_architectures(plan: Plan, store: Store) -> Drawing:
     """Fig. 4: the last hidden layer of each architecture."""
-    parts = {cell.architecture.label: _take(read_activations(_open(cell, store)), 1) for cell in plan.cells}
+    parts = {cell.architecture.label: _last_layer(read_activations(_open(cell, store))) for cell in plan.cells}
     return _show_activations(parts, plan.cells[0].attack.label)
 
 
@@ -85,19 +90,19 @@ def _prepare_layers(plan: Plan, store: Store) -> Drawing:
     return _show_activations({cell.architecture.label: read_activations(_open(cell, store))}, cell.title)
 
 
-def _take(activations: Activations, last: int) -> Activations:
-    """The activations of the last layers only."""
-    return replace(activations, layers=activations.layers[-last:])
+def _last_layer(activations: Activations) -> Activations:
+    """The activations of the last layer only."""
+    return replace(activations, layers=activations.layers[-1:])
 
 
 def _show_activations(parts: Mapping[str, Activations], title: str) -> Drawing:
-    numbers = [
-        {"network": network, "layer": layer.name, "neurons": len(layer.benign), "images": layer.benign.shape[1],
-         **compare_values(layer)}
-        for network, part in parts.items()
-        for layer in part.layers
-    ]  # fmt: skip
-    layers = [replace(layer, network=network) for network, part in parts.items() for layer in part.layers]
+    layers, numbers = list[LayerValues](), list[dict[str, Any]]()
+    for network, part in parts.items():
+        for layer in part.layers:
+            neurons, images = layer.benign.shape
+            named = {"network": network, "layer": layer.name, "neurons": neurons, "images": images}
+            numbers.append({**named, **compare_values(layer)})
+            layers.append(replace(layer, network=network))
     shown = Activations(layers, next(iter(parts.values())).images, title)
     return Drawing(partial(draw_activations, shown), numbers)
 
@@ -123,14 +128,14 @@ def _show_plane(plan: Plan, store: Store, *, ideal: bool) -> Drawing:
     trojan = cells[-1].attack.component.model_dump()
     value, target = trojan["value"], trojan["target"]
     panels, numbers = list[regions.Panel](), list[dict[str, Any]]()
-    for cell, found in zip(cells, maps, strict=True):
-        overlap = regions.measure_overlap(found, benign, value, target)
+    for cell, labels in zip(cells, maps, strict=True):
+        overlap = regions.measure_overlap(labels, benign, value, target)
         record = store.read_record(record_key(cell))
         assert record is not None  # it is done
         rates = _rates_of(record)
         named = {"attack": cell.attack.label, "defense": cell.defense.label}
         numbers.append({**named, **rates, **overlap, **record.metrics})
-        panels.append(regions.Panel(_title_plane(cell, rates), found))
+        panels.append(regions.Panel(_title_plane(cell, rates), labels))
     if ideal:
         panels[0] = regions.with_ideal_trojan(panels[0], value, target)
     points = cells[0].dataset.component.load()[1]
@@ -138,12 +143,13 @@ def _show_plane(plan: Plan, store: Store, *, ideal: bool) -> Drawing:
     return Drawing(partial(regions.draw_panels, panels, points, value, title), numbers)
 
 
-def _classify_plane(cell: Cell, store: Store) -> Any:  # noqa: ANN401
+def _classify_plane(cell: Cell, store: Store) -> NDArray[np.int64]:
     """The label (256, 256) that the cell's network gives to each point of the plane."""
     stages = _open(cell, store)
     pixels = Pixels.of(cell.info, stages.context.device)
     logits = predict_logits(stages.network(), regions.plane(), pixels, stages.context)
-    return logits.argmax(1).reshape(regions.LEVELS, regions.LEVELS).numpy()
+    labels: NDArray[np.int64] = logits.argmax(1).reshape(regions.LEVELS, regions.LEVELS).numpy()
+    return labels
 
 
 def _rates_of(record: Record) -> dict[str, float | None]:
@@ -190,17 +196,21 @@ def _prepare_curves(plan: Plan, store: Store) -> Drawing:
 
 def _prepare_triggers(plan: Plan, store: Store) -> Drawing:
     """Images with larger and larger triggers; nothing is trained."""
-    sheets, _ = make_sheets(plan.cells)
-    numbers = [
-        {"attack": cell.attack.label, "pixels": int(mask.any(0).sum()), "share": float(mask.any(0).double().mean())}
-        for cell in plan.cells
-        for mask in [cell.attack.component.trigger(cell.info).mask > 0]  # type: ignore[attr-defined]
-    ]
-    return Drawing(partial(draw_sheets, sheets), numbers)
+    sheets, notes = make_sheets(plan.cells)
+    numbers: list[dict[str, Any]] = []
+    for cell in plan.cells:
+        attack = cell.attack.component
+        assert isinstance(attack, StampAttack)
+        changed = (attack.trigger(cell.info).mask > 0).any(0)
+        numbers.append(
+            {"attack": cell.attack.label, "pixels": int(changed.sum()), "share": float(changed.double().mean())}
+        )
+    return Drawing(partial(draw_sheets, sheets), numbers, notes)
 
 
-def _open(cell: Cell, store: Store) -> FinishedStages:
-    return FinishedStages(cell, store, Context(torch.device("cpu"), 0))
+def _open(cell: Cell, store: Store) -> Stages:
+    """The stages of a finished cell; what was removed of them is computed again."""
+    return Stages(cell, store, Context(torch.device("cpu"), 0))
 
 
 PREPARE: Mapping[str, Callable[[Plan, Store], Drawing]] = {
