@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from backdoor_bench_none.cli.options import scale_option
 from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.errors import ConfigError, ExitCode, did_you_mean
 from backdoor_bench_none.paper.presets import Scale, benchmark_names, benchmark_text
@@ -19,13 +20,7 @@ from backdoor_bench_none.paper.presets import Scale, benchmark_names, benchmark_
     metavar="NAME",
     help="Write the file of a table or figure of the paper (table4, fig6) or of a track (digits-v1).",
 )
-@click.option(
-    "--scale",
-    type=click.Choice(["full", "small"]),
-    default="full",
-    show_default=True,
-    help="With --from a table: as in the paper, or on 10,000 images with narrow networks, for two CPU cores.",
-)
+@scale_option("With --from: as in the paper, or on 10,000 images with narrow networks, for two CPU cores.")
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
 def init_command(file: Path, origin: str | None, scale: Scale, force: bool) -> int:
     """Write a commented benchmark file that runs in minutes on a CPU, or one of the paper or of a track."""

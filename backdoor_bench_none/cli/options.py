@@ -31,6 +31,11 @@ results_option = click.option(
 file_argument = click.argument("file", required=False, type=click.Path(path_type=Path))
 
 
+def scale_option(text: str) -> Callable[[Command], Command]:
+    """The size of the paper's experiments; `text` is its help."""
+    return click.option("--scale", type=click.Choice(["full", "small"]), default="full", show_default=True, help=text)
+
+
 @dataclass(frozen=True)
 class Selection:
     """The cells of a plan that a verb works on: patterns by axis, seeds, and an expression over titles."""

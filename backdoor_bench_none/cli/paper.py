@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from backdoor_bench_none.cli.options import scale_option
 from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.errors import BenchError, ExitCode
 
@@ -22,13 +23,7 @@ FIGURES = ("fig2", "fig4", "fig5", "fig6", "fig7", "fig8", "fig9", "fig10")
 
 @click.command("paper")
 @click.argument("figure", type=click.Choice(FIGURES))
-@click.option(
-    "--scale",
-    type=click.Choice(["full", "small"]),
-    default="full",
-    show_default=True,
-    help="As in the paper, or on 10,000 images with narrow networks, for two CPU cores; fig6 and fig7 need none.",
-)
+@scale_option("As in the paper, or on 10,000 images with narrow networks, for two CPU cores; fig6 and fig7 need none.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),

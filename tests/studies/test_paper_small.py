@@ -18,6 +18,9 @@ from backdoor_bench_none.planning.reading import parse_config
 from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.registry.plugins import Plugins
+from backdoor_bench_none.report.paper import compare_with_paper
+from backdoor_bench_none.results.measurement import Measurement
+from backdoor_bench_none.results.rows import rows_of_measurements
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.provenance import describe
 from backdoor_bench_none.run.stages import Stages
@@ -45,6 +48,18 @@ def test_its_records_are_small_and_done() -> None:
     sizes = [path.stat().st_size for path in (RESULTS / "records").rglob("*.json")]
     assert len(sizes) == len(records)
     assert max(sizes) < 50_000
+
+
+def test_they_stand_beside_the_papers_numbers_only_with_their_differences() -> None:
+    store, registry = Store(RESULTS), Registry(Plugins(external=False))
+    rows = rows_of_measurements(map(Measurement.of, store.records()))
+    exact = compare_with_paper(rows, store, registry, "table1")
+    assert {line[exact.header.index("ours BA / ASR")] for line in exact.lines} == {"–"}
+    near = compare_with_paper(rows, store, registry, "table1", near=True)
+    shown = [line for line in near.lines if line[near.header.index("ours BA / ASR")] != "–"]
+    assert shown
+    assert all(line[near.header.index("differs")] for line in shown)
+    assert any("dataset.first 10000" in note for note in near.footnotes)
 
 
 def choose_cells(cells: list[Cell], records: dict[str, Record]) -> list[Cell]:
