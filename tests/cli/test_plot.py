@@ -25,7 +25,7 @@ from backdoor_bench_none.maths.natural_break import find_breaks
 from backdoor_bench_none.planning.plan import Plan, make_plan
 from backdoor_bench_none.planning.stage_table import defense_key, record_key
 from backdoor_bench_none.registry.components import Registry
-from backdoor_bench_none.report.plots.activations import read_activations
+from backdoor_bench_none.report.plots.activations import compare_values, read_activations
 from backdoor_bench_none.report.plots.finished import open_cell
 from backdoor_bench_none.report.plots.scores import read_scores
 from backdoor_bench_none.report.plots.triggers import make_sheets
@@ -217,8 +217,11 @@ def test_activations_are_those_of_the_network(here: Path, one: Plan, bbn: Bbn) -
     assert np.allclose(activations.layers[0].benign, first(clean).detach().numpy().T, atol=1e-5)
     assert bbn("plot", "activations", *ONE, "--layers", "*.2", "--output", "a.svg").code == 0
     said = texts(here / "a.svg")
-    assert {"features.2", "benign", "triggered", "share of the values (%)", "value of a neuron"} <= set(said)
-    assert "features.0" not in said
+    assert {"benign", "triggered", "share of the values (%)", "value of a neuron"} <= set(said)
+    compared = compare_values(activations.layers[1])
+    title = f"features.2, overlap {compared['overlap']:.2f}, AUROC {compared['auroc']:.2f}"
+    assert title in " ".join(said)
+    assert "features.0" not in " ".join(said)
 
 
 def test_trigger_sheet_shows_what_the_attack_does(plan: Plan, bbn: Bbn) -> None:

@@ -89,6 +89,7 @@ def test_regions_are_drawn_where_they_are(tmp_path: Path) -> None:
     assert red[:, 1].mean() < blue[:, 1].mean()  # left
 
 
+@pytest.mark.slow
 def test_fig6_is_run_and_drawn(bbn: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With fewer points and epochs, twice: the second time nothing is trained."""
     short = benchmark_text("fig6").replace(
