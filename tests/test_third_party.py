@@ -244,6 +244,7 @@ def test_bbn_list_shows_every_package_with_its_version(environment: Environment,
     assert {"backdoorbench_record", "backdoorbench:cifar10", "backdoorbench:resnet18", "backdoorbench:ft"} <= bridge
 
 
+@pytest.mark.slow
 def test_the_bridge_to_backdoorbench_is_installed_whole(environment: Environment, tmp_path: Path) -> None:
     said = environment.run("bbn", "backdoorbench", "import", tmp_path, cwd=tmp_path)
     assert said.returncode == 2

@@ -129,6 +129,7 @@ def test_every_kind_in_every_format(kind: str, bbn: Bbn) -> None:
 
 
 @pytest.mark.usefixtures("here")
+@pytest.mark.slow
 def test_another_process_writes_the_same_bytes(bbn: Bbn, tmp_path: Path) -> None:
     assert bbn("plot", "scatter", "--output", "here.pdf").code == 0
     code = "import sys; from backdoor_bench_none.cli.main import run_cli; sys.exit(run_cli(sys.argv[1:]))"
