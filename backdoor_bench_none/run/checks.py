@@ -74,14 +74,14 @@ def check_samples(samples: PoisonedSamples, count: int, info: DatasetInfo, name:
     """Raise `TypeError` or `ValueError` if what an attack's method `name` returned for `count` samples is wrong."""
     if not isinstance(samples, PoisonedSamples):
         raise TypeError(f"{name} returned {type(samples).__name__}, not PoisonedSamples")
-    found = len(samples.indices)
-    _check_whole_numbers(samples.indices, found, count, f"{name}.indices")
-    _check_whole_numbers(samples.labels, found, info.num_classes, f"{name}.labels")
-    check_images(samples.images, (found, *info.shape), name)
-    if len(torch.unique(samples.indices)) != found:
+    size = len(samples.indices)
+    _check_whole_numbers(samples.indices, size, count, f"{name}.indices")
+    _check_whole_numbers(samples.labels, size, info.num_classes, f"{name}.labels")
+    check_images(samples.images, (size, *info.shape), name)
+    if len(torch.unique(samples.indices)) != size:
         raise ValueError(f"{name}.indices names a sample twice")
-    if samples.decoys is not None and (samples.decoys.dtype != torch.bool or samples.decoys.shape != (found,)):
-        raise TypeError(f"{name}.decoys is not ({found},) bool")
+    if samples.decoys is not None and (samples.decoys.dtype != torch.bool or samples.decoys.shape != (size,)):
+        raise TypeError(f"{name}.decoys is not ({size},) bool")
 
 
 def check_images(images: Tensor, shape: tuple[int, ...], what: str) -> None:
@@ -140,7 +140,9 @@ def check_rebuilt(
     single = replace(context, amp=None)
     given, made = (predict_logits(move(each, context.device), images, pixels, single) for each in (model, rebuilt))
     if not bool(torch.isfinite(given).all()):
-        raise ValueError("the network's logits are not all finite")
+        raise ValueError(
+            "the network's logits are not all finite: it has diverged; lower its learning rate, or clip its gradients"
+        )
     scale = (given.max() - given.min()).clamp(min=torch.finfo(given.dtype).tiny)
     if given.shape != made.shape or bool((given - made).abs().max() > ROUNDING * scale):
         differing = float((given.argmax(1) != made.argmax(1)).double().mean())

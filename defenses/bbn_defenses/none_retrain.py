@@ -45,7 +45,7 @@ class NONERetrain(Defense):
     samples whose label it predicts come back, since a network without the backdoor does not give poisoned samples their
     label. Then a fresh network is trained on what is kept, by the cell's recipe.
 
-    With `screening` a quarter it costs about 1.2 trainings more than no defense.
+    With `screening` a quarter it costs about one training more than no defense.
     """
 
     paper: ClassVar[str] = "the filter: arXiv:2202.06382; scores and repair are this project's"
