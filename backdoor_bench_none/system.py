@@ -80,14 +80,24 @@ def reset_peak_memory() -> bool:
 
 def read_peak_memory() -> int | None:
     """The peak of this process's memory in bytes; None where the system does not record it."""
+    return _read_status("VmHWM")
+
+
+def read_allocated_memory() -> int | None:
+    """The bytes that this process has allocated, as `limit_memory` counts; None where the system does not record it."""
+    return _read_status("VmData")
+
+
+def _read_status(name: str) -> int | None:
+    """A size of this process in bytes."""
     try:
         lines = (PROC / "self/status").read_text().splitlines()
     except OSError:
         return None
-    peak = next((line for line in lines if line.startswith("VmHWM")), None)
-    if peak is None:
+    found = next((line for line in lines if line.startswith(f"{name}:")), None)
+    if found is None:
         return None
-    return int(peak.split()[1]) * 1024
+    return int(found.split()[1]) * 1024
 
 
 @cache
@@ -108,6 +118,16 @@ def _read_cpu_fact(name: str) -> str:
             return next((line.partition(":")[2].strip() for line in file if line.startswith(name)), "")
     except OSError:
         return ""
+
+
+@contextmanager
+def keep_working_directory() -> Iterator[None]:
+    """Go back to the working directory after the block, whatever a plugin does in it."""
+    before = os.getcwd()
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 @contextmanager

@@ -13,6 +13,20 @@ IRREGULAR = {"index": "indices", "entry": "entries", "memory": "memories"}
 FIRST_COLUMN = re.compile(r" *\S+(?: \S+)* {2,}")
 #: columns by which the rest of another line is indented
 INDENT = 4
+#: characters of one message on a terminal, and of the whole of it in a record
+LONGEST_LINE, LONGEST_TEXT = 2_000, 2**16
+#: characters that steer a terminal or turn the order of a text, and halves of characters, which no file can hold
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def has_control_characters(text: str) -> bool:
+    """Whether `text` has a character that steers a terminal; tabs and ends of lines do not count."""
+    return CONTROL.search(text) is not None
+
+
+def visible(text: str) -> str:
+    """`text` with its control characters written as in Python, such as `\\x1b`."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def plural(word: str, count: int) -> str:
@@ -28,12 +42,35 @@ def many(word: str) -> str:
     return f"{start}{space}{IRREGULAR.get(last, f'{last}s')}"
 
 
+def shorten(text: str, limit: int) -> str:
+    """`text` within `limit` characters: of a longer one the start and the end, with what is left out counted."""
+    if len(text) <= limit:
+        return text
+    half = (limit - 40) // 2
+    return f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[-half:]}"
+
+
+def text_of(error: BaseException) -> str:
+    """The message of any exception within `LONGEST_TEXT` characters, without control characters."""
+    try:
+        text = str(error)
+    except Exception as second:  # third-party code may raise anything
+        return f"its message cannot be read, which raises {visible(type(second).__name__)}"
+    return visible(shorten(text, LONGEST_TEXT))
+
+
+def describe_error(error: BaseException) -> str:
+    """The type and the message of any exception, in one line of at most `LONGEST_LINE` characters."""
+    return shorten(f"{visible(type(error).__name__)}: {' '.join(text_of(error).split())}", LONGEST_LINE)
+
+
 def wrap(text: str) -> str:
     """`text` with lines wider than the terminal broken between words; the rest is aligned below the second column.
 
     Output to a file or a pipe stays as it is, one message a line, and a word that is wider than the terminal stays
-    whole.
+    whole. Control characters are made visible.
     """
+    text = visible(text)
     width = terminal_width()
     if width is None:
         return text

@@ -112,14 +112,13 @@ def test_merge_keys_and_anchors() -> None:
 @pytest.mark.parametrize(
     ("text", "place"),
     [
-        ("name: [1, 2", "b.yaml:1:12: "),
+        ("name: [1, 2", "b.yaml:2:1: "),
         ("version: 1\nname: test\n\tmatrix: 3", "b.yaml:3:1: "),
         ("version: 1\nname: a: b\n", "b.yaml:2:8: "),
         ("name: x\n---\nname: y\n", "b.yaml:2:1: "),
         ("name: *nowhere\n", "b.yaml:1:7: "),
         ("name: !tag x\n", "b.yaml:1:7: "),
         ("name: !!python/object/apply:os.getcwd []\n", "b.yaml:1:7: "),
-        ("? [a]\n: 1\n", "b.yaml:1:3: "),
     ],
 )
 def test_not_yaml(text: str, place: str) -> None:
@@ -129,7 +128,9 @@ def test_not_yaml(text: str, place: str) -> None:
     assert caught.value.hint == "it is not YAML"
 
 
-@pytest.mark.parametrize("text", ["name: \x00\n", "name: 2024-13-45\n", "seeds: !!int many\n", "name: &a [*a]\n"])
+@pytest.mark.parametrize(
+    "text", ["name: \x00\n", "name: !!timestamp 2024-13-45\n", "seeds: !!int many\n", "name: &a [*a]\n"]
+)
 def test_what_yaml_chokes_on_is_a_config_error_too(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^b\.yaml"):
         parse(MINIMAL.replace("name: test\n", "") + text)
@@ -238,18 +239,15 @@ budget:
 
 
 @pytest.mark.parametrize(
-    ("text", "places"),
+    ("text", "place"),
     [
-        (MINIMAL + "name: again\n", ["b.yaml:2:7: name", "b.yaml:7:7: name"]),
-        (MINIMAL + "  attack: [badnets]\n", ["b.yaml:4:11: matrix.attack", "b.yaml:7:11: matrix.attack"]),
-        (MINIMAL.replace("[clean]", "[{name: x, name: y}]"),
-         ["b.yaml:4:19: matrix.attack.0.name", "b.yaml:4:28: matrix.attack.0.name"]),
+        (MINIMAL + "name: again\n", "b.yaml:7:1: name"),
+        (MINIMAL + "  attack: [badnets]\n", "b.yaml:7:3: matrix.attack"),
+        (MINIMAL.replace("[clean]", "[{name: x, name: y}]"), "b.yaml:4:22: matrix.attack.0.name"),
     ],
-)  # fmt: skip
-def test_repeated_key(text: str, places: list[str]) -> None:
-    """At the first or at the second value."""
-    (fault,) = faults(text)
-    assert fault in [f"{place}: the key is given twice" for place in places]
+)
+def test_repeated_key(text: str, place: str) -> None:
+    assert faults(text) == [f"{place}: the key is given twice"]
 
 
 def test_repeated_keys_stand_beside_other_faults() -> None:
@@ -280,5 +278,5 @@ def test_file_that_is_not_there_or_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         read_config(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"latin\.yaml:1:7: the byte 0xe9 is not UTF-8"):
         read_config(tmp_path / "latin.yaml")

@@ -19,6 +19,7 @@ from mlflow.tracking import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 
+from backdoor_bench_none import loggers
 from backdoor_bench_none.contracts.cell import Cell
 from backdoor_bench_none.contracts.record import Cost, Record
 from backdoor_bench_none.loggers import LOGGERS
@@ -65,6 +66,12 @@ class Curves(NamedTuple):
     scalars: Mapping[str, list[tuple[int, float]]]
     texts: Mapping[str, str]
     hparams: Mapping[str, str]
+
+
+@pytest.fixture(autouse=True)
+def another_chance() -> None:
+    """No logger was given up in a test before."""
+    loggers._troubles.clear()
 
 
 @pytest.fixture(autouse=True)

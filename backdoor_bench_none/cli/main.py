@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import click
 from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.errors import BenchError, ExitCode
 from backdoor_bench_none.registry.plugins import own_version
+from backdoor_bench_none.words import LONGEST_LINE, shorten, text_of
 
 if TYPE_CHECKING:
     from backdoor_bench_none.registry.components import Registry
@@ -120,6 +122,9 @@ def cli() -> None:
 
 def main() -> None:
     """Run `bbn` and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows ? for what it lacks
+            stream.reconfigure(errors="replace")
     warnings.showwarning = _show_warning
     sys.exit(run_cli(sys.argv[1:]))
 
@@ -137,7 +142,7 @@ def run_cli(arguments: list[str]) -> int:
         return ExitCode.USAGE_ERROR
     except BenchError as error:
         for line in error.message.splitlines():
-            say(f"error: {line}", err=True)
+            say(f"error: {shorten(line, LONGEST_LINE)}", err=True)
         if error.hint is not None:
             say(f"hint: {error.hint}", err=True)
         return error.exit_code
@@ -147,6 +152,9 @@ def run_cli(arguments: list[str]) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return ExitCode.OK
+    except OSError as error:  # a path that cannot be, a disk that fails: nothing to report as a bug
+        say(f"error: {error.filename or 'the system'}: {error.strerror or error}", err=True)
+        return ExitCode.USAGE_ERROR
     except Exception:
         import traceback
 
@@ -160,4 +168,5 @@ def run_cli(arguments: list[str]) -> int:
 
 
 def _show_warning(message: Warning | str, *rest: object, **named: object) -> None:
-    say(f"warning: {message}", err=True)
+    text = text_of(message) if isinstance(message, Warning) else message
+    say(f"warning: {shorten(text, LONGEST_LINE)}", err=True)

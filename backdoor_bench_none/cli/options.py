@@ -143,8 +143,24 @@ def _holds(node: ast.AST, title: str) -> bool:
     raise AssertionError(ast.dump(node))
 
 
+def read_plan(file: Path | None, results: Path | None, selection: Selection) -> tuple[Plan, Path, Path]:
+    """The selected cells of a benchmark file, its path, and its results folder; `results` is that of the command line.
+
+    Data sets that are not on this machine are known from the records.
+    """
+    from backdoor_bench_none.planning.plan import make_plan
+    from backdoor_bench_none.planning.reading import find_file
+    from backdoor_bench_none.results.known_data import find_data
+
+    path = find_file(file)
+    plan = make_plan(
+        path, open_registry(path), find_data=lambda configured, dataset: find_data(results or configured, dataset)
+    )
+    return selection.apply(plan), path, results or plan.config.results
+
+
 def warn_of_absent(plan: Plan) -> None:
-    """Warn of absent data sets: keys depend on the data, so their records cannot be looked up."""
+    """Warn of absent data sets of which there is no record: keys depend on the data, so none can be looked up."""
     for name in plan.absent:
         say(f"warning: data set {name} is not on this machine: its records cannot be looked up", err=True)
 

@@ -13,7 +13,7 @@ import click
 from backdoor_bench_none.cli.options import (
     Selection,
     file_argument,
-    open_registry,
+    read_plan,
     results_option,
     selection_options,
     warn_of_absent,
@@ -21,7 +21,6 @@ from backdoor_bench_none.cli.options import (
 from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.cli.table import find_rows
 from backdoor_bench_none.errors import ConfigError, ExitCode, NothingSelectedError
-from backdoor_bench_none.planning.reading import find_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -143,11 +142,9 @@ def _prepare_cells(
     wanted: Wanted, file: Path | None, results: Path | None, selection: Selection
 ) -> Callable[[], Figure]:
     """A function that draws the picture of data or networks; what it shows is computed here."""
-    from backdoor_bench_none.planning.plan import make_plan
     from backdoor_bench_none.results.store import Store
 
-    path = find_file(file)
-    plan = selection.apply(make_plan(path, open_registry(path)))
+    plan, _, folder = read_plan(file, results, selection)
     if wanted.kind == "triggers":
         from backdoor_bench_none.report.plots.triggers import draw_sheets, make_sheets
 
@@ -156,7 +153,7 @@ def _prepare_cells(
             say(f"not shown: {note}", err=True)
         return partial(draw_sheets, sheets)
     warn_of_absent(plan)
-    return _prepare_cell(wanted, plan, Store(results or plan.config.results))
+    return _prepare_cell(wanted, plan, Store(folder))
 
 
 def _prepare_cell(wanted: Wanted, plan: Plan, store: Store) -> Callable[[], Figure]:

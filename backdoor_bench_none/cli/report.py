@@ -11,13 +11,13 @@ from backdoor_bench_none.cli.options import (
     Selection,
     file_argument,
     open_registry,
+    read_plan,
     results_option,
     selection_options,
     warn_of_absent,
 )
 from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.errors import ExitCode
-from backdoor_bench_none.planning.reading import find_file
 
 if TYPE_CHECKING:
     from backdoor_bench_none.report.html.source import Source
@@ -66,9 +66,6 @@ def _find_source(file: Path | None, results: Path | None, selection: Selection, 
         wanted = (measured for measured in read_measurements(folder) if selection.wants_measured(measured))
         return source_of_records(wanted, folder, open_registry(file), file)
 
-    from backdoor_bench_none.planning.plan import make_plan
-
-    path = find_file(file)
-    plan = selection.apply(make_plan(path, open_registry(path)))
+    plan, path, folder = read_plan(file, results, selection)
     warn_of_absent(plan)
-    return source_of_plan(plan, results or plan.config.results, path)
+    return source_of_plan(plan, folder, path)

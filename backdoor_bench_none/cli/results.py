@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -27,7 +28,7 @@ def show_command(key: str, results: Path | None, as_json: bool) -> int:
 
     record = Store(results or Path("results")).find_record(key)
     if as_json:
-        click.echo(record.model_dump_json(indent=1, by_alias=True))
+        click.echo(json.dumps(record.model_dump(mode="json", by_alias=True), indent=1))
         return ExitCode.OK
     for line in describe_whole(record):
         say(line)

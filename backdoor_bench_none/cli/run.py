@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from backdoor_bench_none.cli.options import Selection, file_argument, open_registry, results_option, selection_options
+from backdoor_bench_none.cli.options import (
+    Selection,
+    file_argument,
+    open_registry,
+    read_plan,
+    results_option,
+    selection_options,
+)
 from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.contracts.job import CELL
 from backdoor_bench_none.errors import ExitCode
@@ -47,13 +54,11 @@ only_option = click.option(
 @click.option("-v", "--verbose", is_flag=True, help="Name every cell.")
 def plan_command(file: Path | None, results: Path | None, only: Only, selection: Selection, verbose: bool) -> int:
     """Show what `bbn run` would do: the cells to run, the stages they share, what is done and what is skipped."""
-    from backdoor_bench_none.planning.plan import make_plan
     from backdoor_bench_none.results.store import Store
     from backdoor_bench_none.run.runner import choose_cells, count_done, pack_jobs
 
-    path = find_file(file)
-    plan = selection.apply(make_plan(path, open_registry(path)))
-    store = Store(results or plan.config.results)
+    plan, _, folder = read_plan(file, results, selection)
+    store = Store(folder)
     todo = [cell for cell in choose_cells(plan, store, only) if record_key(cell) not in plan.skipped]
     lines = describe_plan(plan)
     if verbose:

@@ -11,19 +11,18 @@ import click
 from backdoor_bench_none.cli.options import (
     Selection,
     file_argument,
-    open_registry,
+    read_plan,
     results_option,
     selection_options,
     warn_of_absent,
 )
 from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.errors import ExitCode
-from backdoor_bench_none.planning.reading import find_file
 from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.words import plural
 
 if TYPE_CHECKING:
-    from backdoor_bench_none.contracts.record import Record
+    from backdoor_bench_none.results.measurement import Measurement
 
 
 @click.command("status")
@@ -32,26 +31,24 @@ if TYPE_CHECKING:
 @selection_options
 def status_command(file: Path | None, results: Path | None, selection: Selection) -> int:
     """Count the cells of a benchmark file that are done, failed, skipped or left, and name the failed ones."""
-    from backdoor_bench_none.planning.plan import make_plan
-    from backdoor_bench_none.results.store import Store
+    from backdoor_bench_none.results.index import read_measurements
 
-    path = find_file(file)
-    plan = selection.apply(make_plan(path, open_registry(path)))
+    plan, _, folder = read_plan(file, results, selection)
     warn_of_absent(plan)
-    store = Store(results or plan.config.results)
+    known = {measured.key: measured for measured in read_measurements(folder)}
     counts: Counter[str] = Counter()
-    failed: list[Record] = []
+    failed: list[Measurement] = []
     for key in map(record_key, plan.cells):
         if key in plan.skipped:
             counts["skipped"] += 1
-        elif (record := store.read_record(key)) is None:
+        elif (measured := known.get(key)) is None:
             counts["left"] += 1
         else:
-            counts[record.status] += 1
-            if record.status in ("failed", "timeout"):
-                failed.append(record)
+            counts[measured.status] += 1
+            if measured.status in ("failed", "timeout"):
+                failed.append(measured)
     states = ", ".join(f"{count} {state}" for state, count in counts.items())
     say(f"{plan.config.name}: {plural('cell', len(plan.cells))}, {states}")
-    for record in failed:
-        say(f"{record.status.upper()} {record.key}  {record.title} - {record.reason}")
+    for measured in failed:
+        say(f"{measured.status.upper()} {measured.key}  {measured.title} - {measured.reason}")
     return ExitCode.OK

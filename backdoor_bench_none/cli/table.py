@@ -14,12 +14,12 @@ from backdoor_bench_none.cli.options import (
     Selection,
     file_argument,
     open_registry,
+    read_plan,
     results_option,
     selection_options,
     warn_of_absent,
 )
 from backdoor_bench_none.errors import ConfigError, ExitCode
-from backdoor_bench_none.planning.reading import find_file
 
 if TYPE_CHECKING:
     from backdoor_bench_none.results.rows import Row
@@ -123,10 +123,6 @@ def find_rows(
         folder = results or Path("results")
         return rows_of_measurements(m for m in read_measurements(folder) if selection.wants_measured(m)), folder
 
-    from backdoor_bench_none.planning.plan import make_plan
-
-    path = find_file(file)
-    plan = selection.apply(make_plan(path, open_registry(path)))
+    plan, _, folder = read_plan(file, results, selection)
     warn_of_absent(plan)
-    folder = results or plan.config.results
     return make_rows(plan, folder), folder

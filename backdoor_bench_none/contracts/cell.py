@@ -68,8 +68,8 @@ class Cell:
 
     def spec(self) -> dict[str, Any]:
         """This cell as JSON values, as jobs carry it."""
-        choices = {axis: choice.spec() for axis, choice in self.choices.items()}
-        metrics = [metric.spec() for metric in self.metrics]
+        choices = {axis: choice.spec for axis, choice in self.choices.items()}
+        metrics = [metric.spec for metric in self.metrics]
         recipe = self.recipe.model_dump(mode="json")
         return {
             **choices, "seed": self.seed, "recipe": recipe, "fingerprint": self.fingerprint, "metrics": metrics,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict, model_validator
 
+from backdoor_bench_none.contracts.values import Values
 from backdoor_bench_none.seeds import canonical_json
 
 
@@ -23,7 +24,7 @@ class Added:
     """
 
 
-class Component(BaseModel):
+class Component(Values):
     """A frozen set of validated parameters; subclasses add fields, each with a `Field(description=...)`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_enum_values=True)
@@ -32,6 +33,11 @@ class Component(BaseModel):
     revision: ClassVar[int] = 1
     #: Where the method is described: arXiv id, DOI or section of the paper.
     paper: ClassVar[str] = ""
+
+    @model_validator(mode="after")
+    def _fit_json(self) -> Self:
+        canonical_json(self.model_dump(mode="json"))
+        return self
 
     def identity(self) -> dict[str, Any]:
         """The revision and the parameters that determine results, as JSON values."""
@@ -68,7 +74,8 @@ class Choice(Generic[C_co]):
         """The name, revision and parameters that determine results, as canonical JSON."""
         return canonical_json({"name": self.name, **self.component.identity()})
 
-    def spec(self) -> dict[str, Any]:
+    @cached_property
+    def spec(self) -> Mapping[str, Any]:
         """Everything needed to restore this choice, as JSON values."""
         return {"name": self.name, "label": self.label, "params": self.component.model_dump(mode="json")}
 

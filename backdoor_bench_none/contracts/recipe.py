@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+
+from backdoor_bench_none.contracts.values import Values
 
 Schedule = Literal["one_cycle", "step", "constant"]
 
 
-class Recipe(BaseModel):
+class Recipe(Values):
     """The hyperparameters of training by SGD with momentum, or Adam, and a learning-rate schedule.
 
     `one_cycle` rises linearly to `lr` over the first `warmup` of all steps and falls linearly to zero. `step`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -74,6 +75,8 @@ class Record(_Part):
     costs: dict[str, Cost] = {}
     defense_stage: str | None = None
     sees_ground_truth: bool = False
+    #: the metadata of the data set, for which the data are not needed then
+    dataset_info: dict[str, Any] | None = None
     #: keys of the stages behind this record, and the number of poisoned training samples
     upstream: dict[str, str | int | None] = {}
     provenance: dict[str, Any] = {}
@@ -82,7 +85,7 @@ class Record(_Part):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    @field_validator("metrics", "extras", "triggers", mode="before")
+    @field_validator("metrics", "extras", "triggers", "dataset_info", mode="before")
     @classmethod
     def _finite(cls, values: object) -> object:
         """Replace numbers that are not finite by None, since JSON has no such numbers."""
@@ -100,7 +103,8 @@ class Record(_Part):
         axes = {axis: _axis_value(choice) for axis, choice in cell.choices.items()}
         return cls(
             key=key, title=cell.title, status=status, axes=axes, seed=cell.seed,
-            recipe=cell.recipe.model_dump(mode="json"), clean_fraction=cell.defense.component.clean_fraction, **values,
+            recipe=cell.recipe.model_dump(mode="json"), dataset_info=asdict(cell.info),
+            clean_fraction=cell.defense.component.clean_fraction, **values,
         )  # fmt: skip
 
 

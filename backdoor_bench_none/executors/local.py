@@ -24,7 +24,13 @@ from pydantic import Field, PositiveInt
 from backdoor_bench_none.contracts.executor import Event, Executor, Pool
 from backdoor_bench_none.contracts.job import Job, Outcome, Settings
 from backdoor_bench_none.run.jobs import run_job
-from backdoor_bench_none.system import block_interrupts, count_cores, has_fork_server, limit_memory
+from backdoor_bench_none.system import (
+    block_interrupts,
+    count_cores,
+    has_fork_server,
+    limit_memory,
+    read_allocated_memory,
+)
 
 #: seconds a job may run past its own deadline before it is killed
 GRACE = 10.0
@@ -136,8 +142,15 @@ class _LocalPool:
 
 def _work(job: Job, settings: Settings, device: str, threads: int | None, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    limit_memory(settings.memory if device == "cpu" else None)
+    # before the limit: a thread that lacks memory for its first step never says that it has started
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
+    limit = settings.memory if device == "cpu" else None
+    allocated = read_allocated_memory()
+    if limit is not None and allocated is not None and limit <= allocated:
+        message = f"budget.memory allows {limit:,} bytes, and a process has {allocated:,} when it starts; allow more"
+        connection.send(Outcome("failed", "MemoryError", message, kind=job.kind))
+        return
+    limit_memory(limit)
     connection.send(run_job(job, settings, device, threads, lambda done, total: connection.send((done, total))))
 
 

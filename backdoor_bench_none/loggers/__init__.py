@@ -9,17 +9,30 @@ import importlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from backdoor_bench_none.contracts.markers import hookimpl
 from backdoor_bench_none.errors import BenchError, ConfigError, PluginError, did_you_mean
+from backdoor_bench_none.words import describe_error
 
 if TYPE_CHECKING:
+    from backdoor_bench_none.contracts.cell import Cell
+    from backdoor_bench_none.contracts.config import Config
     from backdoor_bench_none.contracts.record import Record
 
 #: each is a module of this package with a function `log_record`, and an extra of the distribution
 LOGGERS = ("tensorboard", "mlflow")
+#: seconds after which a logger that fails gets no second cell
+PATIENCE = 1.0
+
+
+@hookimpl
+def bbn_modify_plan(config: Config, cells: list[Cell]) -> None:
+    """Give every logger another chance in a new run."""
+    _troubles.clear()
 
 
 @hookimpl
@@ -33,7 +46,38 @@ def bbn_cell_finished(record: Record) -> None:
         raise errors[0]
 
 
+@dataclass
+class _Trouble:
+    """The failures of a logger in this process."""
+
+    in_a_row: int = 0
+    given_up: bool = False
+
+
+_troubles: dict[str, _Trouble] = {}
+
+
 def _log(name: str, record: Record) -> BenchError | None:
+    """Pass `record` to a logger; its error, after which it is given up if it was slow or the second in a row.
+
+    A server that does not answer costs a run seconds then, not minutes for each cell.
+    """
+    trouble = _troubles.setdefault(name, _Trouble())
+    if trouble.given_up:
+        return None
+    started = time.monotonic()
+    error = _try_to_log(name, record)
+    if error is None:
+        trouble.in_a_row = 0
+        return None
+    trouble.in_a_row += 1
+    trouble.given_up = trouble.in_a_row > 1 or time.monotonic() - started > PATIENCE
+    if trouble.given_up:
+        error.message += "; it gets no more cells of this run, whose records are complete"
+    return error
+
+
+def _try_to_log(name: str, record: Record) -> BenchError | None:
     if name not in LOGGERS:
         return ConfigError(f"BBN_LOGGERS: unknown logger '{name}'", did_you_mean(name, LOGGERS))
     try:
@@ -42,7 +86,7 @@ def _log(name: str, record: Record) -> BenchError | None:
         remedy = f"pip install 'backdoor-bench-none[{name}]'"
         return PluginError(f"logger '{name}': {error}", remedy)
     except Exception as error:
-        return PluginError(f"logger '{name}': {type(error).__name__}: {error}")
+        return PluginError(f"logger '{name}': {describe_error(error)}")
     return None
 
 

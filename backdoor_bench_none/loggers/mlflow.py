@@ -24,8 +24,14 @@ NAME_LENGTH = 250
 STATUSES = {"done": "FINISHED", "failed": "FAILED", "timeout": "FAILED", "skipped": "KILLED"}
 
 
+#: MLflow's client tries for minutes by default; what the environment says of it stands
+IMPATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+
+
 def log_record(record: Record) -> None:
     """Create a run for `record`; a cell that runs again gets another run with the same tag `key`."""
+    for name, value in IMPATIENCE.items():
+        os.environ.setdefault(name, value)
     client = MlflowClient()
     now = int(time.time() * 1000)
     measured = [Metric(safe_name(name), value, now, 0) for name, value in measured_values(record).items()]

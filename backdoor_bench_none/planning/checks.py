@@ -14,6 +14,7 @@ from backdoor_bench_none.planning.choices import RECIPE_AXES
 from backdoor_bench_none.planning.faults import Faults, Selected
 from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.words import describe_error
 
 #: how many twins are reported
 MOST_TWINS = 10
@@ -117,4 +118,4 @@ def _reason_of(choice: Choice[Component], cell: Cell, registry: Registry) -> str
         return choice.component.skip(cell)
     except Exception as error:  # third-party code may raise anything
         provider = registry.entry(choice.kind, choice.name).provider
-        return f"{choice.kind} '{choice.name}' of plugin {provider}: skip raised {type(error).__name__}: {error}"
+        return f"{choice.kind} '{choice.name}' of plugin {provider}: skip raised {describe_error(error)}"

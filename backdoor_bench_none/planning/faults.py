@@ -9,8 +9,9 @@ from typing import Generic, TypeVar
 from backdoor_bench_none.contracts.component import C_co, Choice, Component
 from backdoor_bench_none.contracts.config import Entry, Fault, Location
 from backdoor_bench_none.errors import BenchError
-from backdoor_bench_none.planning.reading import Source
+from backdoor_bench_none.planning.source import Source
 from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.words import describe_error
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ class Faults:
         except Exception as error:  # third-party code may raise anything
             kind, name = selected.choice.kind, selected.choice.name
             provider = self.registry.entry(kind, name).provider
-            self.add(selected.location, f"{kind} '{name}' of {provider}: {type(error).__name__}: {error}")
+            self.add(selected.location, f"{kind} '{name}' of {provider}: {describe_error(error)}")
         return None
 
 

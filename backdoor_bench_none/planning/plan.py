@@ -29,10 +29,21 @@ from backdoor_bench_none.planning.checks import (
 )
 from backdoor_bench_none.planning.choices import ChoiceMaker
 from backdoor_bench_none.planning.faults import Faults, Selected, one_line
-from backdoor_bench_none.planning.reading import Source, read_config
+from backdoor_bench_none.planning.reading import read_config
 from backdoor_bench_none.planning.recipes import RecipeMaker
+from backdoor_bench_none.planning.source import Source
 from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.seeds import canonical_json
+
+#: the metadata of a data set and its fingerprint
+DataFacts = tuple[DatasetInfo, str]
+#: takes the results folder of the benchmark file and a data set that is not on this machine
+FindData = Callable[[Path, Choice[Dataset]], DataFacts | None]
+
+
+def _find_nothing(results: Path, dataset: Choice[Dataset]) -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -50,16 +61,24 @@ class Plan:
         return replace(self, cells=[cell for cell in self.cells if wanted(cell)])
 
 
-def make_plan(path: Path, registry: Registry, *, need_data: bool = False) -> Plan:
+def make_plan(path: Path, registry: Registry, *, need_data: bool = False, find_data: FindData = _find_nothing) -> Plan:
     """The plan of the benchmark file at `path`.
 
-    `need_data` downloads absent data sets, and raises `DatasetError` where that is not possible.
+    `need_data` downloads absent data sets, and raises `DatasetError` where that is not possible. Otherwise `find_data`
+    gives the metadata and the fingerprint of those that are absent, None where it knows neither.
     """
     config, source = read_config(path)
-    return plan_config(config, source, registry, need_data=need_data)
+    return plan_config(config, source, registry, need_data=need_data, find_data=find_data)
 
 
-def plan_config(config: Config, source: Source, registry: Registry, *, need_data: bool = False) -> Plan:
+def plan_config(
+    config: Config,
+    source: Source,
+    registry: Registry,
+    *,
+    need_data: bool = False,
+    find_data: FindData = _find_nothing,
+) -> Plan:
     """The plan of a parsed benchmark file; see `make_plan`."""
     faults = Faults(source, registry)
     maker = ChoiceMaker(config, registry, faults)
@@ -70,7 +89,13 @@ def plan_config(config: Config, source: Source, registry: Registry, *, need_data
     blocks = [_make_block(maker, config.matrix, ("matrix",))]
     blocks += [_make_block(maker, matrix, ("include", index)) for index, matrix in enumerate(config.include)]
     faults.raise_if_any()
-    expander = _Expander(faults, RecipeMaker(config, faults), _DataFacts(need_data), config.seeds, metrics)
+    expander = _Expander(
+        faults,
+        RecipeMaker(config, faults),
+        _DataFacts(need_data, partial(find_data, config.results)),
+        config.seeds,
+        metrics,
+    )
     cells = list(itertools.chain.from_iterable(map(expander.expand, blocks)))
     faults.raise_if_any()
     faults.extend([*find_twins(cells), *find_idle_exclusions(config, cells), *find_empty_holdouts(cells)])
@@ -114,29 +139,33 @@ def _make_block(maker: ChoiceMaker, matrix: Matrix, location: Location) -> _Bloc
 
 @dataclass
 class _DataFacts:
-    """Looks up the facts and the fingerprint of each data set once."""
+    """Looks up the facts and the fingerprint of each data set once, in however many blocks it stands."""
 
     need_data: bool
+    find_data: Callable[[Choice[Dataset]], DataFacts | None]
     absent: list[str] = field(default_factory=list)
-    _known: dict[int, tuple[DatasetInfo, str | None]] = field(default_factory=dict)
+    _known: dict[str, tuple[DatasetInfo, str | None]] = field(default_factory=dict)
 
     def of(self, choice: Choice[Dataset]) -> tuple[DatasetInfo, str | None]:
-        if id(choice) not in self._known:
-            self._known[id(choice)] = self._look_up(choice)
-        return self._known[id(choice)]
+        key = canonical_json(choice.spec)
+        if key not in self._known:
+            self._known[key] = self._look_up(choice)
+        return self._known[key]
 
     def _look_up(self, choice: Choice[Dataset]) -> tuple[DatasetInfo, str | None]:
         dataset = choice.component
         if self.need_data:
             dataset.prepare()
         try:
-            fingerprint = dataset.fingerprint()
+            return dataset.info(), dataset.fingerprint()
         except DatasetError:
             if self.need_data:
                 raise
-            self.absent.append(choice.label)
-            fingerprint = None
-        return dataset.info(), fingerprint
+        if (known := self.find_data(choice)) is not None:
+            return known
+        info = dataset.info()
+        self.absent.append(choice.label)
+        return info, None
 
 
 @dataclass

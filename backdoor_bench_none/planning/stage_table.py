@@ -199,7 +199,10 @@ STAGES: tuple[Stage, ...] = (
 
 def find_stage(name: str) -> Stage:
     """The stage with this name; `KeyError` if there is none."""
-    return {stage.name: stage for stage in STAGES}[name]
+    for stage in STAGES:
+        if stage.name == name:
+            return stage
+    raise KeyError(name)
 
 
 def stages_of(cell: Cell) -> tuple[Stage, ...]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +15,11 @@ from pydantic import ValidationError
 from backdoor_bench_none.contracts.component import Component
 from backdoor_bench_none.errors import ConfigError, PluginError, did_you_mean
 from backdoor_bench_none.registry.plugins import Entry, Plugins, describe_import_error
+from backdoor_bench_none.system import keep_working_directory
 
 C = TypeVar("C", bound=Component)
+#: a part of pydantic's location that names the member of a union it tried
+UNION_PART = re.compile(r"(constrained-)?(str|int|float|bool|dict)$|.*\[")
 
 
 class Registry:
@@ -105,6 +110,7 @@ def kind_of(base: type[Component]) -> str:
     raise TypeError(f"{base.__name__} is not a component; subclass one of {', '.join(sorted(BASES))}")
 
 
+@cache
 def find_old_signature(component: type[Component], base: type[Component]) -> str | None:
     """The name of the first method of a component that cannot be called with `(task, context)`, as its base declares.
 
@@ -123,7 +129,8 @@ def find_old_signature(component: type[Component], base: type[Component]) -> str
 def import_target(entry: Entry) -> Any:  # noqa: ANN401
     """The class or command of an entry; `PluginError` with the name of the plugin if it cannot be imported."""
     try:
-        return entry.load()
+        with keep_working_directory():
+            return entry.load()
     except (Exception, SystemExit) as error:  # third-party code may raise anything
         what = f"{entry.kind} '{entry.name}' of plugin {entry.provider} cannot be imported"
         raise PluginError(f"{what}: {describe_import_error(error)}", _remedy(entry)) from error
@@ -136,8 +143,14 @@ def _remedy(entry: Entry) -> str:
 def explain(error: ValidationError, model: type[Any]) -> list[tuple[str, str]]:
     """The faults of a validation as (dotted path, message)."""
     return [
-        (".".join(str(part) for part in fault["loc"]) or "-", plain_words(fault, model)) for fault in error.errors()
+        (".".join(map(str, without_union_parts(fault["loc"]))) or "-", plain_words(fault, model))
+        for fault in error.errors()
     ]
+
+
+def without_union_parts(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """A location of pydantic's without the members of unions that it tried: types, and parts in brackets."""
+    return tuple(part for part in location if not (isinstance(part, str) and UNION_PART.match(part)))
 
 
 def plain_words(fault: Mapping[str, Any], model: type[Any]) -> str:

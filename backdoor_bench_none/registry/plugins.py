@@ -19,6 +19,8 @@ import pluggy
 
 from backdoor_bench_none.contracts.markers import PROJECT
 from backdoor_bench_none.registry import hookspecs
+from backdoor_bench_none.system import keep_working_directory
+from backdoor_bench_none.words import describe_error
 
 if TYPE_CHECKING:
     from backdoor_bench_none.contracts.cell import Cell
@@ -112,7 +114,8 @@ class Plugins:
             return
         module = None
         try:
-            module = load()
+            with keep_working_directory():
+                module = load()
             _check_api_version(module)
             self._register(module, provider.plugin)
             entries = list(self._entries_of(provider))
@@ -185,14 +188,14 @@ class Plugins:
         for implementation in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
             try:
                 yield implementation.function(*(arguments[name] for name in implementation.argnames))
-            except Exception as error:
-                message = f"plugin '{implementation.plugin_name}': {hook} raised {type(error).__name__}: {error}"
+            except (Exception, SystemExit) as error:
+                message = f"plugin '{implementation.plugin_name}': {hook} raised {describe_error(error)}"
                 warnings.warn(message, PluginWarning, stacklevel=3)
 
 
 def describe_import_error(error: BaseException) -> str:
     """The error of an import in one line, with the text of `CHANGES` if a module of this package is missing."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    text = describe_error(error)
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == PROJECT:
         return f"{text}: it was written for an older version of the API: {CHANGES[1]}"
     return text

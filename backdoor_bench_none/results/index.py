@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from backdoor_bench_none.contracts.record import Record
+from backdoor_bench_none.results.files import DamagedFileError, read_record_file, warn_of_damage
 from backdoor_bench_none.results.measurement import COLUMNS, Measurement
 
 NAME = "index.sqlite"
@@ -32,7 +29,7 @@ def read_measurements(root: Path) -> list[Measurement]:
 
     Where the index cannot be written or is damaged, the records themselves are read.
     """
-    stamps = {stamp[0]: stamp for stamp in _stamps(root)}
+    stamps = {stamp[0]: stamp for stamp in record_stamps(root)}
     if not stamps:
         return []
     try:
@@ -44,8 +41,8 @@ def read_measurements(root: Path) -> list[Measurement]:
     return [Measurement(*row) for row in rows]
 
 
-def _stamps(root: Path) -> Iterator[Stamp]:
-    """The stamps of all record files."""
+def record_stamps(root: Path) -> Iterator[Stamp]:
+    """The stamps of all record files of a results folder."""
     try:
         folders = [entry.path for entry in os.scandir(root / "records") if entry.is_dir()]
     except OSError:
@@ -53,8 +50,15 @@ def _stamps(root: Path) -> Iterator[Stamp]:
     for folder in folders:
         for entry in os.scandir(folder):
             if entry.name.endswith(".json") and not entry.name.startswith("."):
-                stat = entry.stat()
+                stat = _stat(entry)
                 yield entry.name.removesuffix(".json"), stat.st_mtime_ns, stat.st_size
+
+
+def _stat(entry: os.DirEntry[str]) -> os.stat_result:
+    try:
+        return entry.stat()
+    except OSError:  # a link to nothing, or to itself
+        return entry.stat(follow_symlinks=False)
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -89,13 +93,9 @@ def _read(root: Path, stamps: Mapping[str, Any]) -> dict[str, Measurement]:
     for key in stamps:
         path = root / "records" / key[:2] / f"{key}.json"
         try:
-            record = Record.model_validate_json(path.read_bytes())
-            if record.key != key:
-                raise ValueError(f"its key is {record.key!r}")
-            measurements[key] = Measurement.of(record)
+            measurements[key] = Measurement.of(read_record_file(path))
         except FileNotFoundError:
             continue
-        except (OSError, ValidationError, ValueError, KeyError) as error:
-            fault = str(error).splitlines()[0]
-            warnings.warn(f"record '{path}' cannot be read and counts as missing: {fault}", UserWarning, stacklevel=4)
+        except DamagedFileError as error:
+            warn_of_damage(path, error)
     return measurements

@@ -18,14 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.errors import BenchError, StoreError
+from backdoor_bench_none.results.files import (
+    DamagedFileError,
+    encode_record,
+    open_file,
+    read_record_file,
+    warn_of_damage,
+)
 from backdoor_bench_none.system import lock_file
+
+#: the ending of the file of an artifact
+ARTIFACT = ".safetensors"
 
 
 class DamagedArtifactWarning(UserWarning):
@@ -74,8 +83,7 @@ class Store:
 
     def write_record(self, record: Record) -> None:
         """Write `record`, in place of an older one with its key."""
-        text = json.dumps(record.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False, allow_nan=False)
-        self._write(self.record_path(record.key), text.encode())
+        self._write(self.record_path(record.key), encode_record(record))
 
     def read_record(self, key: str) -> Record | None:
         """The record of a cell; None if it is absent or cannot be read."""
@@ -83,29 +91,48 @@ class Store:
 
     def records(self) -> list[Record]:
         """All records, sorted by key."""
-        paths = sorted((self.root / "records").glob("*/*.json"))
-        return [record for path in paths if (record := _read_record(path)) is not None]
+        return [record for path in self.record_paths() if (record := _read_record(path)) is not None]
+
+    def record_paths(self) -> list[Path]:
+        """The files of all records, sorted by key."""
+        folder = self.root / "records"
+        names = ((part, name) for part in _names_in(folder) for name in _names_in(folder / part))
+        return [folder / part / name for part, name in names if name.endswith(".json") and not name.startswith(".")]
 
     def find_record(self, prefix: str) -> Record:
         """The one record whose key starts with `prefix`."""
-        paths = [path for path in (self.root / "records").glob("*/*.json") if prefix and path.stem.startswith(prefix)]
+        every = self.record_paths()
+        paths = [path for path in every if prefix and path.stem.startswith(prefix)]
         if len(paths) == 1:
-            if (record := _read_record(paths[0])) is None:
-                raise BenchError(f"record '{paths[0]}' cannot be read", "`bbn run` makes it again")
-            return record
+            try:
+                return read_record_file(paths[0])
+            except (DamagedFileError, FileNotFoundError) as error:
+                raise BenchError(f"record '{paths[0]}' cannot be read: {error}", "`bbn run` makes it again") from error
         if paths:
             raise BenchError(
                 f"'{prefix}' is not one key: {', '.join(sorted(p.stem for p in paths)[:5])}", "give more digits"
             )
-        has_records = any((self.root / "records").glob("*/*.json"))
-        hint = "`bbn run` names the keys of its cells" if has_records else "`bbn run` makes records"
+        hint = "`bbn run` names the keys of its cells" if every else "`bbn run` makes records"
         raise BenchError(f"there is no record '{prefix}' in '{self.root}'", hint)
 
     # artifacts
 
     def find_artifact(self, stage: str, key: str) -> Path | None:
         """The file of an artifact, which is not read; None if it is absent."""
-        return next((self.root / "artifacts" / stage / key[:2]).glob(f"{key}.*.safetensors"), None)
+        return next((path for path in self._artifact_paths(stage, key[:2]) if path.name.startswith(f"{key}.")), None)
+
+    def artifact_keys(self, stage: str) -> set[str]:
+        """The keys of all artifacts of a stage, which are not read."""
+        return {path.name.partition(".")[0] for path in self.artifact_paths(stage)}
+
+    def artifact_paths(self, stage: str) -> list[Path]:
+        """The files of all artifacts of a stage."""
+        folders = _names_in(self.root / "artifacts" / stage)
+        return [path for folder in folders for path in self._artifact_paths(stage, folder)]
+
+    def _artifact_paths(self, stage: str, folder: str) -> list[Path]:
+        path = self.root / "artifacts" / stage / folder
+        return [path / name for name in _names_in(path) if name.endswith(ARTIFACT) and not name.startswith(".")]
 
     def save_artifact(self, stage: str, key: str, artifact: Artifact) -> None:
         """Write an artifact to a file with its hash in the name."""
@@ -124,21 +151,40 @@ class Store:
         if path is None:
             return None
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 intact = hashlib.file_digest(file, "sha256").hexdigest() == path.name.split(".")[1]
             if intact:
                 return _read_artifact(path)
         except (OSError, SafetensorError):
             pass
         warnings.warn(f"artifact {stage} {key} is damaged and is computed again", DamagedArtifactWarning, stacklevel=2)
-        path.unlink(missing_ok=True)
+        self._clear(path)
         return None
+
+    def set_aside(self, path: Path) -> Path:
+        """Move something damaged out of the way, into the folder `damaged`, and return its new path."""
+        folder = self.root / "damaged"
+        folder.mkdir(parents=True, exist_ok=True)
+        number = 0
+        while os.path.lexists(target := folder / f"{path.name}.{number}"):
+            number += 1
+        path.rename(target)
+        return target
+
+    def _clear(self, path: Path) -> None:
+        """Remove what is in the way of a new file; a folder is moved, since it may hold anything."""
+        if path.is_dir() and not path.is_symlink():
+            self.set_aside(path)
+        else:
+            path.unlink(missing_ok=True)
 
     @contextmanager
     def lock(self, stage: str, key: str) -> Iterator[None]:
         """Hold the lock of a stage, for which a second process waits; the kernel frees it when the process ends."""
         path = self.root / "locks" / f"{stage}-{key}"
         path.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(path) and not path.is_file():
+            self._clear(path)
         with path.open("w") as file:
             lock_file(file)  # where there are no locks, `create` has warned
             yield
@@ -151,6 +197,8 @@ class Store:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            if path.is_dir() and not path.is_symlink():
+                self._clear(path)
             temporary.replace(path)
         except OSError as error:
             with suppress(OSError):
@@ -163,13 +211,20 @@ class Store:
 
 def _read_record(path: Path) -> Record | None:
     try:
-        return Record.model_validate_json(path.read_bytes())
+        return read_record_file(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValidationError, ValueError) as error:
-        fault = str(error).splitlines()[0]
-        warnings.warn(f"record '{path}' cannot be read and counts as missing: {fault}", UserWarning, stacklevel=3)
+    except DamagedFileError as error:
+        warn_of_damage(path, error)
         return None
+
+
+def _names_in(folder: Path) -> list[str]:
+    """The names in a folder, sorted; none if it is absent or no folder."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
 
 
 def _read_artifact(path: Path) -> Artifact:

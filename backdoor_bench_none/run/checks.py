@@ -18,6 +18,7 @@ from backdoor_bench_none.seeds import canonical_json
 
 #: the largest difference between two computations of equal logits, in their range: tensor cores round to 10 bits
 ROUNDING = 0.01
+NOT_FINITE = "the network's logits are not all finite: it has diverged; lower its learning rate, or clip its gradients"
 
 
 def check_result(result: DefenseResult, count: int) -> None:
@@ -39,8 +40,8 @@ def check_result(result: DefenseResult, count: int) -> None:
     if result.scores is not None and not bool(torch.isfinite(result.scores).all()):
         raise ValueError("scores are not all finite")
     try:
-        canonical_json(dict(result.extras))
-    except (TypeError, ValueError) as error:
+        canonical_json(dict(result.extras)).encode()
+    except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"extras hold a value that JSON cannot hold: {error}") from error
 
 
@@ -140,9 +141,7 @@ def check_rebuilt(
     single = replace(context, amp=None)
     given, made = (predict_logits(move(each, context.device), images, pixels, single) for each in (model, rebuilt))
     if not bool(torch.isfinite(given).all()):
-        raise ValueError(
-            "the network's logits are not all finite: it has diverged; lower its learning rate, or clip its gradients"
-        )
+        raise ValueError(NOT_FINITE)
     scale = (given.max() - given.min()).clamp(min=torch.finfo(given.dtype).tiny)
     if given.shape != made.shape or bool((given - made).abs().max() > ROUNDING * scale):
         differing = float((given.argmax(1) != made.argmax(1)).double().mean())

@@ -18,13 +18,14 @@ from backdoor_bench_none.contracts.measures import Count, Counts, Detection, Out
 from backdoor_bench_none.contracts.metric import Evaluation
 from backdoor_bench_none.contracts.network import Pixels, predict_logits
 from backdoor_bench_none.maths.statistics import pack_outcomes, tpr_at_fpr
+from backdoor_bench_none.run.checks import NOT_FINITE
 
 
 def evaluate(
     model: nn.Module, test: ImageSet, triggered: Iterable[PoisonedSamples], pixels: Pixels, context: Context
 ) -> tuple[Counts, Evaluation]:
     """Classify the clean test set and the triggered sets, part by part, and count over all parts."""
-    clean = predict_logits(model, test.images, pixels, context).argmax(1).cpu()
+    clean = _classify(model, test.images, pixels, context)
     labels = test.labels.cpu()
     empty = torch.empty(0, dtype=torch.int64)
     attacked, true, wanted = [empty], [empty], [empty]
@@ -32,7 +33,7 @@ def evaluate(
     for part in triggered:
         sizes.append(len(part))
         if len(part):
-            attacked.append(predict_logits(model, part.images, pixels, context).argmax(1).cpu())
+            attacked.append(_classify(model, part.images, pixels, context))
             true.append(labels[part.indices])
             wanted.append(part.labels)
     evaluation = Evaluation(model, clean, labels, torch.cat(attacked), torch.cat(true), torch.cat(wanted), tuple(sizes))
@@ -43,6 +44,14 @@ def evaluate(
         robust_accuracy=_count_if_any(predicted == evaluation.triggered_labels),
     )
     return counts, evaluation
+
+
+def _classify(model: nn.Module, images: Tensor, pixels: Pixels, context: Context) -> Tensor:
+    """The predicted labels (N,) on the CPU; `ValueError` if logits are not finite, where one class would always win."""
+    logits = predict_logits(model, images, pixels, context)
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError(NOT_FINITE)
+    return logits.argmax(1).cpu()
 
 
 def pack_evaluation(evaluation: Evaluation) -> Outcomes:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from backdoor_bench_none.contracts.job import CELL, Job, Outcome, Progress, Settings
+from backdoor_bench_none.words import LONGEST_TEXT, shorten, text_of, visible
 
 
 def run_job(job: Job, settings: Settings, device: str, threads: int | None, progress: Progress) -> Outcome:
@@ -18,7 +19,7 @@ def run_job(job: Job, settings: Settings, device: str, threads: int | None, prog
         try:
             _run(job, settings, device, threads, progress)
             outcome = Outcome("done")
-        except Exception as error:
+        except BaseException as error:  # third-party code may raise anything
             outcome = _outcome_of(error)
     return replace(outcome, warnings=_damage_reports(caught), kind=job.kind)
 
@@ -31,13 +32,16 @@ def _run(job: Job, settings: Settings, device: str, threads: int | None, progres
     from backdoor_bench_none.registry.components import Registry
     from backdoor_bench_none.registry.plugins import Plugins
     from backdoor_bench_none.results.store import Store
+    from backdoor_bench_none.run.isolation import isolated
     from backdoor_bench_none.run.provenance import describe
     from backdoor_bench_none.run.stages import Stages
 
     if threads is not None:
         torch.set_num_threads(threads)
-    registry = Registry(Plugins(external=settings.external, bbnfile=settings.bbnfile, disabled=settings.disabled))
-    cell = cell_from_spec(job.spec, registry)
+    store = Store(settings.results.absolute())
+    with isolated("a plugin"):
+        registry = Registry(Plugins(external=settings.external, bbnfile=settings.bbnfile, disabled=settings.disabled))
+        cell = cell_from_spec(job.spec, registry)
     chosen = choose_device(device)
     torch.backends.cudnn.benchmark = chosen.type == "cuda"  # all batches have one size, so the search pays off
     deadline, amp = None, None
@@ -46,21 +50,24 @@ def _run(job: Job, settings: Settings, device: str, threads: int | None, progres
     if cell.recipe.precision != "float32":
         amp = choose_amp(chosen)
     context = Context(chosen, 0, amp, deadline, progress=progress)
-    stages = Stages(cell, Store(settings.results), context, describe(cell, context, registry))
+    stages = Stages(cell, store, context, describe(cell, context, registry))
     if job.kind == CELL:
         stages.store.write_record(stages.evaluate())
     else:
         stages.run(job.kind)
 
 
-def _outcome_of(error: Exception) -> Outcome:
+def _outcome_of(error: BaseException) -> Outcome:
     from backdoor_bench_none.errors import BenchError, DeadlineError
 
+    name, message = visible(type(error).__name__), text_of(error)
     if isinstance(error, DeadlineError):
         return Outcome("timeout", "DeadlineError", error.message)
     if isinstance(error, BenchError):
-        return Outcome("failed", type(error).__name__, str(error).replace("\nhint: ", "; "))
-    return Outcome("failed", type(error).__name__, str(error), traceback.format_exc())
+        return Outcome("failed", name, message.replace("\nhint: ", "; "))
+    if isinstance(error, MemoryError) and not message:
+        message = "no memory is left within budget.memory"
+    return Outcome("failed", name, message, shorten(visible(traceback.format_exc()), LONGEST_TEXT))
 
 
 def _damage_reports(caught: Iterable[warnings.WarningMessage]) -> tuple[str, ...]:

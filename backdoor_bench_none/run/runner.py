@@ -17,19 +17,20 @@ from backdoor_bench_none.contracts.job import CELL, Job, Outcome, Settings
 from backdoor_bench_none.contracts.record import Failure, Record
 from backdoor_bench_none.planning.plan import Plan
 from backdoor_bench_none.planning.stage_table import (
-    Stage,
+    STAGES,
     artifact_keys,
     find_stage,
-    needs_of,
     record_key,
     stage_key,
     stages_of,
 )
 from backdoor_bench_none.registry.components import Registry
+from backdoor_bench_none.results.index import read_measurements
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.blame import name_suspects
 from backdoor_bench_none.run.provenance import name_providers
 from backdoor_bench_none.run.scheduler import Scheduler
+from backdoor_bench_none.words import LONGEST_LINE, shorten
 
 #: which cells to run: those without results, those that failed, or all again
 Only = Literal["missing", "failed", "all"]
@@ -133,52 +134,53 @@ def choose_cells(plan: Plan, store: Store, only: Only) -> list[Cell]:
     """The cells to run. A failed cell counts as missing."""
     if only == "all":
         return plan.cells
-    statuses = [_status(store, cell) for cell in plan.cells]
-    cells = zip(plan.cells, statuses, strict=True)
+    statuses = read_statuses(store)
+    cells = [(cell, statuses.get(record_key(cell))) for cell in plan.cells]
     if only == "failed":
         return [cell for cell, status in cells if status in ("failed", "timeout")]
     return [cell for cell, status in cells if status != "done"]
 
 
-def _status(store: Store, cell: Cell) -> str | None:
-    """How a cell ended; None if it has no record."""
-    if (record := store.read_record(record_key(cell))) is None:
-        return None
-    return record.status
+def read_statuses(store: Store) -> dict[str, str]:
+    """How the cells ended that have a record, by key."""
+    return {measured.key: measured.status for measured in read_measurements(store.root)}
 
 
 def count_done(plan: Plan, store: Store) -> int:
     """The number of cells of the plan that have results."""
-    cells = [cell for cell in plan.cells if record_key(cell) not in plan.skipped]
-    return [_status(store, cell) for cell in cells].count("done")
+    statuses, keys = read_statuses(store), map(record_key, plan.cells)
+    return [statuses.get(key) for key in keys if key not in plan.skipped].count("done")
 
 
 def pack_jobs(cells: list[Cell], store: Store) -> list[Job]:
     """One job per cell and one per shared stage without an artifact, each before the jobs that need it."""
     jobs: dict[str, Job] = {}
+    folders = {str(stage.folder) for stage in STAGES if stage.shared}
+    made = {folder: store.artifact_keys(folder) for folder in folders}
     for cell in cells:
+        ids, spec, title = _job_ids(cell), cell.spec(), cell.title
         needs: list[str] = []
         for stage in stages_of(cell):
+            needed = [ids[name] for name in stage.needs(cell) if name in ids]
             if not stage.shared:
-                needs += _ids_of_needs(stage, cell)
+                needs += needed
                 continue
-            job_id = _job_id(stage, cell)
-            if job_id in jobs or store.find_artifact(str(stage.folder), stage_key(cell, stage.name)) is not None:
+            job_id = ids[stage.name]
+            if job_id in jobs or stage_key(cell, stage.name) in made[str(stage.folder)]:
                 continue
-            waits_for = tuple(need for need in _ids_of_needs(stage, cell) if need in jobs)
-            jobs[job_id] = Job(job_id, stage.name, cell.title, cell.spec(), waits_for)
+            waits_for = tuple(need for need in needed if need in jobs)
+            jobs[job_id] = Job(job_id, stage.name, title, spec, waits_for)
         job_id, waits_for = f"{CELL}:{record_key(cell)}", tuple(need for need in dict.fromkeys(needs) if need in jobs)
-        jobs[job_id] = Job(job_id, CELL, cell.title, cell.spec(), waits_for)
+        jobs[job_id] = Job(job_id, CELL, title, spec, waits_for)
     return list(jobs.values())
 
 
-def _job_id(stage: Stage, cell: Cell) -> str:
-    """A job's id, equal for stages with the same artifact: the benign network of one cell is the victim of another."""
-    return f"{stage.folder}:{stage_key(cell, stage.name)}"
+def _job_ids(cell: Cell) -> dict[str, str]:
+    """The ids of the jobs of a cell's stages, by the name of the stage.
 
-
-def _ids_of_needs(stage: Stage, cell: Cell) -> list[str]:
-    return [_job_id(need, cell) for need in needs_of(stage, cell)]
+    They are equal for stages with the same artifact: the benign network of one cell is the victim of another.
+    """
+    return {stage.name: f"{stage.folder}:{stage_key(cell, stage.name)}" for stage in stages_of(cell)}
 
 
 def _executor(plan: Plan, registry: Registry, options: Options) -> Executor:
@@ -218,9 +220,10 @@ def _failure_record(cell: Cell, outcome: Outcome, registry: Registry) -> Record:
     """The record of a cell without results: the first line of the error, and the components that may have caused it."""
     status: Literal["failed", "timeout"] = "timeout" if outcome.status == "timeout" else "failed"
     reason = f"{outcome.error}: {outcome.message}" if outcome.traceback else outcome.message
-    first_line = (reason or status).splitlines()[0]
+    first_line = next(iter((reason or status).splitlines()), status)
+    reasons = [shorten(first_line, LONGEST_LINE), *name_suspects(cell, outcome, registry)]
     return Record.of(
-        cell, record_key(cell), status, reason="; ".join([first_line, *name_suspects(cell, outcome, registry)]),
+        cell, record_key(cell), status, reason="; ".join(reasons),
         failure=Failure(type=outcome.error, message=outcome.message, traceback=outcome.traceback),
         provenance={"providers": name_providers(cell, registry)},
     )  # fmt: skip

@@ -59,6 +59,7 @@ from backdoor_bench_none.run.checks import (
 )
 from backdoor_bench_none.run.evaluation import count_trigger_hits, evaluate, pack_evaluation, score_detection
 from backdoor_bench_none.run.ground_truth import draw_clean_samples, mark_decoys, mark_poisoned
+from backdoor_bench_none.run.isolation import isolated
 from backdoor_bench_none.run.measuring import measure_stage
 from backdoor_bench_none.seeds import derive_seed
 from backdoor_bench_none.trainers.centralized import Centralized
@@ -141,7 +142,8 @@ class Stages:
 
     def _train_crafter(self) -> Artifact:
         task, crafter = self._crafting_task()
-        model = crafter.train(task, self._seeded(stage_key(self.cell, "crafter")))
+        with isolated("the attack"):
+            model = crafter.train(task, self._seeded(stage_key(self.cell, "crafter")))
         return Artifact(model.state_dict(), {})
 
     def _crafting_task(self) -> tuple[TrainingTask, Crafter]:
@@ -161,7 +163,8 @@ class Stages:
 
     def _pretrain(self) -> Artifact:
         def open_task() -> TrainingTask:
-            train, classes = self.cell.dataset.component.load_for_pretraining()
+            with isolated("the data set"):
+                train, classes = self.cell.dataset.component.load_for_pretraining()
             info = replace(self.cell.info, num_classes=classes, train_size=len(train))
             return TrainingTask(
                 train=train.to(self.context.device), info=info,
@@ -170,11 +173,13 @@ class Stages:
             )  # fmt: skip
 
         task = PretrainingTask(self._make_builder(self.cell.info), open_task)
-        model = self.cell.trainer.component.pretrain(task, self._seeded(stage_key(self.cell, "backbone")))
+        with isolated("the trainer"):
+            model = self.cell.trainer.component.pretrain(task, self._seeded(stage_key(self.cell, "backbone")))
         return Artifact(model.state_dict(), {})
 
     def _load(self) -> Artifact:
-        train, test = self.cell.dataset.component.load()
+        with isolated("the data set"):
+            train, test = self.cell.dataset.component.load()
         check_dataset(train, test, self.cell.info)
         return artifacts.data_artifact(train, test)
 
@@ -182,7 +187,7 @@ class Stages:
         attack, (train, test) = self.cell.attack.component, self.attack_tasks()
         samples: dict[str, PoisonedSamples] = {}
         for name, (task, context), method in (("train", train, attack.poison), ("test", test, attack.attack_test)):
-            with forbid_changes(data=task.data):
+            with isolated("the attack"), forbid_changes(data=task.data):
                 samples[name] = method(task, context)
             check_samples(samples[name], len(task.data), task.info, f"{method.__name__}()")
         return artifacts.samples_artifact(samples)
@@ -209,17 +214,17 @@ class Stages:
     def _train_benign(self) -> Artifact:
         cell, context = self.cell, self._seeded(benign_key(self.cell))
         task = self._training_task(self.data()[0])
-        history = task.fit(model := task.new_model(), context)
+        with isolated("the trainer"):
+            history = task.fit(model := task.new_model(), context)
         check_learned(history, cell.info.num_classes)
         return Artifact(model.state_dict(), {"losses": history.losses})
 
     def _train_victim(self) -> Artifact:
         attack, context = self.cell.attack.component, self._seeded(victim_key(self.cell))
         task = self.victim_task()
-        with torch.random.fork_rng(devices=[]):
+        with isolated("the attack"), forbid_changes(train=task.train, original=task.original):
             torch.manual_seed(context.seed)
-            with forbid_changes(train=task.train, original=task.original):
-                model, history = attack.train(task, context)
+            model, history = attack.train(task, context)
         remedy = "Attack.adapt" if attack.controls_training else "Architecture.build"
         model = self._check_rebuilt(model, self._victim_shell(), task.train, remedy)
         return Artifact(model.state_dict(), {"losses": history.losses})
@@ -254,9 +259,9 @@ class Stages:
 
     def _defend(self) -> Artifact:
         cell, context = self.cell, self._seeded(stage_key(self.cell, "defense"))
-        torch.manual_seed(context.seed)
         task = self.defense_task()
-        with forbid_changes(train=task.train, clean=task.clean):
+        with isolated("the defense"), forbid_changes(train=task.train, clean=task.clean):
+            torch.manual_seed(context.seed)
             result = cell.defense.component.run(task, context)
         check_result(result, len(task.train))
         model = self._check_rebuilt(result.model, self.defended_shell(), task.train, "Defense.adapt")
@@ -303,7 +308,8 @@ class Stages:
     def _search(self) -> Artifact:
         context = self._seeded(stage_key(self.cell, "search"))
         task = SearchTask(self.network(), self.data()[0].to(context.device), self.cell.info)
-        triggers = self.cell.attack.component.find_triggers(task, context)
+        with isolated("the attack"):
+            triggers = self.cell.attack.component.find_triggers(task, context)
         tensors = {"masks": triggers.masks, "patterns": triggers.patterns, "labels": triggers.labels}
         return Artifact(tensors, {"facts": [dict(fact) for fact in triggers.facts]})
 
@@ -315,7 +321,8 @@ class Stages:
         for choice in cell.metrics:
             if choice.component.absent_for(cell.attack.component, cell.info):
                 continue
-            numbers = choice.component.compute(evaluation, self.context)
+            with isolated(f"metric '{choice.label}'"):
+                numbers = choice.component.compute(evaluation, self.context)
             metrics |= {f"{choice.label}.{name}": float(value) for name, value in numbers.items()}
         facts = {"dataset_sha256": cell.fingerprint, "poisoned_samples": int(self.poisoned().sum())}
         losses = self.victim().meta["losses"] if has_stage(cell, "victim") else []

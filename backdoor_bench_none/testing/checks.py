@@ -18,6 +18,7 @@ from torch import Tensor
 from backdoor_bench_none.contracts.component import Component
 from backdoor_bench_none.seeds import canonical_json
 from backdoor_bench_none.testing.bench import Bench
+from backdoor_bench_none.words import describe_error, text_of
 
 #: raises AssertionError with the fault and its remedy if the component does not meet the contract
 Check = Callable[[Any, Bench], None]
@@ -37,9 +38,9 @@ def run_check(check: Check, component: Component, bench: Bench) -> Verdict:
         with _restored_state():
             check(component, bench)
     except AssertionError as error:
-        return Verdict(name_of(check), str(error))
+        return Verdict(name_of(check), text_of(error))
     except Exception as error:  # third-party code may raise anything
-        return Verdict(name_of(check), f"{type(error).__name__}: {error}")
+        return Verdict(name_of(check), describe_error(error))
     return Verdict(name_of(check))
 
 

@@ -97,7 +97,7 @@ ENDS = {
     "hangs": ("timeout", "the time limit of 10 s"),
     "raises": ("failed", "it broke"),
     "exits": ("failed", "exit code 7"),
-    "leaves": ("failed", "exit code"),
+    "leaves": ("failed", "3"),
     "is_killed": ("failed", "SIGKILL, perhaps for lack of memory"),
     "returns_a_dict": ("failed", "a defense returns a DefenseResult, not dict"),
     "flags_too_few": ("failed", "flagged has shape (3,)"),

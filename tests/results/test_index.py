@@ -16,6 +16,7 @@ import pytest
 from backdoor_bench_none.contracts.measures import Detection
 from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.results import index
+from backdoor_bench_none.results.files import read_record_file
 from backdoor_bench_none.results.index import read_measurements
 from backdoor_bench_none.results.measurement import COLUMNS, Measurement
 from backdoor_bench_none.results.store import Store
@@ -39,13 +40,12 @@ def store(tmp_path: Path, make_record: MakeRecord) -> Store:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The record files that are opened from now on."""
     opened: list[Path] = []
-    read = Path.read_bytes
 
-    def noted(self: Path) -> bytes:
-        opened.append(self)
-        return read(self)
+    def noted(path: Path) -> Record:
+        opened.append(path)
+        return read_record_file(path)
 
-    monkeypatch.setattr(Path, "read_bytes", noted)
+    monkeypatch.setattr(index, "read_record_file", noted)
     return opened
 
 
@@ -122,7 +122,7 @@ def test_a_record_under_another_name_counts_as_missing(store: Store) -> None:
     other = store.record_path("ac" * 8)
     other.parent.mkdir()
     other.write_bytes(store.record_path("aa" * 8).read_bytes())
-    with pytest.warns(UserWarning, match="its key is 'aaaaaaaaaaaaaaaa'"):
+    with pytest.warns(UserWarning, match="the record of another cell, aaaaaaaaaaaaaaaa"):
         assert len(read_measurements(store.root)) == 3
 
 
