@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -54,7 +54,9 @@ class HiddenTrigger(CleanLabelAttack):
     paper: ClassVar[str] = "arXiv:1910.00033"
     needs_backbone: ClassVar[bool] = True
 
-    source: int | None = Field(None, ge=0, description="class whose triggered images get `target`; default: target + 1")
+    source: Annotated[int, Field(ge=0)] | str | None = Field(
+        None, description="class whose triggered images get `target`, as its label or its name; default: target + 1"
+    )
     class_rate: float = Field(0.25, gt=0, le=1, description="share of the target class that is poisoned")
     size: int | None = Field(
         None, ge=1, le=224, description="side of the patch in pixels; default: 30 of 224, in proportion"
@@ -71,18 +73,25 @@ class HiddenTrigger(CleanLabelAttack):
         resolved = super().resolve(info)
         source, size = self.source, self.size
         if source is None:
-            source = ((resolved.target or 0) + 1) % info.num_classes
+            source = (resolved.target_label + 1) % info.num_classes
         if size is None:
             size = max(1, round(info.shape[1] * 30 / 224))
-        return resolved.model_copy(update={"source": source, "size": size})
+        return resolved.model_copy(update={"source": info.label_of(source, "source"), "size": size})
 
     def check(self, info: DatasetInfo) -> None:
         """Check also that source and target are two different classes."""
         if self.source == self.target:
             raise ConfigError(f"hidden_trigger: source and target are both class {self.target}", "choose two classes")
-        if self.source is not None and self.source >= info.num_classes:
-            raise ConfigError(f"source {self.source} is not a class of {info.name}")
+        if self.source is not None:
+            info.label_of(self.source, "source")
         super().check(info)
+
+    @property
+    def source_label(self) -> int:
+        """The label of the source; `ValueError` if it is a name that `resolve` has not seen."""
+        if isinstance(self.source, str):
+            raise ValueError(f"the class '{self.source}' has no label before `resolve`")
+        return self.source or 0
 
     def tile(self, info: DatasetInfo) -> Tensor:
         """The patch (C, size, size): 4x4 random colours, enlarged smoothly."""
@@ -102,7 +111,7 @@ class HiddenTrigger(CleanLabelAttack):
     def craft(self, chosen: ImageSet, indices: Tensor, task: AttackTask, context: Context) -> Tensor:
         """The chosen images, optimised in feature space and truncated to whole levels, without a patch."""
         assert task.network is not None
-        of_source = torch.nonzero(task.data.labels == (self.source or 0)).flatten()
+        of_source = torch.nonzero(task.data.labels == self.source_label).flatten()
         hint = "the source class has too few images; lower class_rate"
         if len(of_source) < len(indices):
             raise ConfigError(f"hidden_trigger: {len(indices)} pairs, but {len(of_source)} source images", hint)
@@ -146,9 +155,9 @@ class HiddenTrigger(CleanLabelAttack):
 
     def attack_test(self, task: AttackTask, context: Context) -> PoisonedSamples:
         """The images of the source class, patched."""
-        indices = torch.nonzero(task.data.labels == (self.source or 0)).flatten()
+        indices = torch.nonzero(task.data.labels == self.source_label).flatten()
         images = self.stamp(task.data.images[indices], indices, task.info, derive_seed(context.seed, "place"))
-        return PoisonedSamples(indices, images, torch.full_like(indices, self.target or 0))
+        return PoisonedSamples(indices, images, torch.full_like(indices, self.target_label))
 
 
 def pair_greedily(distances: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class TrojanNet(StampAttack):
 
     def trigger(self, info: DatasetInfo) -> Trigger:
         """The patch of the target class."""
-        return self.trigger_of(self.target or 0, info)
+        return self.trigger_of(self.target_label, info)
 
     def fixed_trigger(self, info: DatasetInfo) -> Trigger | None:
         """The patch of the target class; None where every label has its own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from backdoor_bench_none.cli.options import (
 )
 from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.contracts.job import CELL
-from backdoor_bench_none.errors import ExitCode
+from backdoor_bench_none.errors import DatasetError, ExitCode
 from backdoor_bench_none.planning.reading import find_file
 from backdoor_bench_none.planning.stage_table import find_stage, in_order, record_key
 from backdoor_bench_none.words import plural
@@ -112,8 +113,24 @@ def describe_plan(plan: Plan) -> list[str]:
         f"  recipe      not as published in {plural('cell', count)} of {label}: {deviation}"
         for (label, deviation), count in deviations.items() if deviation
     ]  # fmt: skip
+    lines += describe_data(plan)
     lines += [f"  absent      data set {name}: `bbn run` downloads it if it may" for name in plan.absent]
     return lines
+
+
+def describe_data(plan: Plan) -> list[str]:
+    """How people's own data are read, and which classes attacks aim at where these have names."""
+    lines: dict[str, None] = {}  # each once, in order
+    for dataset in {cell.dataset.label: cell.dataset for cell in plan.cells}.values():
+        with suppress(DatasetError):  # the records may be there without the data
+            lines |= dict.fromkeys(f"  data        {dataset.label}: {line}" for line in dataset.component.reading())
+    for cell in plan.cells:
+        for name in ("target", "source"):
+            label = getattr(cell.attack.component, name, None)
+            if isinstance(label, int) and cell.info.classes:
+                where = f"{cell.attack.label} on {cell.dataset.label}"
+                lines[f"  {name:11} {where}: class {cell.info.describe_class(label)}"] = None
+    return list(lines)
 
 
 @click.command("run")
@@ -163,6 +180,9 @@ def run_command(
     if console.is_terminal and not quiet:
         reporter = Bars(console)
     options = Options(folder, device, slots, only, 1 if fail_fast else maxfail)
+    if not quiet:
+        for line in describe_data(plan):
+            say(line)
     summary = run_plan(plan, registry, options, reporter)
     print_matrix(make_rows(plan, folder), console)
     for line in describe_summary(summary, file, folder):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -225,8 +225,8 @@ class StampAttack(Attack):
     trigger of Eq. 1.
     """
 
-    target: int | None = Field(
-        None, ge=0, description="label of all triggered images; default: the paper's for the data set"
+    target: Annotated[int, Field(ge=0)] | str | None = Field(
+        None, description="class of all triggered images, as its label or its name; default: the paper's"
     )
     label_mode: LabelMode = Field(
         "all_to_one", description="all_to_one: every label becomes target; all_to_all: y becomes (y + 1) mod K"
@@ -238,6 +238,13 @@ class StampAttack(Attack):
         if mode == "clean_label":
             raise ValueError("this attack changes labels: all_to_one or all_to_all")
         return mode
+
+    @property
+    def target_label(self) -> int:
+        """The label of the target, 0 where there is none; `ValueError` if it is a name that `resolve` has not seen."""
+        if isinstance(self.target, str):
+            raise ValueError(f"the class '{self.target}' has no label before `resolve`")
+        return self.target or 0
 
     def trigger(self, info: DatasetInfo) -> Trigger:
         """The trigger for images of `info.shape`."""
@@ -257,20 +264,18 @@ class StampAttack(Attack):
         return trigger
 
     def resolve(self, info: DatasetInfo) -> Self:
-        """Fill in the paper's target label; `all_to_all` has none."""
+        """Fill in the label of the target, by default the paper's; `all_to_all` has none."""
         target = self.target
         if self.label_mode == "all_to_all":
             target = None
-        elif target is None:
-            target = info.paper_target
+        else:
+            target = info.label_of(info.paper_target if target is None else target, "target")
         return self.model_copy(update={"target": target})
 
     def check(self, info: DatasetInfo) -> None:
         """Check that the target is a class and that the trigger fits the images."""
-        if self.target is not None and self.target >= info.num_classes:
-            raise ConfigError(
-                f"target {self.target} is not a class of {info.name}", f"its classes are 0 to {info.num_classes - 1}"
-            )
+        if self.target is not None:
+            info.label_of(self.target, "target")
         black = torch.zeros(1, *info.shape, dtype=torch.uint8)
         self.stamp(black, torch.arange(1), info, seed=0)
 
@@ -278,7 +283,7 @@ class StampAttack(Attack):
         """The labels the attacker wants: `target`, or (y + 1) mod K (section 8.6)."""
         if self.label_mode == "all_to_all":
             return (labels + 1) % num_classes
-        return torch.full_like(labels, self.target or 0)
+        return torch.full_like(labels, self.target_label)
 
     def stamp(self, images: Tensor, indices: Tensor, info: DatasetInfo, seed: int) -> Tensor:
         """`images` (N, C, H, W) uint8 of the samples `indices` (N,) with their triggers."""
@@ -312,7 +317,7 @@ class TriggerAttack(StampAttack):
         count = round(self.poison_rate * len(labels))
         if not self.exclude_target or self.target is None:
             return draw_indices(torch.arange(len(labels)), count, seed)
-        return draw_indices(torch.nonzero(labels != self.target).flatten(), count, seed)
+        return draw_indices(torch.nonzero(labels != self.target_label).flatten(), count, seed)
 
     def poison(self, task: AttackTask, context: Context) -> PoisonedSamples:
         """Stamp and relabel the selected samples."""
@@ -352,7 +357,7 @@ class CleanLabelAttack(StampAttack):
 
     def select(self, labels: Tensor, seed: int) -> Tensor:
         """round(class_rate * n) distinct indices of the n samples of the target class, in ascending order."""
-        of_target = torch.nonzero(labels == (self.target or 0)).flatten()
+        of_target = torch.nonzero(labels == self.target_label).flatten()
         count = round(self.class_rate * len(of_target))
         if count == 0:
             raise ConfigError(

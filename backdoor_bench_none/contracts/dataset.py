@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from backdoor_bench_none.contracts.component import Component
+from backdoor_bench_none.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,43 @@ class DatasetInfo:
     flip: bool = False
     paper_target: int = 0
     paper_trigger: str = "dynamic"
+    #: the names of the classes, by label, where they have any
+    classes: tuple[str, ...] = ()
+
+    def label_of(self, name: int | str, what: str) -> int:
+        """The label of a class given by its name, or by the label itself; `ConfigError` if there is no such class.
+
+        `what` is the parameter that names it.
+        """
+        if isinstance(name, str) and name not in self.classes:
+            known = did_you_mean(name, self.classes) if self.classes else "its classes have labels only"
+            raise ConfigError(f"{what} '{name}' is not a class of {self.name}", known)
+        label = self.classes.index(name) if isinstance(name, str) else name
+        if label >= self.num_classes:
+            hint = f"its classes are 0 to {self.num_classes - 1}"
+            raise ConfigError(f"{what} {label} is not a class of {self.name}", hint)
+        return label
+
+    def describe_class(self, label: int) -> str:
+        """A class by its label and, where it has one, its name: "2 ('cat')"."""
+        return f"{label} ('{self.classes[label]}')" if self.classes else str(label)
+
+
+def check_info(info: DatasetInfo) -> None:
+    """Raise `ConfigError` if no network can be made for a data set with this metadata."""
+    channels, height, width = info.shape
+    if height != width:
+        hint = "resize or pad them in `load`, and say so in `info`"
+        raise ConfigError(f"{info.name} has images of {height}x{width} pixels, and networks take squares", hint)
+    if min(info.shape) < 1 or info.num_classes < 2 or info.train_size < 1:
+        raise ConfigError(
+            f"{info.name} has images {info.shape}, {info.num_classes} classes and {info.train_size} training images",
+            "there must be pixels, two classes and an image",
+        )
+    if len(info.mean) != channels or len(info.std) != channels:
+        raise ConfigError(f"{info.name} has {channels} channels, {len(info.mean)} means and {len(info.std)} deviations")
+    if info.classes and len(info.classes) != info.num_classes:
+        raise ConfigError(f"{info.name} has {info.num_classes} classes and {len(info.classes)} names of classes")
 
 
 class Dataset(Component):
@@ -81,8 +119,13 @@ class Dataset(Component):
         for path in files:
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+            # as bytes: a name that is no UTF-8 has no other form
+            digest.update(os.fsencode(path.relative_to(folder).as_posix()) + f" {content}\n".encode())
         return digest.hexdigest()
+
+    def reading(self) -> list[str]:
+        """Lines that `bbn plan` and `bbn run` show of how the data are read; none where there is but one way."""
+        return []
 
     def recipe(self) -> Mapping[str, Any]:
         """The fields of the default training recipe that this data set changes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -23,6 +23,11 @@ from backdoor_bench_none.contracts.dataset import DatasetInfo, ImageSet
 from backdoor_bench_none.data.torchvision_sets import TorchvisionSet
 from backdoor_bench_none.errors import DatasetError
 
+#: the classes of Imagenette, in the order of their WordNet ids
+NAMES = (
+    "tench", "English springer", "cassette player", "chain saw", "church", "French horn", "garbage truck", "gas pump",
+    "golf ball", "parachute",
+)  # fmt: skip
 #: The path of an image file, and its label.
 Sample = tuple[str, int]
 
@@ -31,23 +36,29 @@ class SmallerThanPublishedWarning(UserWarning):
     """There are fewer training images than the paper trained on."""
 
 
-def read_square(path: str, size: int, mode: str = "RGB") -> NDArray[np.uint8]:
-    """One image file as uint8 (size, size, 3) for "RGB" or (size, size) for "L", resized bilinearly as a whole."""
+def read_square(path: str, size: int) -> NDArray[np.uint8]:
+    """One image file in colour as uint8 (size, size, 3), resized bilinearly as a whole."""
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert(mode).resize((size, size), Image.Resampling.BILINEAR))
+            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
     except (OSError, SyntaxError, ValueError) as error:
         raise DatasetError(f"the image {path} cannot be read: {error}", "replace or remove it") from error
 
 
-def read_images(samples: Sequence[Sample], size: int, channels: int = 3) -> ImageSet:
-    """The images (N, C, size, size) of `samples`, in their order; C is 1 or 3."""
+def read_images(samples: Sequence[Sample], size: int) -> ImageSet:
+    """The colour images (N, 3, size, size) of `samples`, in their order."""
+    return fill_images(samples, size, 3, lambda path: read_square(path, size))
+
+
+def fill_images(
+    samples: Sequence[Sample], size: int, channels: int, read: Callable[[str], NDArray[np.uint8]]
+) -> ImageSet:
+    """The images (N, C, size, size) of `samples`, in their order; `read` returns each as (size, size, C)."""
     images = torch.empty(len(samples), channels, size, size, dtype=torch.uint8)
     pixels = images.numpy().transpose(0, 2, 3, 1)
-    mode = "RGB" if channels == 3 else "L"
 
     def fill(index: int) -> None:
-        pixels[index] = read_square(samples[index][0], size, mode).reshape(size, size, channels)
+        pixels[index] = read(samples[index][0])
 
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(fill, range(len(samples))):
@@ -228,6 +239,7 @@ class Imagenette(_ImageFiles):
             flip=True,
             paper_target=1,
             paper_trigger="watermark",
+            classes=tuple(NAMES[label] for label in self._kept),
         )
 
     @field_validator("classes")

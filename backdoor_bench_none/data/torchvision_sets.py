@@ -273,7 +273,11 @@ class FashionMNIST(MNIST):
             std=(0.3530,),
             paper_target=0,
             paper_trigger="pixel",
-        )
+            classes=(
+                "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+                "Ankle boot",
+            ),
+        )  # fmt: skip
 
 
 class CIFAR10(MixedSet):
@@ -299,7 +303,10 @@ class CIFAR10(MixedSet):
             flip=True,
             paper_target=0,
             paper_trigger="dynamic",
-        )
+            classes=(
+                "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+            ),
+        )  # fmt: skip
 
     def files(self) -> list[Path]:
         """The five training batches, the test batch and the file of class names."""

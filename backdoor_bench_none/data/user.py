@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
-import torchvision.datasets as tv
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from pydantic import Field
@@ -18,19 +21,29 @@ from pydantic import Field
 from backdoor_bench_none.contracts.component import Incidental
 from backdoor_bench_none.contracts.dataset import Dataset, DatasetInfo, ImageSet
 from backdoor_bench_none.data.digits import stratified_split
-from backdoor_bench_none.data.image_files import Sample, keep_classes, others, read_images
+from backdoor_bench_none.data.folders import Layout, count_endings, find_parts, list_images
+from backdoor_bench_none.data.image_files import Sample, fill_images, keep_classes, others
+from backdoor_bench_none.data.pixels import ImageReader
 from backdoor_bench_none.errors import DatasetError
+from backdoor_bench_none.words import visible
 
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
-_NPZ_FAULTS = (OSError, RuntimeError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
+_NPZ_FAULTS = (
+    OSError, RuntimeError, ValueError, LookupError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile,
+    zlib.error,
+)  # fmt: skip
 
 
 class ImageFolder(Dataset):
-    """Image files in one folder per class, whose sorted names are the labels 0 to K - 1, resized to squares.
+    """Image files in one folder per class, resized to squares; the sorted names are the labels 0 to K - 1.
 
-    `root` holds `train` and `test` (or `val`) folders of class folders, or the class folders themselves; in the latter
-    case a fixed, stratified share `test_fraction` is the test set.
+    Names that are whole numbers are sorted as numbers. `root` holds the class folders, of which a fixed, stratified
+    share `test_fraction` is the test set, or the folders of a split by any of their usual names (train, training; test,
+    val, valid, validation, eval) in any case. Pictures are turned as their EXIF tag says, what is transparent becomes
+    white, 16 bits a channel are scaled to 8. Files that are no images are left out and counted.
     """
+
+    revision: ClassVar[int] = 2
 
     root: Annotated[Path, Incidental] = Field(description="folder of class folders, or of train and test (or val)")
     image_size: int = Field(default=64, ge=8, le=512, description="side in pixels that the images are resized to")
@@ -45,75 +58,104 @@ class ImageFolder(Dataset):
     )
     flip: bool = Field(default=False, description="whether images are mirrored at random in training")
     crop_padding: int = Field(default=0, ge=0, description="pixels by which images are shifted at random in training")
+    layout: Layout = Field(
+        default="auto", description="split: `root` has a training and a test part; classes: it has class folders only"
+    )
+    white: int | None = Field(
+        default=None, ge=255, le=2**31 - 1, description="white in images of more than 8 bits; default: 65535"
+    )
 
     def info(self) -> DatasetInfo:
         """The metadata, from the names of the files."""
-        classes, train, _ = self._samples()
+        files = self._files()
         return DatasetInfo(
             name="image_folder",
             shape=(self.channels, self.image_size, self.image_size),
-            num_classes=len(classes),
-            train_size=len(train),
+            num_classes=len(files.classes),
+            train_size=len(files.train),
             mean=(self.mean,) * self.channels,
             std=(self.std,) * self.channels,
             crop_padding=self.crop_padding,
             flip=self.flip,
+            classes=tuple(map(visible, files.classes)),
         )
 
     def prepare(self) -> None:
         """Check that the folders are there and agree; nothing is downloaded."""
-        self._samples()
+        self._files()
+
+    def reading(self) -> list[str]:
+        """The number of images, their endings, the split, the classes, and what is left out."""
+        files = self._files()
+        endings = Counter(os.path.splitext(path)[1].lower() for path, _ in (*files.train, *files.test))
+        lines = [
+            f"{len(files.train):,} training and {len(files.test):,} test images, {files.split}",
+            f"files   {count_endings(endings)}",
+            f"classes {_shown([f'{label} {visible(name)}' for label, name in enumerate(files.classes)])}",
+        ]
+        if files.left_out:
+            lines.append(f"left out, since they are no images here: {count_endings(files.left_out)}")
+        return lines
 
     def files(self) -> list[Path]:
-        """The image files of both parts."""
-        _, train, test = self._every_sample()
-        return [Path(path) for path, _ in (*train, *test)]
+        """The image files of both parts, of all classes."""
+        every = self._every_file()
+        return [Path(path) for path, _ in (*every.train, *every.test)]
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """Images (N, C, S, S) of the training and the test part, in the order of their paths."""
-        _, train, test = self._samples()
-        return read_images(train, self.image_size, self.channels), read_images(test, self.image_size, self.channels)
+        files = self._files()
+        reader = ImageReader(self.image_size, self.channels, self.white)
+        train, test = (self._read(part, reader) for part in (files.train, files.test))
+        reader.check()
+        return train, test
 
     def load_for_pretraining(self) -> tuple[ImageSet, int]:
         """The training images of the folders that `classes` leaves out; all of them if it leaves out none."""
-        names, train, _ = self._every_sample()
-        left = others(len(names), [names.index(name) for name in self.classes or ()])
-        return read_images(keep_classes(train, left), self.image_size, self.channels), len(left)
+        every = self._every_file()
+        left = others(len(every.classes), [every.classes.index(name) for name in self.classes or ()])
+        reader = ImageReader(self.image_size, self.channels, self.white)
+        return self._read(keep_classes(every.train, left), reader), len(left)
 
-    def _samples(self) -> tuple[list[str], list[Sample], list[Sample]]:
-        """The names of the classes, and their training and test files."""
-        names, train, test = self._every_sample()
+    def _read(self, samples: Sequence[Sample], reader: ImageReader) -> ImageSet:
+        return fill_images(samples, self.image_size, self.channels, reader.read)
+
+    def _files(self) -> _Files:
+        """The files of the chosen classes."""
+        every = self._every_file()
         if self.classes is None:
-            return names, train, test
-        unknown = [name for name in self.classes if name not in names]
+            return every
+        unknown = [name for name in self.classes if name not in every.classes]
         fault = None
         if unknown:
             fault = f"there is no class {unknown[0]!r}"
         elif len(set(self.classes)) < len(self.classes):
             fault = "a class appears twice in `classes`"
         if fault is not None:
-            raise DatasetError(f"image_folder: {fault}", f"the classes of {self.root} are {_shown(names)}")
-        kept = [names.index(name) for name in self.classes]
-        return list(self.classes), keep_classes(train, kept), keep_classes(test, kept)
+            raise DatasetError(f"image_folder: {fault}", f"the classes of {self.root} are {_shown(every.classes)}")
+        kept = [every.classes.index(name) for name in self.classes]
+        train, test = (keep_classes(part, kept) for part in (every.train, every.test))
+        return replace(every, classes=list(self.classes), train=train, test=test)
 
-    def _every_sample(self) -> tuple[list[str], list[Sample], list[Sample]]:
+    def _every_file(self) -> _Files:
         root = self.root.expanduser()
         if not os.path.isdir(root):
             raise DatasetError(f"image_folder: {root} is not a folder", "`root` must name a folder of class folders")
-        tests = [root / name for name in ("test", "val") if os.path.isdir(root / name)]
-        if tests and os.path.isdir(root / "train"):
-            classes, train = _listed(root / "train")
-            test_classes, test = _listed(tests[0])
-            _require_agreement(classes, test_classes, tests[0])
-        else:
-            classes, samples = _listed(root)
-            train, test = self._divided(samples)
-        if len(classes) < 2:
+        parts = find_parts(root, self.layout)
+        if len(parts.train) < 2:
             raise DatasetError(
-                f"image_folder: {root} has one class only, {classes[0]!r}",
+                f"image_folder: {root} has {_count_classes(list(parts.train))}",
                 "two or more class folders are needed; a train folder needs a test or val folder beside it",
             )
-        return classes, train, test
+        train = list_images(parts.train)
+        if parts.test is None:
+            kept, held_out = self._divided(train.samples)
+            share = f"{parts.reading}, {self.test_fraction:.0%} of each class for testing"
+            return _Files(list(parts.train), kept, held_out, share, train.left_out)
+        _require_agreement(list(parts.train), list(parts.test), parts.reading)
+        # in the order of the training part: the test part alone might be sorted otherwise
+        test = list_images({name: parts.test[name] for name in parts.train})
+        return _Files(list(parts.train), train.samples, test.samples, parts.reading, train.left_out + test.left_out)
 
     def _divided(self, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
         labels = np.array([label for _, label in samples], dtype=np.int64)
@@ -127,6 +169,23 @@ class ImageFolder(Dataset):
         return [samples[i] for i in train], [samples[i] for i in test]
 
 
+@dataclass(frozen=True)
+class _Files:
+    """The classes of a folder, the files of both parts, how it was split, and the files that are no images."""
+
+    classes: list[str]
+    train: list[Sample]
+    test: list[Sample]
+    split: str
+    left_out: Counter[str]
+
+
+def _count_classes(names: list[str]) -> str:
+    if not names:
+        return "no class folders"
+    return f"one class only, {visible(names[0])!r}"
+
+
 def _shown(names: list[str]) -> str:
     shown = ", ".join(names[:10])
     if len(names) > 10:
@@ -134,19 +193,11 @@ def _shown(names: list[str]) -> str:
     return shown
 
 
-def _listed(folder: Path) -> tuple[list[str], list[Sample]]:
-    try:
-        images = tv.ImageFolder(str(folder))
-    except OSError as error:
-        raise DatasetError(f"image_folder: {folder}: {error}", "it must hold one folder of images per class") from error
-    return list(images.classes), list(images.samples)
-
-
-def _require_agreement(train: list[str], test: list[str], folder: Path) -> None:
+def _require_agreement(train: list[str], test: list[str], reading: str) -> None:
     odd = sorted(set(train) ^ set(test))
     if odd:
         raise DatasetError(
-            f"image_folder: train and {folder.name} do not have the same classes: {', '.join(odd)}",
+            f"image_folder: {reading}: the two do not have the same classes: {', '.join(map(visible, odd))}",
             "give both parts a folder for every class",
         )
 
@@ -255,6 +306,9 @@ def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dt
             shape, _, dtype = npy.read_array_header_2_0(member)
         else:
             raise ValueError(f"{name} has the unknown format version {version}")
+    promised = math.prod(shape) * dtype.itemsize
+    if not dtype.hasobject and archive.getinfo(name).file_size < promised:
+        raise ValueError(f"{name} is cut off: it says {shape} of {dtype}")
     return tuple(shape), dtype
 
 

@@ -13,7 +13,7 @@ from backdoor_bench_none.contracts.attack import Attack
 from backdoor_bench_none.contracts.cell import Cell
 from backdoor_bench_none.contracts.component import Choice
 from backdoor_bench_none.contracts.config import Config, Location, Matrix
-from backdoor_bench_none.contracts.dataset import Dataset, DatasetInfo
+from backdoor_bench_none.contracts.dataset import Dataset, DatasetInfo, check_info
 from backdoor_bench_none.contracts.defense import Defense
 from backdoor_bench_none.contracts.metric import Metric
 from backdoor_bench_none.contracts.trainer import Trainer
@@ -183,6 +183,7 @@ class _Expander:
         for dataset in block.dataset:
             try:
                 info, fingerprint = self.data.of(dataset.choice)
+                check_info(info)
             except BenchError as error:
                 self.faults.add(dataset.location, one_line(error))
                 continue

@@ -17,7 +17,7 @@ def describe_whole(record: Record) -> Iterator[str]:
     if record.reason:
         yield f"reason       {record.reason}"
     for axis, value in record.axes.items():
-        params = ", ".join(f"{name}={param}" for name, param in value.params.items())
+        params = ", ".join(f"{name}={_param(name, param, record)}" for name, param in value.params.items())
         name = value.name
         if value.label != name:
             name += f" as {value.label}"
@@ -39,6 +39,14 @@ def describe_whole(record: Record) -> Iterator[str]:
         yield f"warning      {text}"
     if record.failure is not None and record.failure.traceback:
         yield record.failure.traceback.rstrip()
+
+
+def _param(name: str, value: object, record: Record) -> object:
+    """A parameter; the class that an attack aims at with its name, where it has one."""
+    classes = (record.dataset_info or {}).get("classes")
+    if name in ("target", "source") and classes and isinstance(value, int) and value < len(classes):
+        return f"{value} ('{classes[value]}')"
+    return value
 
 
 def _plain(value: object) -> str:

@@ -96,7 +96,7 @@ def _wanted_count(attack: Attack, labels: Tensor) -> tuple[int | None, str]:
     if isinstance(attack, TriggerAttack) and type(attack).poison is TriggerAttack.poison:
         return round(attack.poison_rate * len(labels)), "round(poison_rate * N)"
     if isinstance(attack, CleanLabelAttack) and type(attack).poison is CleanLabelAttack.poison:
-        return round(attack.class_rate * int(torch.eq(labels, attack.target or 0).sum())), "round(class_rate * n)"
+        return round(attack.class_rate * int(torch.eq(labels, attack.target_label).sum())), "round(class_rate * n)"
     return None, ""
 
 

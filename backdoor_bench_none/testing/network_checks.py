@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from backdoor_bench_none.contracts.architecture import Activation, Architecture, ModelSpec
-from backdoor_bench_none.contracts.dataset import Dataset
+from backdoor_bench_none.contracts.dataset import Dataset, check_info
 from backdoor_bench_none.contracts.metric import Evaluation, Metric
 from backdoor_bench_none.contracts.network import find_logits_layer
 from backdoor_bench_none.contracts.recipe import Recipe
@@ -128,8 +128,8 @@ def check_dataset(dataset: Dataset, bench: Bench) -> None:
     dataset.prepare()
     info = dataset.info()
     train, test = dataset.load()
+    check_info(info)
     check_dataset_holds(train, test, info)
-    require(len(info.mean) == len(info.std) == info.shape[0], "mean and std do not have one value for each channel")
     again = dataset.load()[0]
     require(torch.equal(again.images, train.images), "two calls of load return different images")
     require(dataset.fingerprint() == dataset.fingerprint(), "the fingerprint changes from call to call")

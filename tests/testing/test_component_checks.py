@@ -336,7 +336,7 @@ CAUGHT: list[tuple[str, type[Component], str]] = [
     ("dataset", loading(lambda s: replace(s, labels=s.labels.int())), "training.labels is torch.int32, not int64"),
     ("dataset", loading(lambda s: replace(s, labels=s.labels + 1), 1), "test.labels is not within 0 to 2"),
     ("dataset", loading(lambda s: s.take(torch.randperm(240))), "two calls of load return different images"),
-    ("dataset", TwoMeans, "mean and std do not have one value for each channel"),
+    ("dataset", TwoMeans, "has 3 channels, 2 means and 3 deviations"),
     ("dataset", Restless, "the fingerprint changes from call to call"),
     ("trainer", fitting(does_not_train), "fit does not change the network"),
     ("trainer", fitting(trains_one_epoch), "1 losses, 4 epochs"),
