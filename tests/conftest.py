@@ -124,3 +124,13 @@ def make_record() -> Callable[..., Record]:
         return Record(key=key, title="a cell", axes=values, recipe={}, costs=costs, **given)
 
     return make
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what `tests/campaign` tried and what was survived."""
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()):
+                if name == "campaign" and report.when == "call":
+                    what, tried, survived = value
+                    terminalreporter.write_line(f"campaign: {what}: {tried} tried, {survived} survived")

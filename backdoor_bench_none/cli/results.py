@@ -1,4 +1,4 @@
-"""The verb `bbn results show`."""
+"""The verbs `bbn results show` and `bbn results check`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backdoor_bench_none.errors import ExitCode
 
 @click.group("results")
 def results_command() -> None:
-    """Show single records."""
+    """Show single records, and check a results folder."""
 
 
 @results_command.command("show")
@@ -33,3 +33,30 @@ def show_command(key: str, results: Path | None, as_json: bool) -> int:
     for line in describe_whole(record):
         say(line)
     return ExitCode.OK
+
+
+@results_command.command("check")
+@results_option
+@click.option(
+    "--repair", is_flag=True, help="Move what is damaged into the folder `damaged`; `bbn run` makes it again."
+)
+def check_command(results: Path | None, repair: bool) -> int:
+    """Read every record and artifact of a results folder, and list those that are not as they were written."""
+    from backdoor_bench_none.errors import BenchError
+    from backdoor_bench_none.results.store import Store
+    from backdoor_bench_none.words import plural
+
+    folder = results or Path("results")
+    if not folder.is_dir():
+        raise BenchError(f"there is no results folder '{folder}'", "name one with --results")
+    store = Store(folder)
+    damage = list(store.find_damage())
+    for each in damage:
+        moved = f"; moved to {store.set_aside(each.path)}" if repair else ""
+        say(f"damaged {each.path}: {each.fault}{moved}")
+    say(f"{plural('record', len(store.record_paths()))} and {plural('artifact', store.count_artifacts())} in {folder}")
+    if not damage or repair:
+        say("all intact" if not damage else "what was damaged is set aside")
+        return ExitCode.OK
+    say(f"{plural('file', len(damage))} damaged; `bbn results check --repair` sets them aside")
+    return ExitCode.CELLS_FAILED

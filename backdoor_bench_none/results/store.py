@@ -53,6 +53,14 @@ class Artifact:
     meta: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Damage:
+    """A file of a results folder that is not as it was written, and what is wrong with it."""
+
+    path: Path
+    fault: str
+
+
 class Store:
     """A results folder; any number of processes may use it at once."""
 
@@ -130,6 +138,10 @@ class Store:
         folders = _names_in(self.root / "artifacts" / stage)
         return [path for folder in folders for path in self._artifact_paths(stage, folder)]
 
+    def count_artifacts(self) -> int:
+        """The number of artifacts of all stages."""
+        return sum(len(self.artifact_paths(stage)) for stage in _names_in(self.root / "artifacts"))
+
     def _artifact_paths(self, stage: str, folder: str) -> list[Path]:
         path = self.root / "artifacts" / stage / folder
         return [path / name for name in _names_in(path) if name.endswith(ARTIFACT) and not name.startswith(".")]
@@ -151,15 +163,35 @@ class Store:
         if path is None:
             return None
         try:
-            with open_file(path) as file:
-                intact = hashlib.file_digest(file, "sha256").hexdigest() == path.name.split(".")[1]
-            if intact:
-                return _read_artifact(path)
-        except (OSError, SafetensorError):
+            _require_intact(path)
+            return _read_artifact(path)
+        except (OSError, SafetensorError, DamagedFileError):
             pass
         warnings.warn(f"artifact {stage} {key} is damaged and is computed again", DamagedArtifactWarning, stacklevel=2)
         self._clear(path)
         return None
+
+    def find_damage(self) -> Iterator[Damage]:
+        """Everything in the folder that is not as it was written; all of it is read."""
+        for path in self.record_paths():
+            try:
+                read_record_file(path)
+            except (DamagedFileError, FileNotFoundError) as error:
+                yield Damage(path, str(error))
+        for stage in _names_in(self.root / "artifacts"):
+            for path in self.artifact_paths(stage):
+                try:
+                    _require_intact(path)
+                except (OSError, DamagedFileError) as error:
+                    yield Damage(path, getattr(error, "strerror", None) or str(error))
+        for path in self._temporaries():
+            yield Damage(path, "a run was ended while it wrote this")
+
+    def _temporaries(self) -> Iterator[Path]:
+        """What is left of writes that were interrupted; a run that is going on has some for a moment."""
+        for top in ("records", "artifacts"):
+            for where, _, names in os.walk(self.root / top):
+                yield from (Path(where, name) for name in names if name.startswith("."))
 
     def set_aside(self, path: Path) -> Path:
         """Move something damaged out of the way, into the folder `damaged`, and return its new path."""
@@ -217,6 +249,14 @@ def _read_record(path: Path) -> Record | None:
     except DamagedFileError as error:
         warn_of_damage(path, error)
         return None
+
+
+def _require_intact(path: Path) -> None:
+    """Raise `DamagedFileError` or `OSError` unless the content of an artifact has the hash in its name."""
+    with open_file(path) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != path.name.split(".")[1]:
+        raise DamagedFileError("its content has another hash than its name")
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -132,7 +132,8 @@ class Stages:
         costs = dict(self.costs)
         if not record.victim_losses:
             costs.pop("victim", None)  # a victim that was not trained has no cost to compare with
-        return record.model_copy(update={"costs": costs, "warnings": [*defended.meta["warnings"], *measured.warnings]})
+        noted = [text for artifact in self._cached.values() for text in artifact.meta.get("warnings", ())]
+        return record.model_copy(update={"costs": costs, "warnings": [*dict.fromkeys([*noted, *measured.warnings])]})
 
     def run(self, name: str) -> None:
         """Load or compute a stage, by name."""
