@@ -100,6 +100,8 @@ class Defense(Component):
     starts_from_victim: ClassVar[bool] = False
     #: whether it is an upper bound that knows which samples are poisoned; every table marks it
     sees_ground_truth: ClassVar[bool] = False
+    #: whether the victim itself is a right result, as of a detector; every table marks it, `bbn check` refuses others
+    may_return_victim: ClassVar[bool] = False
     #: what `run` returns besides the model
     returns: ClassVar[tuple[Literal["flagged", "scores", "infected"], ...]] = ()
 

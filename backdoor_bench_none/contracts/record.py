@@ -65,6 +65,8 @@ class Record(_Part):
     #: hits of every test image, where they were kept
     outcomes: Outcomes | None = None
     infected: bool | None = None
+    #: whether the defense returned the victim as it was
+    unchanged: bool = False
     clean_fraction: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
     metrics: dict[str, float | None] = {}
     extras: dict[str, Any] = {}

@@ -61,6 +61,10 @@ class Part:
         return f"{self.text}≈" if self.close else self.text
 
 
+#: what is said of a defense that did nothing
+UNCHANGED = "unchanged: the network that the defense returned is the victim"
+
+
 @dataclass(frozen=True)
 class Box:
     """One cell of a table: its numbers, or a status.
@@ -162,9 +166,12 @@ def _title(rows: Sequence[Row], axes: Sequence[str], layout: Layout) -> str:
 
 
 def _box(row: Row, metrics: Sequence[Metric], ranks: Mapping[tuple[int, str], str], notes: list[str]) -> Box:
-    note = None
+    note, text = None, ""
     if row.status != "done":
         text = f"{row.status}: {row.reason}"
+    elif row.unchanged and not row.is_baseline:
+        text = UNCHANGED
+    if text:
         if text not in notes:
             notes.append(text)
         note = notes.index(text) + 1

@@ -179,10 +179,10 @@ def render_csv(rows: Sequence[Row]) -> str:
     for name in SPREAD:
         spread += [f"{name}_sd", f"{name}_low", f"{name}_high"]
     out = io.StringIO()
-    writer = csv.DictWriter(out, [*plain, *METRICS, *spread, "sees_ground_truth"], lineterminator="\n")
+    writer = csv.DictWriter(out, [*plain, *METRICS, *spread, "sees_ground_truth", "unchanged"], lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        values = {name: getattr(row, name) for name in (*plain, *METRICS, "sees_ground_truth")}
+        values = {name: getattr(row, name) for name in (*plain, *METRICS, "sees_ground_truth", "unchanged")}
         values["seeds"] = " ".join(map(str, row.seeds))
         for name in SPREAD:
             interval = row.intervals.get(name)

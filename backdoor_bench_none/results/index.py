@@ -19,7 +19,7 @@ NAME = "index.sqlite"
 #: a record's key, its file's time of change in nanoseconds, and its size; if one of them changed, it is read again
 Stamp = tuple[str, int, int]
 #: bumped when the meaning of a column changes
-REVISION = 1
+REVISION = 2
 SELECT = f"SELECT {', '.join(COLUMNS)} FROM records ORDER BY key"  # noqa: S608 - our own names
 INSERT = f"INSERT OR REPLACE INTO records VALUES ({', '.join('?' * (len(COLUMNS) + 2))})"  # noqa: S608
 

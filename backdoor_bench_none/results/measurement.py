@@ -50,6 +50,7 @@ class Measurement:
     clean_fraction: float = 0.0
     defense_stage: str | None = None
     sees_ground_truth: bool = False
+    unchanged: bool = False
 
     @classmethod
     def of(cls, record: Record) -> Self:
@@ -67,7 +68,7 @@ class Measurement:
             key=record.key, title=record.title, status=record.status, reason=record.reason, seed=record.seed,
             names=canonical_json(names), identity=hashlib.sha256(identity.encode()).hexdigest()[:16],
             clean_fraction=record.clean_fraction, defense_stage=record.defense_stage,
-            sees_ground_truth=record.sees_ground_truth, **values,
+            sees_ground_truth=record.sees_ground_truth, unchanged=record.unchanged, **values,
         )  # fmt: skip
 
     def rate(self, name: str) -> float | None:

@@ -60,6 +60,8 @@ class Row:
     clean_fraction: float | None = None
     sees_ground_truth: bool = False
     is_baseline: bool = False
+    #: whether the defense returned the victim as it was, in one seed or more
+    unchanged: bool = False
     keys: list[str] = field(default_factory=list)
     deviations: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, Interval] = field(default_factory=dict)
@@ -140,7 +142,8 @@ def _row(labels: Labels, slots: list[_Slot], baselines: Mapping[tuple[Labels, in
     return Row(
         **axes, **means, seeds=[measured.seed for measured in done], status=status, reason=reason,
         sees_ground_truth=any(measured.sees_ground_truth for measured in done),
-        is_baseline=any(slot.is_baseline for slot in slots), keys=[measured.key for measured in done],
+        is_baseline=any(slot.is_baseline for slot in slots), unchanged=any(measured.unchanged for measured in done),
+        keys=[measured.key for measured in done],
         deviations=deviations, intervals=intervals, per_seed=per_seed,
         components=components,
     )  # fmt: skip

@@ -42,9 +42,9 @@ def read_samples(tensors: Mapping[str, Tensor], part: str) -> PoisonedSamples:
     return PoisonedSamples(**{name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)})
 
 
-def defense_artifact(result: DefenseResult) -> Artifact:
-    """The weights of the defended network, and what the defense reports."""
+def defense_artifact(result: DefenseResult, *, unchanged: bool) -> Artifact:
+    """The weights of the defended network, what the defense reports, and whether the network is the victim."""
     tensors = {f"{WEIGHTS}{name}": tensor for name, tensor in result.model.state_dict().items()}
     findings = {"flagged": result.flagged, "scores": result.scores}
     tensors |= {name: tensor for name, tensor in findings.items() if tensor is not None}
-    return Artifact(tensors, {"extras": dict(result.extras), "infected": result.infected})
+    return Artifact(tensors, {"extras": dict(result.extras), "infected": result.infected, "unchanged": unchanged})

@@ -128,6 +128,16 @@ def check_loadable(model: nn.Module, expected: nn.Module, remedy: str) -> None:
         raise TypeError(f"the network is not of the cell's architecture; override {remedy}: {error}") from error
 
 
+def is_same_network(first: nn.Module, second: nn.Module, images: Tensor, pixels: Pixels, context: Context) -> bool:
+    """Whether two networks have the same weights where both have them, and the same logits for `images`."""
+    weights, others = first.state_dict(), second.state_dict()
+    shared = weights.keys() & others.keys()
+    if not all(torch.equal(weights[name].cpu(), others[name].cpu()) for name in shared):
+        return False
+    one, other = (predict_logits(move(each, context.device), images, pixels, context) for each in (first, second))
+    return torch.equal(one, other)
+
+
 def check_rebuilt(
     model: nn.Module, rebuilt: nn.Module, images: Tensor, pixels: Pixels, context: Context, remedy: str
 ) -> None:
@@ -137,6 +147,9 @@ def check_rebuilt(
     parameter and no buffer are lost then. `images` (N, C, H, W) uint8 are classified by both, in float32; logits may
     differ by `ROUNDING` of their range. `ValueError` if they are not finite.
     """
+    for name, weights in model.state_dict().items():
+        if weights.is_floating_point() and weights.dtype != torch.float32:
+            raise TypeError(f"the network's {name} is {weights.dtype}; return the network in float32, by model.float()")
     check_loadable(model, rebuilt, remedy)
     single = replace(context, amp=None)
     given, made = (predict_logits(move(each, context.device), images, pixels, single) for each in (model, rebuilt))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # the first optimizer imports it, which sets a filter and an environment variable
 from torch.nn.modules import module as hooks
 
 #: dictionaries of hooks that run in every network of the process

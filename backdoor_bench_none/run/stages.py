@@ -55,6 +55,7 @@ from backdoor_bench_none.run.checks import (
     check_result,
     check_samples,
     forbid_changes,
+    is_same_network,
     unwrap,
 )
 from backdoor_bench_none.run.evaluation import count_trigger_hits, evaluate, pack_evaluation, score_detection
@@ -233,9 +234,9 @@ class Stages:
     def _check_rebuilt(self, model: nn.Module, shell: nn.Module, train: ImageSet, remedy: str) -> nn.Module:
         """`model` without wrappers; `TypeError` unless its weights in `shell` make the same network.
 
-        Both classify the first images of the poisoned training set `train`, and as many poisoned ones.
+        Both classify images of the poisoned training set `train`.
         """
-        images = torch.cat([train.images[:COMPARED], train.take(self.poison()[0].indices[:COMPARED]).images])
+        images = self._compared(train)
         model = unwrap(model)
         pixels = Pixels.of(self.cell.info, self.context.device)
         check_rebuilt(model, shell, images, pixels, self.context, remedy)
@@ -266,7 +267,18 @@ class Stages:
             result = cell.defense.component.run(task, context)
         check_result(result, len(task.train))
         model = self._check_rebuilt(result.model, self.defended_shell(), task.train, "Defense.adapt")
-        return artifacts.defense_artifact(replace(result, model=model))
+        return artifacts.defense_artifact(replace(result, model=model), unchanged=self._is_victim(model, task.train))
+
+    def _is_victim(self, model: nn.Module, train: ImageSet) -> bool:
+        """Whether a defense that starts from the victim returned it as it was."""
+        if not self.cell.defense.component.starts_from_victim:
+            return False
+        pixels = Pixels.of(self.cell.info, self.context.device)
+        return is_same_network(model, self.victim_network(), self._compared(train), pixels, self.context)
+
+    def _compared(self, train: ImageSet) -> Tensor:
+        """The first images of the poisoned training set, and as many poisoned ones."""
+        return torch.cat([train.images[:COMPARED], train.take(self.poison()[0].indices[:COMPARED]).images])
 
     def defense_task(self) -> DefenseTask:
         """The task of the defense; only one that sees the ground truth is given any of it."""
@@ -331,6 +343,7 @@ class Stages:
         return Record.of(
             cell, record_key(cell), "done", counts=counts, detection=detection,
             outcomes=pack_evaluation(evaluation), metrics=metrics, infected=defended.meta["infected"],
+            unchanged=defended.meta.get("unchanged", False),
             extras=defended.meta["extras"], victim_losses=losses, upstream={**artifact_keys(cell), **facts},
             triggers=triggers,
             provenance=dict(self.provenance), defense_stage=cell.defense.component.stage,

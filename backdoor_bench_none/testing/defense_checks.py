@@ -16,7 +16,7 @@ from backdoor_bench_none.contracts.attack import PoisonedSamples
 from backdoor_bench_none.contracts.defense import Defense, DefenseResult, DefenseTask, OracleTask, Stage
 from backdoor_bench_none.contracts.network import Pixels, predict_logits
 from backdoor_bench_none.errors import DeadlineError
-from backdoor_bench_none.run.checks import check_rebuilt, check_result, unwrap
+from backdoor_bench_none.run.checks import check_rebuilt, check_result, is_same_network, unwrap
 from backdoor_bench_none.run.stages import Stages
 from backdoor_bench_none.testing.bench import Bench, mixed_order, weights_of
 from backdoor_bench_none.testing.checks import Check, disturbed, equal, left_alone, require, same_weights
@@ -107,6 +107,17 @@ def check_result_well_formed(defense: Defense, bench: Bench) -> None:
         is_returned, is_declared = getattr(result, name) is not None, name in defense.returns
         require(is_returned or not is_declared, f"{name} is not returned; `returns` says otherwise")
         require(is_declared or not is_returned, f"{name} is returned; `returns` says otherwise")
+
+
+def check_changes_network(defense: Defense, bench: Bench) -> None:
+    """A repair that declares neither a detection nor `may_return_victim` returns another network than the victim."""
+    if defense.stage is not Stage.POST_TRAINING or defense.returns or defense.may_return_victim:
+        return
+    stages = _stages(defense, bench)
+    pixels = Pixels.of(stages.cell.info, bench.device)
+    model, victim = unwrap(_result(defense, bench).model), stages.victim_network()
+    same = is_same_network(model, victim, stages.poisoned_train().images, pixels, bench.context)
+    require(not same, "the network it returned is the victim, unchanged; if that is right, set `may_return_victim`")
 
 
 def check_logits(defense: Defense, bench: Bench) -> None:
@@ -256,6 +267,7 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 DEFENSE_CHECKS: tuple[Check, ...] = (
-    check_stage, check_result_well_formed, check_logits, check_inputs_unchanged, check_deterministic,
-    check_global_state_left_alone, check_ground_truth_not_used, check_deadline, check_order_of_samples,
+    check_stage, check_result_well_formed, check_changes_network, check_logits, check_inputs_unchanged,
+    check_deterministic, check_global_state_left_alone, check_ground_truth_not_used, check_deadline,
+    check_order_of_samples,
 )  # fmt: skip

@@ -12,6 +12,7 @@ class NoDefense(Defense):
 
     stage: ClassVar[Stage] = Stage.POST_TRAINING
     starts_from_victim: ClassVar[bool] = True
+    may_return_victim: ClassVar[bool] = True
 
     def run(self, task: DefenseTask, context: Context) -> DefenseResult:
         """The victim, untouched."""

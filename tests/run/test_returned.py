@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ from backdoor_bench_none.contracts.network import Pixels
 from backdoor_bench_none.run.checks import check_rebuilt, check_samples, unwrap
 from backdoor_bench_none.testing.bench import Bench, Patch, Stripes
 from backdoor_bench_none.testing.checks import run_check
-from backdoor_bench_none.testing.defense_checks import check_result_well_formed
+from backdoor_bench_none.testing.defense_checks import check_changes_network, check_result_well_formed
 
 
 class Plain(Architecture):
@@ -159,6 +160,57 @@ def test_a_victim_with_a_hook_fails_the_cell(bench: Bench) -> None:
 
     with pytest.raises(TypeError, match=r"computes something else .*Attack.adapt"):
         bench.stages(attack=Hooking(), architecture=Plain()).evaluate()
+
+
+def test_a_network_that_is_the_victim_is_marked(bench: Bench) -> None:
+    same = repair(lambda model: None)
+    assert bench.stages(defense=same, architecture=Plain()).evaluate().unchanged
+    assert bench.stages(defense=repair(unwrapped_copy), architecture=Plain()).evaluate().unchanged
+    assert "set `may_return_victim`" in run_check(check_changes_network, same, bench).reason
+
+
+def unwrapped_copy(model: nn.Module) -> nn.Module:
+    return deepcopy(model)
+
+
+def nudge(model: nn.Module) -> None:
+    next(model.parameters()).data[0].mul_(1.001)
+
+
+def test_one_changed_weight_is_a_change(bench: Bench) -> None:
+    assert not bench.stages(defense=repair(nudge), architecture=Plain()).evaluate().unchanged
+    assert run_check(check_changes_network, repair(nudge), bench).reason == ""
+
+
+def test_a_detector_may_return_the_victim(bench: Bench) -> None:
+    class Detector(Repair):
+        returns: ClassVar[tuple[Any, ...]] = ("infected",)
+
+        def run(self, task: DefenseTask, context: Context) -> DefenseResult:
+            return DefenseResult(task.victim(), infected=True)
+
+    assert run_check(check_changes_network, Detector(), bench).reason == ""
+    assert bench.stages(defense=Detector()).evaluate().unchanged
+
+
+def other_outputs(model: nn.Module) -> nn.Module:
+    return nn.Sequential(model, nn.Linear(3, 5))
+
+
+def nowhere(model: nn.Module) -> nn.Module:
+    return model.to("meta")
+
+
+@pytest.mark.parametrize("change", [other_outputs, nowhere])
+def test_another_kind_of_network_fails_the_cell(change: Callable[..., Any], bench: Bench) -> None:
+    with pytest.raises((TypeError, ValueError, NotImplementedError)):
+        bench.stages(defense=repair(change), architecture=Plain()).evaluate()
+
+
+@pytest.mark.parametrize("change", [nn.Module.half, nn.Module.double, nn.Module.bfloat16])
+def test_a_network_in_another_precision_fails_the_cell(change: Callable[..., Any], bench: Bench) -> None:
+    with pytest.raises(TypeError, match=r"1.weight is torch.\w+; return the network in float32"):
+        bench.stages(defense=repair(change), architecture=Plain()).evaluate()
 
 
 def test_rounding_is_no_difference(bench: Bench) -> None:

@@ -23,7 +23,7 @@ from backdoor_bench_none.report.html.texts import (
     finite,
     show_number,
 )
-from backdoor_bench_none.report.pivot import rank_rows
+from backdoor_bench_none.report.pivot import UNCHANGED, rank_rows
 from backdoor_bench_none.results.metrics import METRICS, Metric
 from backdoor_bench_none.results.rows import Row
 from backdoor_bench_none.words import plural
@@ -168,6 +168,8 @@ def _notes(row: Row) -> list[str]:
         notes.append("A baseline: it does not compete")
     if row.sees_ground_truth:
         notes.append("Told which samples are poisoned: an upper bound, not a defense; it does not compete")
+    if row.unchanged and not row.is_baseline:
+        notes.append(f"{UNCHANGED[0].upper()}{UNCHANGED[1:]}")
     if row.clean_fraction:
         notes.append(f"Given {100 * row.clean_fraction:g} % of the training set as clean data")
     if len(row.seeds) == 1:
