@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from backdoor_bench_none.contracts.architecture import Architecture, ModelSpec
-from backdoor_bench_none.contracts.network import find_logits_layers, move
-from backdoor_bench_none.errors import ConfigError
+from backdoor_bench_none.contracts.network import check_network, find_logits_layers, move, unwrap
+from backdoor_bench_none.errors import ConfigError, TrainingError
 from backdoor_bench_none.seeds import derive_seed
 
 
@@ -29,10 +29,24 @@ class ModelBuilder:
         """A freshly initialised network on the device, channels last; torch's global generator is left unchanged."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.key, draw))
-            model = self.architecture.build(self.spec)
+            model = self._build()
         if self.backbone is not None:
             self.load_backbone(model, self.backbone)
         return move(model, self.device)
+
+    def _build(self) -> nn.Module:
+        """A network of the architecture, without wrappers; `TrainingError` if it cannot be trained here."""
+        built = self.architecture.build(self.spec)
+        name = type(self.architecture).__name__
+        if not isinstance(built, nn.Module):
+            raise TrainingError(f"{name}.build returned {type(built).__name__}, not a torch.nn.Module")
+        model = unwrap(built)
+        spec = self.spec
+        try:
+            check_network(model, (spec.channels, spec.image_size, spec.image_size), spec.num_classes)
+        except TrainingError as error:
+            raise TrainingError(f"the network of {name}.build: {error.message}") from error
+        return model
 
     def load(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """A network with these weights, in eval mode."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from backdoor_bench_none.contracts.component import Component
 from backdoor_bench_none.contracts.dataset import ImageSet
 from backdoor_bench_none.contracts.task import TrainingTask
-from backdoor_bench_none.errors import PluginError
+from backdoor_bench_none.errors import PluginError, TrainingError
 
 if TYPE_CHECKING:
     from backdoor_bench_none.contracts.attack import PoisonedSamples
@@ -54,7 +54,11 @@ class DefenseTask(TrainingTask):
         """
         if self.victim_network is None:
             raise PluginError("this defense uses the victim without declaring it", "set starts_from_victim = True")
-        return copy.deepcopy(self.victim_network)
+        try:
+            return copy.deepcopy(self.victim_network)
+        except (TypeError, AttributeError, RuntimeError) as error:
+            hint = "keep what cannot be copied, such as generators and locks, out of the network"
+            raise TrainingError(f"the network cannot be copied: {error}", hint) from error
 
 
 @dataclass(frozen=True)

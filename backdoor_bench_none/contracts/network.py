@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import UninitializedParameter
 
 from backdoor_bench_none.contracts.context import Context
 from backdoor_bench_none.contracts.dataset import DatasetInfo
@@ -84,6 +86,54 @@ def predict_logits(model: nn.Module, images: Tensor, pixels: Pixels, context: Co
     if not logits:
         return torch.empty(0, device=context.device)
     return torch.cat(logits)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside `nn.DataParallel` and `torch.compile`, whose names of weights have a prefix."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def check_network(model: nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:
+    """Raise `TrainingError` unless a network can be trained and gives logits (N, K) for images (N, *shape), float32.
+
+    It classifies two images in eval mode, and is left as it was.
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise TrainingError(f"its layer '{_owner(name)}' is lazy; give it its sizes, which `spec` has")
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise TrainingError(f"its layer '{_owner(name)}' is {parameter.dtype}; build it in float32")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise TrainingError("none of its parameters requires a gradient, so that nothing can be trained")
+    modes = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            logits = model.eval()(torch.linspace(-1, 1, 2 * math.prod(shape), device=device).reshape(2, *shape))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not isinstance(logits, Tensor):
+        raise TrainingError(
+            f"it returns a {type(logits).__name__}; return the logits alone, a tensor (N, {num_classes})"
+        )
+    if logits.shape != (2, num_classes):
+        raise TrainingError(f"it returns {tuple(logits.shape)} for 2 images, not logits (2, {num_classes})")
+    sums = logits.double().sum(1)
+    if num_classes > 1 and bool((logits >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-4):
+        last = type(list(model.modules())[-1]).__name__
+        raise TrainingError(f"it returns probabilities, perhaps from its last layer {last}; return logits")
+
+
+def _owner(parameter: str) -> str:
+    """The module that has a parameter of this name."""
+    return parameter.rpartition(".")[0] or "itself"
 
 
 def find_logits_layer(model: nn.Module, example: Tensor) -> nn.Module:

@@ -148,7 +148,8 @@ class Store:
 
     def save_artifact(self, stage: str, key: str, artifact: Artifact) -> None:
         """Write an artifact to a file with its hash in the name."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in artifact.tensors.items()}
+        # copies, since safetensors refuses tied weights, which share their memory
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in artifact.tensors.items()}
         data = save(tensors, metadata={"meta": json.dumps(artifact.meta)})
         self._write(
             self.root / "artifacts" / stage / key[:2] / f"{key}.{hashlib.sha256(data).hexdigest()}.safetensors", data

@@ -109,17 +109,6 @@ def _check_whole_numbers(values: Tensor, count: int, end: int, what: str) -> Non
         raise ValueError(f"{what} is not within 0 to {end - 1}")
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside `nn.DataParallel` and `torch.compile`, whose names of weights have a prefix."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
 def check_loadable(model: nn.Module, expected: nn.Module, remedy: str) -> None:
     """Raise `TypeError` if the weights of `model` do not fit `expected`, the network that is evaluated."""
     try:

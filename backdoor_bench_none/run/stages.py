@@ -28,7 +28,7 @@ from backdoor_bench_none.contracts.dataset import DatasetInfo, ImageSet
 from backdoor_bench_none.contracts.defense import DefenseTask, OracleTask
 from backdoor_bench_none.contracts.measures import Counts, Detection
 from backdoor_bench_none.contracts.metric import Evaluation
-from backdoor_bench_none.contracts.network import Pixels, move
+from backdoor_bench_none.contracts.network import Pixels, move, unwrap
 from backdoor_bench_none.contracts.recipe import Recipe
 from backdoor_bench_none.contracts.record import Cost, Record
 from backdoor_bench_none.contracts.task import TrainingTask
@@ -56,7 +56,6 @@ from backdoor_bench_none.run.checks import (
     check_samples,
     forbid_changes,
     is_same_network,
-    unwrap,
 )
 from backdoor_bench_none.run.evaluation import count_trigger_hits, evaluate, pack_evaluation, score_detection
 from backdoor_bench_none.run.ground_truth import draw_clean_samples, mark_decoys, mark_poisoned

@@ -14,9 +14,9 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from backdoor_bench_none.contracts.attack import PoisonedSamples
 from backdoor_bench_none.contracts.defense import Defense, DefenseResult, DefenseTask, OracleTask, Stage
-from backdoor_bench_none.contracts.network import Pixels, predict_logits
+from backdoor_bench_none.contracts.network import Pixels, predict_logits, unwrap
 from backdoor_bench_none.errors import DeadlineError
-from backdoor_bench_none.run.checks import check_rebuilt, check_result, is_same_network, unwrap
+from backdoor_bench_none.run.checks import check_rebuilt, check_result, is_same_network
 from backdoor_bench_none.run.stages import Stages
 from backdoor_bench_none.testing.bench import Bench, mixed_order, weights_of
 from backdoor_bench_none.testing.checks import Check, disturbed, equal, left_alone, require, same_weights

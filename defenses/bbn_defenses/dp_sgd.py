@@ -145,11 +145,14 @@ class DPSGD(GroupNorm):
 
 
 def replace_batchnorm(model: nn.Module) -> nn.Module:
-    """`model` with GroupNorm in place of BatchNorm, on the device where it was."""
-    from opacus.validators import ModuleValidator
-
-    fixed: nn.Module = ModuleValidator.fix(model)
-    return fixed
+    """`model`, changed in place: GroupNorm in place of BatchNorm, in gcd(32, C) groups as Opacus does it."""
+    device = next(model.parameters()).device
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                groups = math.gcd(32, child.num_features)
+                setattr(module, name, nn.GroupNorm(groups, child.num_features, affine=child.affine, device=device))
+    return model
 
 
 def by_vmap(model: nn.Module, batch: Batch) -> tuple[PerSample, Tensor]:

@@ -25,8 +25,8 @@ from backdoor_bench_none.api import (
     Stage,
     VictimTask,
 )
-from backdoor_bench_none.contracts.network import Pixels
-from backdoor_bench_none.run.checks import check_rebuilt, check_samples, unwrap
+from backdoor_bench_none.contracts.network import Pixels, unwrap
+from backdoor_bench_none.run.checks import check_rebuilt, check_samples
 from backdoor_bench_none.testing.bench import Bench, Patch, Stripes
 from backdoor_bench_none.testing.checks import run_check
 from backdoor_bench_none.testing.defense_checks import check_changes_network, check_result_well_formed
