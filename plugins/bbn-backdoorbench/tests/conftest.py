@@ -150,14 +150,14 @@ def real_npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """A stand-in for a checkout of BackdoorBench whose defense `ft` ends in this way."""
+    """A stand-in for a checkout of BackdoorBench whose defense `script` ends in this way."""
 
-    def make(ending: str = "fine") -> Path:
+    def make(ending: str = "fine", script: str = "ft") -> Path:
         home = tmp_path / "BackdoorBench"
-        for folder in ("attack", "utils", "data", "defense", "config/defense/ft"):
+        for folder in ("attack", "utils", "data", "defense", f"config/defense/{script}"):
             (home / folder).mkdir(parents=True)
-        (home / "defense" / "ft.py").write_text(FT + ENDINGS[ending])
-        (home / "config" / "defense" / "ft" / "cifar10.yaml").write_text("ratio: 0.05\n")
+        (home / "defense" / f"{script}.py").write_text((FT + ENDINGS[ending]).replace('"ft"', f'"{script}"'))
+        (home / "config" / "defense" / script / "cifar10.yaml").write_text("u: 3\n")
         monkeypatch.setenv("BBN_BACKDOORBENCH_HOME", str(home))
         return home
 

@@ -51,7 +51,8 @@ FT = """
 import argparse, os, sys, time
 import numpy as np, torch
 parser = argparse.ArgumentParser()
-for flag in ("result_file", "yaml_path", "dataset", "model", "device", "num_workers", "random_seed", "ratio", "epochs"):
+for flag in ("result_file", "yaml_path", "dataset", "model", "device", "num_workers", "random_seed", "ratio", "epochs",
+             "target_layer_name", "model_name"):
     parser.add_argument("--" + flag)
 args = parser.parse_args()
 assert np.infty == float("inf") and np.asarray([[1], [1, 2]]).dtype == object
@@ -72,10 +73,37 @@ os.makedirs(os.path.join(folder, "defense", "ft"))
 result = {"model_name": args.model, "num_classes": 10, "model": model}
 torch.save(result, os.path.join(folder, "defense", "ft", "defense_result.pt"))
 """
+#: imports as ep and bnp do, whose packages were moved: one class by two names
+MOVED = """
+sys.path.append("./")
+import utils.defense_utils.dde.dde_model as dde_model
+from utils.defense_utils.dde.dde_model.conv_dde import Convolution
+assert issubclass(Convolution, dde_model.Norm)
+assert args.ratio is None, "ep takes no clean data, and has no such flag"
+"""
+#: as NC, and NPD where it has written no layer: the network that it was given
+SAME = FINE.replace('model["classifier.1.bias"][-1] += shift', "")
+#: beside it, a 1x1 convolution with a norm, as NPD writes them
+PLUG = (
+    SAME
+    + """
+torch.manual_seed(1)
+norm = {"1.weight": torch.rand(512), "1.bias": torch.rand(512), "1.running_mean": torch.rand(512),
+        "1.running_var": torch.rand(512) + 0.5, "1.num_batches_tracked": torch.tensor(3)}
+plug = {"0.weight": torch.randn(512, 512, 1, 1) / 10, **norm}
+layer = {"target_layer": args.target_layer_name, "plug_name": args.model_name, "plug_model": plug}
+torch.save(layer, os.path.join(folder, "defense", "npd", "plug_layer.pt"))
+"""
+)
 ENDINGS = {
     "fine": FINE,
     "dies": "print('a line before'); sys.exit('the loss is nan')",
     "writes nothing": "",
+    "the victim": SAME,
+    "the victim and a layer": PLUG,
+    "ep": MOVED + SAME,
+    "bnp": "assert args.ratio == '0.05', args.ratio" + SAME,
+    "lacks a package": "import pkg_resources_of_old",
     "wrong weights": FINE.replace('attack_result["model"].items()', '[*attack_result["model"].items()][1:]'),
     "malice": FINE.replace('"num_classes": 10', "\"num_classes\": __import__('builtins').print"),
 }

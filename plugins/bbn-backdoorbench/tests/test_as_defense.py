@@ -61,6 +61,15 @@ def test_the_command_line_wins_over_the_file(flags: list[str], epochs: int, root
     assert as_parameters("nad", settings) == {"epochs": epochs, "teacher_epochs": 3, "betas": [100, 1000, 1000]}
 
 
+def test_the_toolboxs_own_yaml_of_nad_is_read(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It names a teacher without saying which."""
+    Path("nad.yaml").write_text("te_epochs: 10\nbeta1: 500\np: 2.0\nindex:\nteacher_model_loc:\n")
+    settings = read_settings("nad", ["--result_file", "badnet_1", "--yaml_path", "nad.yaml"])
+    assert as_parameters("nad", settings) == {"teacher_epochs": 10, "betas": [500, 1000, 1000]}
+    assert run("--teacher_model_loc", "teacher.pt", defense="nad") == 2
+    assert "teacher_model_loc: our nad trains its teacher" in capsys.readouterr().err
+
+
 def test_our_names_win_over_the_toolboxs_words(root: Path) -> None:
     settings = read_settings("abl", ["--result_file", "x", "--gamma", "0.3", "--param", "gamma=0.7"])
     assert as_parameters("abl", settings) == {"gamma": 0.7}

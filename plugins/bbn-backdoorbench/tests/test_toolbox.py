@@ -127,8 +127,8 @@ def test_an_interpreter_that_is_not_there_is_named(
         evaluate(path)
 
 
-@pytest.mark.parametrize("script", ["abl", "ac", "spectral"])
-def test_a_script_that_looks_for_poison_needs_a_training_set(
+@pytest.mark.parametrize("script", ["abl", "ac", "spectral", "bnp", "ep", "mcr"])
+def test_a_script_that_reads_the_training_set_needs_a_training_set(
     script: str, write_record: Write, write_benchmark: Write, evaluate: Evaluate
 ) -> None:
     record = write_record(lambda raw: raw.update(bd_train=None))
@@ -181,13 +181,3 @@ def test_a_temporary_folder_that_the_toolbox_would_mistake_for_its_records(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "recordings"))
     with pytest.raises(BenchError, match="cannot work below"):
         evaluate(path)
-
-
-def test_a_network_of_ours_is_refused(
-    checkout: Callable[..., Path], write_benchmark: Write, evaluate: Evaluate
-) -> None:
-    checkout()
-    attack = "{name: badnets, params: {trigger_kind: static, poison_rate: 0.2}}"
-    mlp = "{name: mlp, params: {hidden: 8, depth: 1}, recipe: {epochs: 30, lr: 0.05}}"
-    with pytest.raises(BenchError, match="needs a network and a data set of BackdoorBench"):
-        evaluate(write_benchmark(attack=attack, defense=FT, architecture=mlp))

@@ -38,6 +38,8 @@ CHOICES = ("result_file", "dataset", "dataset_path", "model", "device", "random_
 TEXTS = ("result_file", "dataset", "dataset_path", "model", "device")
 #: the betas of NAD
 BETAS = ("beta1", "beta2", "beta3")
+#: the toolbox's flag for a finished teacher of NAD; its own YAML files have it without a value
+TEACHER = "teacher_model_loc"
 #: the toolbox's flags without a meaning here
 UNUSED = (
     "num_workers", "amp", "pin_memory", "non_blocking", "prefetch", "checkpoint_load", "checkpoint_save", "log",
@@ -87,6 +89,8 @@ def read_settings(defense: str, arguments: Sequence[str]) -> Mapping[str, Any]:
     if not isinstance(ours := settings.get("params", {}), dict):
         raise ConfigError(f"'{path}': params is not a mapping")
     settings["params"] = {**ours, **_parse(params)}
+    if TEACHER in settings:
+        raise ConfigError(f"{TEACHER}: our nad trains its teacher", "leave it without a value; te_epochs says how long")
     if "result_file" not in settings:
         raise ConfigError("--result_file is missing", "name a record below record/")
     if unused := sorted(set(settings) & set(UNUSED)):
@@ -107,7 +111,7 @@ def _read_value(word: str, text: str) -> Any:  # noqa: ANN401
 def _known_words(defense: str) -> set[str]:
     words = {*CHOICES, *RECIPE, *PARAMETERS.get(defense, ()), *UNUSED}
     if defense == "nad":
-        words.update(BETAS)
+        words.update((*BETAS, TEACHER))
     return words
 
 

@@ -72,8 +72,8 @@ class BackdoorBenchRecord(Attack):
             return f"the network of the record is {record.model_name}: use backdoorbench:{record.model_name}"
         if cell.trainer.component.has_clients or cell.trainer.component.has_backbone:
             return "the network of a record was trained in one place: use the trainer centralized"
-        filters = getattr(cell.defense.component, "filters_training_set", False)
-        if record.train is None and (filters or cell.defense.component.stage is not Stage.POST_TRAINING):
+        needs_it = getattr(cell.defense.component, "needs_training_set", False)
+        if record.train is None and (needs_it or cell.defense.component.stage is not Stage.POST_TRAINING):
             return "the record has no training set (bd_train is empty), which this defense needs"
         return None
 

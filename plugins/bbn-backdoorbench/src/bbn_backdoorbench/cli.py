@@ -1,4 +1,4 @@
-"""The verbs `bbn backdoorbench import` and `bbn backdoorbench export`."""
+"""The verbs `bbn backdoorbench import`, `export` and `shim`."""
 
 from __future__ import annotations
 
@@ -180,6 +180,19 @@ def export_command(key: str, file: Path | None, results: Path | None, output: Pa
         click.echo(f"wrote {target}")
     if cell.defense.name != "no_defense":
         click.echo(f"wrote {export_defense(cell, stages, measured.counts, target)}")
+    return ExitCode.OK
+
+
+@backdoorbench.command("shim")
+def shim_command() -> int:
+    """Print the folder that lets BackdoorBench's own scripts run with numpy 2.
+
+    Put it on PYTHONPATH, in BackdoorBench's root, before a script, as in
+    PYTHONPATH=$(bbn backdoorbench shim):. python attack/wanet.py
+    """
+    from bbn_backdoorbench.toolbox import SHIM
+
+    click.echo(SHIM)
     return ExitCode.OK
 
 

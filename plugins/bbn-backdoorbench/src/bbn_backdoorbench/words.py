@@ -9,6 +9,7 @@ from dataclasses import dataclass
 HOME = "BBN_BACKDOORBENCH_HOME"
 ATTACK_RESULT = "attack_result.pt"
 DEFENSE_RESULT = "defense_result.pt"
+PLUG_LAYER = "plug_layer.pt"
 INFO = "info.pickle"
 #: our own key in info.pickle: the number of changed training samples without a trigger
 DECOYS = "bbn_decoys"
@@ -62,6 +63,18 @@ SCRIPTS: Mapping[str, str] = {
     "abl": "ABL", "ac": "AC", "anp": "ANP", "bnp": "BNP", "clp": "CLP", "ep": "EP", "fp": "FP", "ft": "FT",
     "ft-sam": "FTSAM", "i-bau": "IBAU", "mcr": "MCR", "nad": "NAD", "nc": "NC", "npd": "NPD", "rnp": "RNP",
     "sau": "SAU", "spectral": "Spectral",
+}  # fmt: skip
+#: the networks that the toolbox's README names, but for vit_b_16, which is not offered here
+ADVERTISED = (
+    "preactresnet18", "vgg19", "vgg19_bn", "densenet161", "mobilenet_v3_large", "efficientnet_b3", "convnext_tiny",
+)  # fmt: skip
+#: those for which it has a version with masks or noise on the norms
+WITH_OWN_NORMS = tuple(name for name in ADVERTISED if name != "vgg19")
+#: scripts with code for some networks only -> these networks
+NETWORKS: Mapping[str, tuple[str, ...]] = {
+    "ac": (*ADVERTISED, "resnet18"), "nad": (*ADVERTISED, "resnet18"), "spectral": (*ADVERTISED, "resnet18"),
+    "anp": WITH_OWN_NORMS, "bnp": WITH_OWN_NORMS, "ep": WITH_OWN_NORMS,
+    "rnp": ("preactresnet18", "vgg19", "vgg19_bn"), "npd": ("preactresnet18",),
 }  # fmt: skip
 #: attacks that control training: their training sets are made afterwards, and mark samples without a trigger too
 TRAINING_CONTROLLED = frozenset({"wanet", "inputaware", "bpp", "blind", "lira"})

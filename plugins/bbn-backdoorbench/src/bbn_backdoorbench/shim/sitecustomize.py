@@ -1,7 +1,11 @@
-"""Restores names that numpy 2 removed and BackdoorBench uses, in its processes only."""
+"""Lets BackdoorBench's processes run on a current stack: names that numpy 2 removed, and modules that it moved."""
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,3 +28,19 @@ def asarray(values: Any, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
 
 
 np.asarray = asarray  # type: ignore[assignment]
+
+
+class Moved(ModuleType):
+    """`defense.NAME`, under which ep and bnp import what the toolbox now keeps in `utils.defense_utils.NAME`."""
+
+    def __getattr__(self, name: str) -> ModuleType:
+        """The module at its present place, so that its classes exist once."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return import_module(f"utils.defense_utils.{self.__name__.rpartition('.')[2]}.{name}")
+
+
+for name in ("dde", "mbns"):
+    moved = Path("utils", "defense_utils", name).is_dir() and not Path("defense", name).exists()
+    if moved:
+        sys.modules[f"defense.{name}"] = Moved(f"defense.{name}")
