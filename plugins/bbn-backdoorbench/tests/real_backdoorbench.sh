@@ -52,7 +52,7 @@ attack() {
     PYTHONPATH="$(bbn backdoorbench shim):." TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 MPLBACKEND=Agg PYTHONDONTWRITEBYTECODE=1 \
         "$BBN_BACKDOORBENCH_PYTHON" "attack/$1.py" --yaml_path config/attack/prototype/gtsrb.yaml \
         --bd_yaml_path "config/attack/$1/default.yaml" --save_folder_name "$1" --dataset gtsrb \
-        --model preactresnet18 --device cpu --num_workers 0 --batch_size 64 --pratio 0.1 "${@:2}" \
+        --model preactresnet18 --device cpu --num_workers 0 --batch_size 32 --pratio 0.1 "${@:2}" \
         > "$folder/attack_$1.log" 2>&1
 }
 

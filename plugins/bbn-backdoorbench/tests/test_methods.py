@@ -230,12 +230,15 @@ def test_a_package_that_a_script_lacks_is_named_with_where_to_put_it(
     assert "BBN_BACKDOORBENCH_PYTHON" in str(fault.value.hint)
 
 
-def test_the_shim_brings_back_what_numpy_2_removed(bbn: Bbn, tmp_path: Path) -> None:
-    """For scripts that the user starts, such as attack/wanet.py, which draws plots with np.infty."""
+def test_the_shim_brings_back_what_numpy_and_torch_removed(bbn: Bbn, tmp_path: Path) -> None:
+    """For scripts that the user starts too, such as attack/wanet.py, which draws plots with np.infty."""
     said = bbn("backdoorbench", "shim")
     assert said.code == 0
     environment: dict[str, Any] = {**os.environ, "PYTHONPATH": said.out.strip()}
-    code = "import numpy as np; assert np.infty > 0 and np.float(3) == 3"
+    code = (
+        "import numpy as np, torch; assert np.infty > 0 and np.float(3) == 3\n"
+        "assert iter(torch.utils.data.DataLoader([7])).next() == 7"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )

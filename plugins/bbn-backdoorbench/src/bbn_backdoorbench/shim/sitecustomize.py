@@ -1,4 +1,4 @@
-"""Lets BackdoorBench's processes run on a current stack: names that numpy 2 removed, and modules that it moved."""
+"""Lets BackdoorBench run on a current stack: names that numpy 2 and torch removed, modules that it moved itself."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 for name, value in {"infty": np.inf, "float": float, "int": int, "object": object}.items():
     if name not in vars(np):
@@ -28,6 +29,10 @@ def asarray(values: Any, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
 
 
 np.asarray = asarray  # type: ignore[assignment]
+
+# bnp calls it; torch removed it in 1.13
+if not hasattr(_BaseDataLoaderIter, "next"):
+    _BaseDataLoaderIter.next = _BaseDataLoaderIter.__next__  # type: ignore[attr-defined]
 
 
 class Moved(ModuleType):
