@@ -110,7 +110,7 @@ def test_values_that_are_none_are_told_without_a_traceback(root: Path, capsys: p
     faults = {
         ("--lr", "["): "--lr [ is not a value",
         ("--epochs", "[1]"): "epochs: Input should be a valid integer",
-        ("--random_seed", "abc"): "seeds.0: Input should be a valid integer",
+        ("--random_seed", "abc"): "seeds.0: 'abc' is no seed",
         ("--param", "x"): "'x' is not NAME=VALUE",
         ("--yaml_path", "params.yaml"): "'params.yaml': params is not a mapping",
         ("--yaml_path", "list.yaml"): "'list.yaml' is not a mapping",
