@@ -96,6 +96,9 @@ class GTSRB(_Toolbox, PublishedGTSRB):
     def _advice(self) -> str:
         return f"put Train/00000 to Train/00042 and Test, with their csv files, into {self.folder()}"
 
+    def _shortage(self) -> str:
+        return f"; for all of them {self._advice()}"
+
     def _fetch(self, folder: str) -> None:
         """Nothing; BackdoorBench has its own script for that."""
 
