@@ -24,6 +24,7 @@ COLOURS = ((255, 255, 255), (255, 80, 80), (80, 255, 80), (80, 80, 255), (255, 2
 SHORT: dict[str, dict[str, int | float | bool]] = {
     "abl": {"tuning_epochs": 1, "finetuning_epochs": 1, "unlearning_epochs": 1},
     "anp": {"nb_iter": 4, "print_every": 2},
+    "fp": {"epochs": 1, "once_prune_ratio": 0.25},
     "mcr": {"epochs": 1, "ft_epochs": 1, "train_curve_epochs": 1},
     "nad": {"te_epochs": 1, "epochs": 1},
     "nc": {"nc_epoch": 1, "epochs": 1},

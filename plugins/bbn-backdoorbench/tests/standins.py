@@ -95,11 +95,18 @@ layer = {"target_layer": args.target_layer_name, "plug_name": args.model_name, "
 torch.save(layer, os.path.join(folder, "defense", "npd", "plug_layer.pt"))
 """
 )
+#: as FP, with the masks of torch's pruning
+PRUNED = FINE.replace(
+    'model["classifier.1.bias"][-1] += shift',
+    'model["classifier.1.weight_orig"] = model.pop("classifier.1.weight")\n'
+    'model["classifier.1.weight_mask"] = (torch.arange(512) % 2).float().reshape(1, 512, 1, 1).expand(10, 512, 1, 1)',
+)
 ENDINGS = {
     "fine": FINE,
     "dies": "print('a line before'); sys.exit('the loss is nan')",
     "writes nothing": "",
     "the victim": SAME,
+    "masks": PRUNED,
     "the victim and a layer": PLUG,
     "ep": MOVED + SAME,
     "bnp": "assert args.ratio == '0.05', args.ratio" + SAME,

@@ -28,6 +28,13 @@ def defense(script: str, params: str = "{}") -> str:
     return f'{{name: "backdoorbench:{script}", params: {params}, as: method}}'
 
 
+def returned(record: Record) -> dict[str, torch.Tensor]:
+    """The weights of the network that a defense returned."""
+    artifact = Store(Path("results")).load_artifact("defense", str(record.upstream["defense"]))
+    assert artifact is not None
+    return {name[6:]: tensor for name, tensor in artifact.tensors.items() if name.startswith("model.")}
+
+
 @pytest.fixture
 def network() -> torch.nn.Module:
     """An untrained preactresnet18 of the toolbox."""
@@ -148,6 +155,20 @@ def test_a_method_that_changes_the_network_has_no_such_note(
     assert evaluate(write_benchmark(write_record(), defense=defense("nc")))["method"].extras == {}
 
 
+def test_the_masks_that_fp_leaves_are_applied(
+    checkout: Callable[..., Path],
+    weights: dict[str, torch.Tensor],
+    write_record: Write,
+    write_benchmark: Write,
+    evaluate: Evaluate,
+) -> None:
+    checkout("masks", "fp")
+    record = evaluate(write_benchmark(write_record(), defense=defense("fp")))["method"]
+    pruned = returned(record)["classifier.1.weight"]
+    assert torch.equal(pruned[:, 1::2], weights["classifier.1.weight"][:, 1::2])
+    assert not pruned[:, ::2].any()
+
+
 def test_the_layer_of_npd_is_put_into_the_victim(
     checkout: Callable[..., Path],
     network: torch.nn.Module,
@@ -158,11 +179,8 @@ def test_the_layer_of_npd_is_put_into_the_victim(
     checkout("the victim and a layer", "npd")
     record = evaluate(preact_benchmark(defense("npd")))["method"]
     assert record.extras["result"] == "defense_result.pt holds the victim; the layer of plug_layer.pt is put into it"
-    artifact = Store(Path("results")).load_artifact("defense", str(record.upstream["defense"]))
-    assert artifact is not None
-    tensors = {name[6:]: tensor for name, tensor in artifact.tensors.items() if name.startswith("model.")}
     defended = NPD().adapt(PreActResNet18().build(SPEC)).eval()
-    defended.load_state_dict(tensors)
+    defended.load_state_dict(returned(record))
     with torch.random.fork_rng():
         # in the stand-in's order
         torch.manual_seed(1)

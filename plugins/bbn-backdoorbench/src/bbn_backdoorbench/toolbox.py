@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, field_validator
-from torch import nn
+from torch import Tensor, nn
 
 from backdoor_bench_none.api import (
     BenchError,
@@ -161,7 +161,7 @@ class ToolboxDefense(Defense):
     def _read_result(self, root: Path, task: DefenseTask) -> DefenseResult:
         path = self._find_result(root, DEFENSE_RESULT)
         model: nn.Module = task.new_model()
-        load_weights(model, read_weights(load_checked(path).get("model"), path), path)
+        load_weights(model, fold_masks(read_weights(load_checked(path).get("model"), path)), path)
         extras = {}
         if same_weights(model, task.victim()):
             extras["result"] = UNCHANGED
@@ -198,6 +198,21 @@ def link_checkout(home: Path, root: Path) -> None:
         if path.name not in ("record", ".git"):
             (root / path.name).symlink_to(path, target_is_directory=path.is_dir())
     (root / "record").mkdir()
+
+
+def fold_masks(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with masks of torch's pruning applied, which FP leaves in its result.
+
+    Pruning keeps a tensor NAME as NAME_orig and NAME_mask; the network computes with their product.
+    """
+    folded: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        plain = name.removesuffix("_orig").removesuffix("_mask")
+        if f"{plain}_orig" in weights and f"{plain}_mask" in weights:
+            folded[plain] = weights[f"{plain}_orig"] * weights[f"{plain}_mask"]
+        else:
+            folded[name] = tensor
+    return folded
 
 
 def same_weights(model: nn.Module, other: nn.Module) -> bool:
