@@ -5,7 +5,7 @@
 #
 # FOLDER (default: ./real-backdoorbench) gets an environment for BackdoorBench, a small data set in GTSRB's layout made
 # from scikit-learn's digits, and all results; the checkout is only read. `bbn` and `python` are those on the PATH, with
-# the bridge installed. It is not run in CI: it downloads torch, takes some twenty minutes on two cores, and CC BY-NC
+# the bridge installed. It is not run in CI: it downloads torch, takes half an hour on two busy cores, and CC BY-NC
 # code stays out of this repository.
 set -euo pipefail
 
@@ -71,7 +71,7 @@ done
 echo
 echo "== BackdoorBench's defenses in our matrix, on its record of badnet"
 bbn run "$folder/methods.yaml" > "$folder/run.log" 2>&1 || true # each cell is reported below
-python "$here/real_backdoorbench.py" report "$folder"
+python -W ignore "$here/real_backdoorbench.py" report "$folder"
 
 echo
 echo "== our defenses from BackdoorBench's command line, with its own YAML files"
