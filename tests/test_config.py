@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from backdoor_bench_none.contracts.config import Config
 from backdoor_bench_none.errors import ConfigError
+from backdoor_bench_none.planning import source
 from backdoor_bench_none.planning.reading import parse_config, read_config
+from backdoor_bench_none.planning.source import Source
 
 MINIMAL = """\
 version: 1
@@ -280,3 +287,128 @@ def test_file_that_is_not_there_or_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
     with pytest.raises(ConfigError, match=r"latin\.yaml:1:7: the byte 0xe9 is not UTF-8"):
         read_config(tmp_path / "latin.yaml")
+
+
+# hostile and everyday input
+
+ENTRIES = """\
+version: 1
+name: {name}
+seeds: {seeds}
+matrix:
+  dataset: [{{name: digits, params: {{image_size: 8}}, recipe: {recipe}}}]
+  attack: {attack}
+  defense: no_defense
+  architecture: mlp
+{rest}
+"""
+
+
+def write(folder: Path, **values: str) -> Path:
+    defaults = {"name": "test", "seeds": "0", "recipe": "{epochs: 1}", "attack": "badnets", "rest": ""}
+    path = folder / "b.yaml"
+    path.write_text(ENTRIES.format(**{**defaults, **values}), encoding="utf-8")
+    return path
+
+
+REFUSED = {
+    "a tag": ({"rest": "metrics: !!bool maybe"}, "9:10: it is not true or false"),
+    "an empty number": ({"seeds": "!!int ''"}, "3:8: it is not a whole number"),
+    "a set": ({"rest": "metrics: !!set {a}"}, "9:10: the tag '!!set' is not allowed"),
+    "bytes": ({"name": "!!binary aGk="}, "2:7: the tag '!!binary' is not allowed"),
+    "a number as a key": ({"rest": "1: 2"}, "9:1: the file: the key 1 is no text"),
+    "nothing as a key": ({"rest": "~: 2"}, "9:1: the file: the key ~ is no text"),
+    "a truth value as a key": ({"rest": "true: 2"}, "9:1: the file: the key true is no text"),
+    "a list as a key": ({"rest": "[a, b]: 2"}, "9:1: the file: the key a list or mapping is no text"),
+    "a number as a parameter": ({"attack": "{name: badnets, params: {1: 2}}"}, "6:36: matrix.attack.params: the key 1"),
+    "infinity": ({"recipe": "{lr: .inf}"}, "5:66: matrix.dataset.0.recipe.lr: recipe: lr: inf is not a finite number"),
+    "too large a number": ({"recipe": "{lr: 1e400}"}, "inf is not a finite number"),
+    "no number": ({"recipe": "{weight_decay: .nan}"}, "nan is not a finite number"),
+    "a number as a recipe": ({"recipe": "3"}, "5:61: matrix.dataset.0.recipe: a recipe is a name or a mapping"),
+    "a list as a recipe": (
+        {"rest": "defaults: {architecture: {mlp: {recipe: [1]}}}"}, "defaults.architecture.mlp: a recipe is a name"
+    ),
+    "a long path": ({"rest": f"results: {'ä' * 128}"}, "9:10: results: a part of the path has 256 bytes"),
+    "half a character": ({"name": '"\\ud800"'}, ":2:"),
+    "an escape": ({"name": '"a\\x1b[31mb"'}, r"2:7: name: 'a\x1b[31mb' has a control character"),
+    "an escape in a label": ({"attack": '{name: badnets, as: "a\\u202eb"}'}, r"'a\u202eb' has a control character"),
+    "an escape in a key": ({"rest": '"a\\x9bb": 1'}, r"9:1: the file: the key 'a\x9bb' has a control character"),
+    "two lines in a label": ({"attack": '{name: badnets, as: "a\\nb"}'}, "a name is one line"),
+    "yes as a rate": ({"attack": "{name: badnets, params: {poison_rate: yes}}"}, "poison_rate: 'yes' is not a number"),
+    "true as a rate": ({"attack": "{name: badnets, params: {poison_rate: true}}"}, "true is a truth value"),
+    "true in a sweep": ({"attack": "{name: badnets, sweep: {poison_rate: [true]}}"}, "sweep.poison_rate.0: attack"),
+    "true as a recipe's number": ({"recipe": "{epochs: true}"}, "5:70: matrix.dataset.0.recipe.epochs"),
+    "true as a seed": ({"seeds": "[true, 1]"}, "3:8: seeds: true is a truth value"),
+    "true as a version": ({"rest": "budget: {cell_timeout: true}"}, "budget.cell_timeout: true is a truth value"),
+    "a range of seeds": ({"seeds": "0-4"}, "3:8: seeds.0: '0-4' is no seed; several stand in a list"),
+    "minutes and seconds": ({"rest": "budget: {cell_timeout: 1:30}"}, "'1:30' is not a duration"),
+    "too little memory": ({"rest": "budget: {memory: 16}"}, "9:18: budget.memory: 16 bytes are less than a process"),
+    "infinite time": ({"rest": "budget: {cell_timeout: .inf}"}, "inf is not a finite number"),
+    "an anchor in itself": ({"rest": "metrics: &m [*m]"}, "an alias stands inside its own anchor"),
+    "deep lists": ({"rest": f"metrics: {'[' * 200}{']' * 200}"}, "in each other more than 100 deep"),
+    "a whole number too long": ({"seeds": "9" * 5000}, "3:8: "),
+    "a slot": ({"rest": "executor: {name: local, slots: yes}"}, "executor.slots: executor 'local': slots: Input"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_it_is_refused_with_its_place(what: str, tmp_path: Path, bbn: Any) -> None:
+    values, fault = REFUSED[what]
+    said = bbn("plan", write(tmp_path, **values))
+    assert said.code == 2
+    assert re.match(r"error: \S+b\.yaml:\d+:\d+: ", said.err)
+    assert fault in said.err
+    assert "\x1b" not in said.err
+
+
+READ: dict[str, tuple[dict[str, str], Callable[[Config], object], object]] = {
+    "1e-3": ({"recipe": "{lr: 1e-3}"}, lambda c: c.matrix.dataset[0].recipe["lr"], 0.001),  # type: ignore[index]
+    "no": ({"name": "no"}, lambda c: c.name, "no"),
+    "on": ({"attack": "{name: badnets, as: on}"}, lambda c: c.matrix.attack[0].label, "on"),
+    "a date": ({"name": "2001-01-01"}, lambda c: c.name, "2001-01-01"),
+    "a time": ({"name": "1:30"}, lambda c: c.name, "1:30"),
+    "octal": ({"seeds": "[0o17, 0x1F, 010]"}, lambda c: c.seeds, [15, 31, 10]),
+    "grouped digits": ({"seeds": "1_000"}, lambda c: c.seeds, [1000]),
+    "memory": ({"rest": "budget: {memory: 16G}"}, lambda c: c.budget.memory, 16 * 2**30),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", READ)
+def test_it_is_read_as_it_is_meant(what: str, tmp_path: Path) -> None:
+    values, find, expected = READ[what]
+    assert find(read_config(write(tmp_path, **values))[0]) == expected
+
+
+def test_aliases_do_not_explode() -> None:
+    lines = ["a: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"b{n}: &a{n + 1} [{', '.join([f'*a{n}'] * 10)}]" for n in range(8)]
+    with pytest.raises(ConfigError, match="aliases make it more than 1,000,000 values"):
+        parse("\n".join(lines))
+
+
+@pytest.mark.parametrize(("content", "place"), [(b"name: caf\xe9\n", "1:10"), (b"a: 1\nb: \xc3\xa9\xff", "2:5")])
+def test_bytes_that_are_no_utf8_have_a_place(content: bytes, place: str, tmp_path: Path) -> None:
+    path = tmp_path / "b.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"b\.yaml:{place}: the byte 0x\w\w is not UTF-8"):
+        read_config(path)
+
+
+def test_a_path_that_cannot_be_is_no_bug(bbn: Any) -> None:
+    said = bbn("plan", "a" * 300)
+    assert said.code == 2
+    assert "File name too long" in said.err
+    assert "Traceback" not in said.err
+
+
+def test_both_parsers_read_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where libyaml is absent, PyYAML's own parser reads the same values."""
+    expected = Source(MINIMAL, "b.yaml").value
+    monkeypatch.setitem(sys.modules, "yaml.cyaml", None)
+    try:
+        slow = importlib.reload(source)
+        assert slow.Source(MINIMAL, "b.yaml").value == expected
+        assert slow.read_value("[1e-3, no, 010]") == [0.001, "no", 10]
+    finally:
+        monkeypatch.undo()
+        importlib.reload(source)

@@ -219,7 +219,9 @@ def _finish(
 def _failure_record(cell: Cell, outcome: Outcome, registry: Registry) -> Record:
     """The record of a cell without results: the first line of the error, and the components that may have caused it."""
     status: Literal["failed", "timeout"] = "timeout" if outcome.status == "timeout" else "failed"
-    reason = f"{outcome.error}: {outcome.message}" if outcome.traceback else outcome.message
+    reason = outcome.message
+    if outcome.traceback:
+        reason = f"{outcome.error}: {outcome.message or 'without a message'}"
     first_line = next(iter((reason or status).splitlines()), status)
     reasons = [shorten(first_line, LONGEST_LINE), *name_suspects(cell, outcome, registry)]
     return Record.of(

@@ -18,8 +18,8 @@ from backdoor_bench_none.contracts.attack import (
     TriggerAttack,
 )
 from backdoor_bench_none.contracts.context import Context
-from backdoor_bench_none.contracts.network import Pixels, predict_logits
-from backdoor_bench_none.run.checks import check_images, check_rebuilt, check_samples, unwrap
+from backdoor_bench_none.contracts.network import Pixels, predict_logits, unwrap
+from backdoor_bench_none.run.checks import check_images, check_rebuilt, check_samples
 from backdoor_bench_none.run.stages import Stages
 from backdoor_bench_none.testing.bench import Bench, weights_of
 from backdoor_bench_none.testing.checks import Check, disturbed, equal, left_alone, require, same_weights

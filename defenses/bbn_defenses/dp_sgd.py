@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F
 
-from backdoor_bench_none.api import Batch, Combination, Context, Defense, DefenseResult, DefenseTask, Stage
+from backdoor_bench_none.api import (
+    Batch,
+    Combination,
+    Context,
+    Defense,
+    DefenseResult,
+    DefenseTask,
+    Stage,
+    TrainingError,
+)
 
 #: samples whose gradients are computed at once on a CPU: of 8, 16 and a whole batch of 64 the fastest, or close to it
 CPU_CHUNK = 16
@@ -37,7 +46,7 @@ class GroupNorm(Defense):
         return None
 
     def adapt(self, model: nn.Module) -> nn.Module:
-        """`model` with each BatchNorm of C channels replaced by a GroupNorm of gcd(32, C) groups, by Opacus."""
+        """`model` with each BatchNorm of C channels replaced by a GroupNorm of gcd(32, C) groups, as by Opacus."""
         return replace_batchnorm(model)
 
     def run(self, task: DefenseTask, context: Context) -> DefenseResult:
@@ -85,6 +94,8 @@ class DPSGD(GroupNorm):
     def run(self, task: DefenseTask, context: Context) -> DefenseResult:
         """The converted network, trained with clipping and noise; `epsilon` in extras."""
         model = self.adapt(task.new_model())
+        if self.method == "vmap" and (shared := _shared_layer(model)) is not None:
+            raise TrainingError(f"dp_sgd: the layer {shared} is used under two names", "`method: loop` can train it")
         generator = torch.Generator(context.device).manual_seed(context.derive("noise").seed)
 
         def gradients(model: nn.Module, batch: Batch, context: Context) -> Tensor:
@@ -103,7 +114,7 @@ class DPSGD(GroupNorm):
     @property
     def noise_std(self) -> float:
         """The deviation of the noise on the sum of clipped gradients."""
-        if self.noise_unit == "multiplier" and self.noise:  # 0 times an infinite clip would be NaN
+        if self.noise_unit == "multiplier":
             return self.noise * self.clip
         return self.noise
 
@@ -150,9 +161,20 @@ def replace_batchnorm(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                groups = math.gcd(32, child.num_features)
+                # of features without a map, a group of one has no deviation
+                groups = 1 if isinstance(child, nn.BatchNorm1d) else math.gcd(32, child.num_features)
                 setattr(module, name, nn.GroupNorm(groups, child.num_features, affine=child.affine, device=device))
     return model
+
+
+def _shared_layer(model: nn.Module) -> str | None:
+    """The two names of a layer that stands in a network twice, which torch.func cannot differentiate; None if none."""
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in names and any(True for _ in module.parameters()):
+            return f"'{names[module]}', also '{name}',"
+        names[module] = name
+    return None
 
 
 def by_vmap(model: nn.Module, batch: Batch) -> tuple[PerSample, Tensor]:

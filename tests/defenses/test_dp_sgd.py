@@ -150,7 +150,7 @@ def test_the_layout_of_the_images_makes_no_difference() -> None:
     assert_close(private_gradient(make_network(), last, clip=0.1), private_gradient(make_network(), batch, clip=0.1))
 
 
-@pytest.mark.parametrize("clip", [1e9, math.inf])
+@pytest.mark.parametrize("clip", [1e9, 1e30])
 @pytest.mark.parametrize("unit", ["multiplier", "absolute"])
 def test_without_noise_and_clipping_it_is_the_gradient_of_the_mean(clip: float, unit: str) -> None:
     model, batch = make_network(), draw_batch()

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from backdoor_bench_none.api import Attack, Context, Defense, DefenseResult, DefenseTask, Stage
+from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.run.isolation import STATES
 from backdoor_bench_none.testing.bench import Bench, Patch
 
@@ -72,6 +73,12 @@ def bench() -> Bench:
     return Bench()
 
 
+@pytest.fixture(scope="module")
+def expected(bench: Bench) -> Record:
+    """The record of a defense that returns the victim and leaves nothing changed."""
+    return bench.stages(defense=leaving(int)).evaluate()
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -79,10 +86,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_nothing_of_it_reaches_the_evaluation(name: str, bench: Bench, here: Path) -> None:
+def test_nothing_of_it_reaches_the_evaluation(name: str, bench: Bench, here: Path, expected: Record) -> None:
     change, said = CHANGES[name]
     before = [state.read() for state in STATES if not state.silent]
-    expected = bench.stages(defense=leaving(lambda: None)).evaluate()
     record = bench.stages(defense=leaving(change)).evaluate()
     assert (record.counts, record.outcomes) == (expected.counts, expected.outcomes)
     assert record.warnings == [f"the defense left changed, and it was put back: {said}"]
@@ -133,7 +139,7 @@ def test_attacks_leave_nothing_either(bench: Bench) -> None:
     assert "the attack left changed, and it was put back: the default dtype" in record.warnings
 
 
-def test_a_network_in_train_mode_is_evaluated_in_eval_mode(bench: Bench) -> None:
+def test_a_network_in_train_mode_is_evaluated_in_eval_mode(bench: Bench, expected: Record) -> None:
     class Training(Leaves):
         """Returns the victim in train mode."""
 
@@ -142,4 +148,4 @@ def test_a_network_in_train_mode_is_evaluated_in_eval_mode(bench: Bench) -> None
             assert isinstance(model, nn.Module)
             return DefenseResult(model)
 
-    assert bench.stages(defense=Training()).evaluate().counts == bench.stages(defense=leaving(int)).evaluate().counts
+    assert bench.stages(defense=Training()).evaluate().counts == expected.counts
