@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from textwrap import dedent
@@ -392,3 +393,56 @@ def test_neither_package_is_imported_unasked() -> None:
     """
     done = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# loggers that fail
+
+
+def test_a_server_that_does_not_answer_costs_one_cell(
+    make_record: Callable[..., Record], log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Port 9 of this machine refuses; the second cell is not even tried."""
+    tried: list[str] = []
+    create = MlflowClient.create_run
+
+    def noted(self: MlflowClient, *given: Any, **named: Any) -> Any:
+        tried.append("run")
+        return create(self, *given, **named)
+
+    monkeypatch.setattr(MlflowClient, "create_run", noted)
+    monkeypatch.setattr(loggers, "PATIENCE", 0.0)  # however fast it refuses
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("BBN_LOGGERS", "mlflow")
+    with pytest.warns(PluginWarning, match="gets no more cells of this run"):
+        log(make_record("aa" * 8))
+    log(make_record("bb" * 8))
+    assert tried == ["run"]
+
+
+def test_a_logger_that_fails_twice_in_a_row_is_given_up(
+    make_record: Callable[..., Record], log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure that is followed by a success does not count."""
+    fails = iter([True, False, True, True, True])
+    calls: list[bool] = []
+
+    def log_record(record: Record) -> None:
+        calls.append(next(fails))
+        if calls[-1]:
+            raise ValueError("no")
+
+    monkeypatch.setattr("backdoor_bench_none.loggers.tensorboard.log_record", log_record)
+    monkeypatch.setenv("BBN_LOGGERS", "tensorboard")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for key in ("aa", "bb", "cc", "dd", "ee"):
+            log(make_record(key * 8))
+    assert calls == [True, False, True, True]
+    assert ["no more cells" in str(warning.message) for warning in caught] == [False, False, True]
+
+
+def test_a_new_run_gives_every_logger_another_chance() -> None:
+    loggers._troubles["mlflow"] = loggers._Trouble(2, given_up=True)
+    loggers.bbn_modify_plan(config=None, cells=[])  # type: ignore[arg-type]
+    assert loggers._troubles == {}

@@ -233,6 +233,11 @@ class Npz(Dataset):
         """Check everything but the pixels; nothing is downloaded."""
         self._inspected()
 
+    def reading(self) -> list[str]:
+        """The number of images, their shape (C, H, W), and the number of classes."""
+        shape, train, test = self._inspected()
+        return [f"{len(train):,} training and {len(test):,} test images {shape}, {train.max() + 1} classes"]
+
     def files(self) -> list[Path]:
         """The .npz file."""
         path = self.path.expanduser()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -671,3 +672,21 @@ def test_show_lists_the_parameters_of_a_parameter(bbn: Callable[..., Said]) -> N
     out = bbn("show", "label_consistent").out
     assert re.search(r"crafter\.epsilon +0 ≤ number ≤ 255, default 8\.0: Linf bound", out)
     assert re.search(r"crafter +mapping, default .*: the adversarially trained network", out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment",
+    [{"PYTHONIOENCODING": "latin-1"}, {"PYTHONIOENCODING": "cp1252"}, {"PYTHONIOENCODING": "ascii"},
+     {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    ids=["latin-1", "cp1252", "ascii", "C"],
+)  # fmt: skip
+def test_output_of_any_encoding(environment: dict[str, str], write_benchmark: Callable[..., Path]) -> None:
+    """What an encoding lacks is shown as a question mark; `none`'s parameters have a sign for "at most"."""
+    write_benchmark(attack="{name: badnets, as: größer 漢}")
+    program = str(Path(sys.executable).with_name("bbn"))
+    verbs = (["show", "none"], ["show", "badnets"], ["list"], ["doctor"], ["plan"], ["run"], ["table"], ["status"])
+    for verb in verbs:
+        done = subprocess.run([program, *verb], capture_output=True, env={**os.environ, **environment}, timeout=120)
+        assert done.returncode == 0, (verb, done.stderr)
+        assert b"Traceback" not in done.stderr

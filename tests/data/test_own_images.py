@@ -6,6 +6,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from backdoor_bench_none.contracts.dataset import DatasetInfo, check_info
 from backdoor_bench_none.data.folders import find_parts
 from backdoor_bench_none.data.pixels import SeveralPicturesWarning
 from backdoor_bench_none.data.user import ImageFolder, Npz
@@ -457,3 +459,38 @@ def test_orders_of_the_axes(order: str, tmp_path: Path) -> None:
     channels = 3 if order in ("NHWC", "NCHW") else 1
     expected = torch.from_numpy(plain["x_train"][..., :channels].transpose(0, 3, 1, 2).copy())
     assert torch.equal(train.images, expected)
+
+
+def test_a_data_set_that_is_not_square_is_refused_when_planning(write_benchmark: Callable[..., Path], bbn: Any) -> None:
+    path = write_benchmark(dataset="wide")
+    (path.parent / "bbnfile.py").write_text(
+        "from backdoor_bench_none.api import Dataset, DatasetInfo, hookimpl\n"
+        "class Wide(Dataset):\n"
+        "    'Wide pictures.'\n"
+        "    def info(self): return DatasetInfo('wide', (1, 16, 24), 2, train_size=200, mean=(0.4,), std=(0.2,))\n"
+        "    def fingerprint(self): return 'ab' * 32\n"
+        "@hookimpl\n"
+        "def bbn_datasets(): return {'wide': Wide}\n"
+    )
+    said = bbn("plan")
+    assert said.code == 2
+    assert "wide has images of 16x24 pixels, and networks take squares" in said.err
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"shape": (3, 16, 16)}, "3 channels, 1 means"), ({"num_classes": 1}, "1 classes"),
+        ({"train_size": 0}, "0 training images"), ({"classes": ("a",)}, "2 classes and 1 names"),
+    ],
+)  # fmt: skip
+def test_metadata_that_contradict_themselves(changed: dict[str, Any], reason: str) -> None:
+    info = DatasetInfo("x", (1, 16, 16), 2, train_size=10, mean=(0.4,), std=(0.2,))
+    check_info(info)
+    with pytest.raises(ConfigError, match=reason):
+        check_info(replace(info, **changed))
+
+
+def test_a_plan_says_how_arrays_are_read(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", **arrays())
+    assert Npz(path=tmp_path / "a.npz").reading() == ["12 training and 6 test images (3, 8, 8), 3 classes"]
