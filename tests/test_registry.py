@@ -134,7 +134,7 @@ def test_create_with_parameters(built_in: Registry) -> None:
 
 def test_all_faults_of_parameters_at_once(built_in: Registry) -> None:
     with pytest.raises(ConfigError) as caught:
-        built_in.create("attack", "badnets", {"sise": 3, "poison_rate": 2, "target": "cat", "color": [0, 0, 256]})
+        built_in.create("attack", "badnets", {"sise": 3, "poison_rate": 2, "target": [], "color": [0, 0, 256]})
     message = caught.value.message
     assert message.startswith("attack 'badnets': ")
     for part in ("sise: unknown key, did you mean 'size'?", "poison_rate: ", "target: ", "color.2: "):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict
 
 from backdoor_bench_none.contracts.values import Values
 from backdoor_bench_none.seeds import canonical_json
@@ -33,11 +33,6 @@ class Component(Values):
     revision: ClassVar[int] = 1
     #: Where the method is described: arXiv id, DOI or section of the paper.
     paper: ClassVar[str] = ""
-
-    @model_validator(mode="after")
-    def _fit_json(self) -> Self:
-        canonical_json(self.model_dump(mode="json"))
-        return self
 
     def identity(self) -> dict[str, Any]:
         """The revision and the parameters that determine results, as JSON values."""

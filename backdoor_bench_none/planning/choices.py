@@ -23,6 +23,7 @@ from backdoor_bench_none.contracts.trainer import Trainer
 from backdoor_bench_none.errors import BenchError
 from backdoor_bench_none.planning.faults import Faults, Selected, one_line
 from backdoor_bench_none.registry.components import Registry, explain, kind_of
+from backdoor_bench_none.seeds import canonical_json
 
 C = TypeVar("C", bound=Component)
 #: axes whose entries and defaults may have a recipe
@@ -72,12 +73,18 @@ class ChoiceMaker:
             self.faults.add((*where, "name"), one_line(error))
             return None
         try:
-            return loaded(**params)
+            component = loaded(**params)
         except ValidationError as error:
             for path, message in dict.fromkeys(explain(error, loaded)):
                 location = locations.get(path.split(".")[0], where)
                 self.faults.add(location, f"{kind_of(base)} '{name}': {path}: {message}")
-        return None
+            return None
+        try:
+            canonical_json(component.model_dump(mode="json"))
+        except (TypeError, ValueError) as error:
+            self.faults.add(where, f"{kind_of(base)} '{name}': a parameter that JSON cannot hold: {error}")
+            return None
+        return component
 
     def check_executor(self) -> None:
         """Note the faults of the executor's entry."""

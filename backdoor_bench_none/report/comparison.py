@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.errors import ConfigError, did_you_mean
 from backdoor_bench_none.maths.statistics import (
     Comparison,
@@ -20,6 +19,7 @@ from backdoor_bench_none.maths.statistics import (
     unpack_outcomes,
 )
 from backdoor_bench_none.report.pivot import paired_values, varying_axes
+from backdoor_bench_none.results.files import DamagedFileError, read_record_file
 from backdoor_bench_none.results.metrics import METRICS, Metric
 from backdoor_bench_none.results.rows import Row
 
@@ -146,10 +146,12 @@ def _pool(tests: Sequence[McNemar]) -> McNemar | None:
 
 def _outcomes(results: Path, key: str | None, metric: str) -> NDArray[np.bool_] | None:
     """Whether each image was a hit (N,) bool; None where the record did not keep it."""
-    path = results / "records" / str(key)[:2] / f"{key}.json"
-    if key is None or not path.is_file():
+    if key is None:
         return None
-    record = Record.model_validate_json(path.read_bytes())
+    try:
+        record = read_record_file(results / "records" / key[:2] / f"{key}.json")
+    except (FileNotFoundError, DamagedFileError):  # every verb names it already
+        return None
     part, count = OUTCOMES[metric]
     packed = getattr(record.outcomes, part, None)
     total = getattr(record.counts, count, None)

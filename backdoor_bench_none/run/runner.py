@@ -17,7 +17,6 @@ from backdoor_bench_none.contracts.job import CELL, Job, Outcome, Settings
 from backdoor_bench_none.contracts.record import Failure, Record
 from backdoor_bench_none.planning.plan import Plan
 from backdoor_bench_none.planning.stage_table import (
-    STAGES,
     artifact_keys,
     find_stage,
     record_key,
@@ -155,8 +154,7 @@ def count_done(plan: Plan, store: Store) -> int:
 def pack_jobs(cells: list[Cell], store: Store) -> list[Job]:
     """One job per cell and one per shared stage without an artifact, each before the jobs that need it."""
     jobs: dict[str, Job] = {}
-    folders = {str(stage.folder) for stage in STAGES if stage.shared}
-    made = {folder: store.artifact_keys(folder) for folder in folders}
+    made: dict[str, set[str]] = {}
     for cell in cells:
         ids, spec, title = _job_ids(cell), cell.spec(), cell.title
         needs: list[str] = []
@@ -166,7 +164,10 @@ def pack_jobs(cells: list[Cell], store: Store) -> list[Job]:
                 needs += needed
                 continue
             job_id = ids[stage.name]
-            if job_id in jobs or stage_key(cell, stage.name) in made[str(stage.folder)]:
+            folder = str(stage.folder)
+            if folder not in made:
+                made[folder] = store.artifact_keys(folder)
+            if job_id in jobs or stage_key(cell, stage.name) in made[folder]:
                 continue
             waits_for = tuple(need for need in needed if need in jobs)
             jobs[job_id] = Job(job_id, stage.name, title, spec, waits_for)

@@ -38,7 +38,7 @@ name: tiny
 seeds: [0, 1]
 matrix:
   dataset: [{name: digits, params: {image_size: 8}}]
-  attack: [clean, badnets, {name: badnets, as: "$x_1$<b>\e", sweep: {poison_rate: [0.02, 0.1]}}]
+  attack: [clean, badnets, {name: badnets, as: "$x_1$<b>é", sweep: {poison_rate: [0.02, 0.1]}}]
   defense: [no_defense, {name: none, params: {epochs: 1}}]
   architecture: [{name: mlp, params: {hidden: 16, depth: 2}}]
   activation: [relu]
@@ -155,7 +155,7 @@ def test_matrix_shows_the_records(here: Path, bbn: Bbn) -> None:
         assert f"{100 * record.counts.benign_accuracy.rate:.1f}" in said
         if record.counts.attack_success_rate is not None:
             assert f"{100 * record.counts.attack_success_rate.rate:.1f}" in said
-    assert "$x_1$<b>�[poison_rate=0.02]" in said
+    assert "$x_1$<b>é[poison_rate=0.02]" in said
     assert {"no_defense", "none", "clean", "badnets"} <= set(said)
     assert said.count("–") == 2  # the ASR of no attack
 
@@ -170,13 +170,13 @@ def test_sweep_shows_the_parameter(here: Path, bbn: Bbn) -> None:
     said = texts(here / "s.svg")
     assert {"0.02", "0.1", "attack.poison_rate", "no_defense", "none"} <= set(said)
     assert said[-1] == "none"
-    assert any("$x_1$<b>�" in text for text in said)
+    assert any("$x_1$<b>é" in text for text in said)
 
 
 def test_curve_has_a_line_for_each_attack(here: Path, bbn: Bbn) -> None:
     assert bbn("plot", "curve", "--output", "c.svg").code == 0
     said = texts(here / "c.svg")
-    assert {"clean", "badnets", "$x_1$<b>�[poison_rate=0.1]", "epoch"} <= set(said)
+    assert {"clean", "badnets", "$x_1$<b>é[poison_rate=0.1]", "epoch"} <= set(said)
     assert "mean of 2 victims; bars: standard deviation" in said
 
 
@@ -230,7 +230,7 @@ def test_trigger_sheet_shows_what_the_attack_does(plan: Plan, bbn: Bbn) -> None:
     assert [line.label for line in sheet.lines] == ["badnets"]
     assert notes == [
         "clean changes none of these images",
-        *(f"$x_1$<b>�[poison_rate={rate}] looks like badnets" for rate in (0.02, 0.1)),
+        *(f"$x_1$<b>é[poison_rate={rate}] looks like badnets" for rate in (0.02, 0.1)),
     ]
     line = sheet.lines[0]
     change = np.abs(line.images.astype(int) - sheet.originals.astype(int))

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from backdoor_bench_none.cli.init import text_from
+from backdoor_bench_none.contracts.measures import Count, Counts
 from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.leaderboard.submission import open_submission, read_submission
 from backdoor_bench_none.leaderboard.track import read_track, track_names
@@ -28,6 +29,7 @@ from backdoor_bench_none.results.store import Store
 
 Bbn = Callable[..., Any]
 Tree = Callable[[Path], dict[str, str]]
+COUNTS = Counts(benign_accuracy=Count(hits=1, total=2), attack_success_rate=None, robust_accuracy=None)
 FINE_TUNE = ("-d", "fine_tune", "-p", "epochs=4", "-p", "clean_fraction=0.1", "--track", "tiny-v1")
 
 
@@ -141,7 +143,7 @@ def test_vanished_and_damaged_weights(arena: Any, pack: Callable[..., Any], resu
 
 def test_too_much_clean_data(bbn: Bbn, arena: Any, results: Path) -> None:
     for cell in arena.plan("fine_tune", clean_fraction=0.25).cells:
-        record = Record.of(cell, record_key(cell), "done")
+        record = Record.of(cell, record_key(cell), "done", counts=COUNTS)
         Store(results).write_record(record)
         path = results / "artifacts" / "defense" / defense_key(cell)[:2] / f"{defense_key(cell)}.0.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -97,7 +97,6 @@ REFUSED: dict[str, tuple[Callable[[ModelSpec], Any], str]] = {
     "maps": (returning(lambda logits: logits[:, :, None, None]), r"\(2, 3, 1, 1\) for 2 images, not logits \(2, 3\)"),
     "one output": (returning(lambda logits: logits[:, :1]), r"returns \(2, 1\)"),
     "too many outputs": (lambda spec: perceptron(replace(spec, num_classes=1000)), r"\(2, 1000\)"),
-    "probabilities": (returning(lambda logits: logits.softmax(1)), "it returns probabilities"),
     "nothing to train": (lambda spec: perceptron(spec).requires_grad_(False), "nothing can be trained"),
     "no module": (lambda spec: None, "build returned NoneType, not a torch"),
     "a lazy layer": (lambda spec: nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), "its layer '1' is lazy"),

@@ -104,6 +104,10 @@ class RepairsNothing(Untrained):
     stage: ClassVar[Stage] = Stage.POST_TRAINING
 
 
+class RepairsUnchanged(RepairsNothing):
+    starts_from_victim: ClassVar[bool] = True
+
+
 class NeverAsks(Untrained):
     starts_from_victim: ClassVar[bool] = True
 
@@ -138,6 +142,12 @@ def meddles(meddle: Callable[[], object]) -> Callable[[DefenseTask, Context], De
         return DefenseResult(task.new_model())
 
     return run
+
+
+def leaves_dtype(task: DefenseTask, context: Context) -> DefenseResult:
+    model = task.new_model()
+    torch.set_default_dtype(torch.float64)
+    return DefenseResult(model)
 
 
 # those that look where they must not
@@ -263,7 +273,8 @@ CAUGHT: list[tuple[str, type[Defense], str]] = [
     ("global_state_left_alone", running(meddles(random.random)), "Python's global generator"),
     ("global_state_left_alone", running(meddles(lambda: torch.rand(1))), "torch's global generator"),
     ("global_state_left_alone", running(meddles(lambda: torch.set_num_threads(2))), "the number of threads"),
-    ("global_state_left_alone", running(meddles(lambda: torch.set_default_dtype(torch.float64))), "default type"),
+    ("global_state_left_alone", running(leaves_dtype), "default type"),
+    ("changes_network", running(lambda t, c: DefenseResult(t.victim()), RepairsUnchanged), "set `may_return_victim`"),
     ("ground_truth_not_used", running(sneak_scores), "depends on which samples core knows to be poisoned"),
     ("ground_truth_not_used", running(sneak_indices), "use only what the task holds"),
     ("ground_truth_not_used", running(sneak_weights), "depends on which samples core knows to be poisoned"),

@@ -114,7 +114,7 @@ def test_values_that_are_none_are_told_without_a_traceback(root: Path, capsys: p
         ("--param", "x"): "'x' is not NAME=VALUE",
         ("--yaml_path", "params.yaml"): "'params.yaml': params is not a mapping",
         ("--yaml_path", "list.yaml"): "'list.yaml' is not a mapping",
-        ("--yaml_path", "lr.yaml"): "lr: Input should be a valid number",
+        ("--yaml_path", "lr.yaml"): "lr: 'fast' is not a number",
         ("--yaml_path", "binary.yaml"): "'binary.yaml' cannot be read",
     }
     for arguments, message in faults.items():

@@ -77,7 +77,8 @@ def test_import_none_export_and_back_is_bit_equal(
     assert after.counts == before.counts
 
 
-@pytest.mark.parametrize("mode", ["all_to_one", pytest.param("all_to_all", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["all_to_one", "all_to_all"])
 def test_our_own_attack_becomes_a_record(
     mode: str, write_benchmark: Write, bbn: Bbn, evaluate: Evaluate, clean: dict[str, Any]
 ) -> None:

@@ -103,6 +103,7 @@ def test_a_network_of_ours_is_skipped_in_the_plan(write_benchmark: Write, bbn: B
     assert "skipped     1: BackdoorBench's ft needs a network and a data set of BackdoorBench" in said.out
 
 
+@pytest.mark.slow
 def test_ep_takes_no_clean_data_and_finds_its_moved_package(
     checkout: Callable[..., Path], mobile_benchmark: Callable[[str], Path], evaluate: Evaluate
 ) -> None:
@@ -122,6 +123,7 @@ def test_ep_refuses_a_share_of_clean_data(preact_benchmark: Callable[[str], Path
     assert "clean_fraction" in said.err
 
 
+@pytest.mark.slow
 def test_bnp_is_given_its_share_of_clean_data(
     checkout: Callable[..., Path], mobile_benchmark: Callable[[str], Path], evaluate: Evaluate
 ) -> None:
@@ -148,6 +150,7 @@ def test_a_method_that_returns_the_victim_says_so(
     assert "returned network equals the victim" in bbn("results", "show", record.key).out
 
 
+@pytest.mark.slow
 def test_a_method_that_changes_the_network_has_no_such_note(
     checkout: Callable[..., Path], write_record: Write, write_benchmark: Write, evaluate: Evaluate
 ) -> None:
@@ -155,6 +158,7 @@ def test_a_method_that_changes_the_network_has_no_such_note(
     assert evaluate(write_benchmark(write_record(), defense=defense("nc")))["method"].extras == {}
 
 
+@pytest.mark.slow
 def test_the_masks_that_fp_leaves_are_applied(
     checkout: Callable[..., Path],
     weights: dict[str, torch.Tensor],
@@ -169,6 +173,7 @@ def test_the_masks_that_fp_leaves_are_applied(
     assert not pruned[:, ::2].any()
 
 
+@pytest.mark.slow
 def test_the_layer_of_npd_is_put_into_the_victim(
     checkout: Callable[..., Path],
     network: torch.nn.Module,
@@ -196,6 +201,7 @@ def test_the_layer_of_npd_is_put_into_the_victim(
         assert not torch.allclose(defended(images), before, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_npd_without_its_layer_has_no_result(
     checkout: Callable[..., Path], preact_benchmark: Callable[[str], Path], evaluate: Evaluate
 ) -> None:
@@ -239,6 +245,7 @@ def test_i_bau_is_refused_on_a_cpu_before_anything_is_started(
     assert "--device cuda" in str(fault.value.hint)
 
 
+@pytest.mark.slow
 def test_a_package_that_a_script_lacks_is_named_with_where_to_put_it(
     checkout: Callable[..., Path], write_record: Write, write_benchmark: Write, evaluate: Evaluate
 ) -> None:
