@@ -67,7 +67,7 @@ def the_record(folder: Path, defense: str = "none") -> Record:
     return record
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_row_and_a_method_add_a_stage(shared: bool, add_stage: Callable[[bool], Path], bbn: Any) -> None:
     folder = add_stage(shared).parent
     said = bbn("plan")
