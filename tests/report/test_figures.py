@@ -161,6 +161,7 @@ def on_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_digits")
 def test_fig5_has_the_last_four_layers(bbn: Callable[..., Any]) -> None:
     assert bbn("paper", "fig5", "-j", 1).code == 0
