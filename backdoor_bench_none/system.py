@@ -94,10 +94,10 @@ def _read_status(name: str) -> int | None:
         lines = (PROC / "self/status").read_text().splitlines()
     except OSError:
         return None
-    found = next((line for line in lines if line.startswith(f"{name}:")), None)
-    if found is None:
+    size = next((line for line in lines if line.startswith(f"{name}:")), None)
+    if size is None:
         return None
-    return int(found.split()[1]) * 1024
+    return int(size.split()[1]) * 1024
 
 
 @cache

@@ -26,7 +26,7 @@ def has_control_characters(text: str) -> bool:
 
 def visible(text: str) -> str:
     """`text` with its control characters written as in Python, such as `\\x1b`."""
-    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    return CONTROL.sub(lambda character: ascii(character[0])[1:-1], text)
 
 
 def plural(word: str, count: int) -> str:

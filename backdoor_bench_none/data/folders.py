@@ -63,9 +63,9 @@ def find_parts(root: Path, layout: Layout) -> Parts:
     if tests and (inside := _inside(root)):
         return inside
     if layout == "split":
-        found = "a training part and no test part" if trains else "no training part"
+        lacking = "a training part and no test part" if trains else "no training part"
         hint = f"name its folders one of {', '.join(TRAIN_NAMES)}, and one of {', '.join(TEST_NAMES)}"
-        raise DatasetError(f"image_folder: {root} has {found}", hint)
+        raise DatasetError(f"image_folder: {root} has {lacking}", hint)
     return Parts(folders, None, "class folders")
 
 

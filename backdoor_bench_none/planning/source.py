@@ -129,8 +129,8 @@ class Source:
             self._root = loader.get_single_node()
             if self._root is None:
                 return
-            found = list(_Inspection().look(self._root))  # before constructing, which rewrites merged mappings
-            self.faults = [f"{self._at(mark)}: {_path(path)}: {fault}" for mark, path, fault in found]
+            faults = list(_Inspection().look(self._root))  # before constructing, which rewrites merged mappings
+            self.faults = [f"{self._at(mark)}: {_path(path)}: {fault}" for mark, path, fault in faults]
             self.value = loader.construct_document(self._root)
         except yaml.MarkedYAMLError as error:
             place = self._at(error.problem_mark or error.context_mark)

@@ -60,10 +60,10 @@ def read_record_file(path: Path) -> Record:
     try:
         with open_file(path) as file:
             content = file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError) as error:
         if path.is_symlink():
             raise DamagedFileError(f"it is a link to '{os.readlink(path)}', which is not there") from None
-        raise
+        raise FileNotFoundError(path) from error  # also where something else is in place of its folder
     except OSError as error:
         raise DamagedFileError(error.strerror or str(error)) from error
     try:

@@ -70,8 +70,8 @@ def bbn(*arguments: str) -> tuple[int, str]:
 
 def content(folder: Path) -> dict[str, bytes]:
     """The finished records, byte for byte."""
-    found = {path.name: path.read_bytes() for path in (folder / "records").glob("*/*.json")}
-    return {name: text for name, text in found.items() if b'"status": "done"' in text}
+    texts = {path.name: path.read_bytes() for path in (folder / "records").glob("*/*.json")}
+    return {name: text for name, text in texts.items() if b'"status": "done"' in text}
 
 
 @pytest.fixture(scope="module")
