@@ -124,7 +124,7 @@ def describe_data(plan: Plan) -> list[str]:
     for dataset in {cell.dataset.label: cell.dataset for cell in plan.cells}.values():
         with suppress(DatasetError):  # the records may be there without the data
             lines |= dict.fromkeys(f"  data        {dataset.label}: {line}" for line in dataset.component.reading())
-    for cell in plan.cells:
+    for cell in {(cell.attack.identity, cell.dataset.identity): cell for cell in plan.cells}.values():
         for name in ("target", "source"):
             label = getattr(cell.attack.component, name, None)
             if isinstance(label, int) and cell.info.classes:

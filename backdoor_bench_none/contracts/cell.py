@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from backdoor_bench_none.contracts.component import Choice, Component
 from backdoor_bench_none.contracts.recipe import Recipe
-from backdoor_bench_none.seeds import canonical_json
 
 if TYPE_CHECKING:  # these import torch, which reading a record does not need
     from backdoor_bench_none.contracts.architecture import Activation, Architecture
@@ -54,11 +53,6 @@ class Cell:
         return {axis: getattr(self, axis) for axis in AXES}
 
     @cached_property
-    def recipe_json(self) -> str:
-        """The recipe as canonical JSON."""
-        return canonical_json(self.recipe.model_dump(mode="json"))
-
-    @property
     def title(self) -> str:
         """The labels of all axes and the seed; the trainer is left out if it is `centralized`."""
         labels = [choice.label for axis, choice in self.choices.items() if axis != "trainer"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from backdoor_bench_none.contracts.values import Values
+from backdoor_bench_none.seeds import canonical_json
 
 Schedule = Literal["one_cycle", "step", "constant"]
 
@@ -53,6 +55,11 @@ class Recipe(Values):
         "auto", description="auto: bfloat16, with eight significant bits, where the hardware supports it"
     )
     compile: bool = Field(False, description="torch.compile the network; worthwhile only in long runs on a GPU")
+
+    @cached_property
+    def identity(self) -> str:
+        """All hyperparameters, as canonical JSON."""
+        return canonical_json(self.model_dump(mode="json"))
 
     def batch_sizes(self, samples: int) -> list[int]:
         """The sizes of an epoch's batches.

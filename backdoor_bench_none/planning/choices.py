@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -37,6 +37,8 @@ class ChoiceMaker:
     config: Config
     registry: Registry
     faults: Faults
+    #: the choices made so far, by base class, name, label and parameters
+    _made: dict[tuple[type, str, str, str], Choice[Any]] = field(default_factory=dict)
 
     def make(self, base: type[C], entries: list[Entry], location: Location) -> list[Selected[C]]:
         """One choice per entry and sweep value."""
@@ -52,13 +54,26 @@ class ChoiceMaker:
                 locations = {name: ("defaults", kind, entry.name, name) for name in defaults}
                 locations |= {name: (*where, "params", name) for name in entry.params}
                 locations |= {name: (*where, "sweep", name, position) for name, position in positions.items()}
-                component = self.create(base, entry.name, {**defaults, **entry.params, **params}, where, locations)
-                if component is None:
+                choice = self._choose(base, entry.name, label, {**defaults, **entry.params, **params}, where, locations)
+                if choice is None:
                     continue
                 if any(other.choice.label == label for other in choices):
                     self.faults.add(where, f"there are two entries '{label}'; name one of them with 'as'")
-                choices.append(Selected(Choice(kind, entry.name, label, component), entry, where))
+                choices.append(Selected(choice, entry, where))
         return choices
+
+    def _choose(
+        self, base: type[C], name: str, label: str, params: Mapping[str, Any], where: Location,
+        locations: Mapping[str, Location],
+    ) -> Choice[C] | None:  # fmt: skip
+        """The choice, made once however many blocks of the file have it; None if it has faults."""
+        key = (base, name, label, repr(params))
+        if key not in self._made:
+            component = self.create(base, name, params, where, locations)
+            if component is None:
+                return None
+            self._made[key] = Choice(kind_of(base), name, label, component)
+        return self._made[key]
 
     def create(
         self, base: type[C], name: str, params: Mapping[str, Any], where: Location, locations: Mapping[str, Location]

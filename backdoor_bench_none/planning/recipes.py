@@ -38,7 +38,8 @@ class RecipeMaker:
 
     config: Config
     faults: Faults
-    _made: dict[tuple[int, int, int, int], Training] = field(default_factory=dict)
+    #: by the identity of the selected entries, which the plan keeps
+    _made: dict[tuple[int, ...], Training] = field(default_factory=dict)
 
     def make(
         self,
@@ -52,7 +53,7 @@ class RecipeMaker:
         Later ones win: those of data set, architecture and trainer in this order, then the `defaults` of each, then the
         entry of each.
         """
-        key = (id(dataset.choice), id(architecture.choice), id(activation.choice), id(trainer.choice))
+        key = (id(dataset), id(architecture), id(activation), id(trainer))
         if key not in self._made:
             self._made[key] = self._combine(dataset, architecture, activation, trainer)
         return self._made[key]
@@ -107,6 +108,8 @@ class RecipeMaker:
     def _with_initial_weights(self, selected: Selected[Architecture], named: NamedRecipe) -> Choice[Architecture]:
         """The architecture with the parameters that the recipe brings; what the file says of them stands."""
         component = selected.choice.component
+        if not named.params:
+            return selected.choice
         brought = {name: value for name, value in named.params.items() if getattr(component, name) == "auto"}
         return replace(selected.choice, component=component.model_copy(update=brought))
 

@@ -6,17 +6,17 @@ each row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from backdoor_bench_none.contracts.cell import AXES, Cell
 from backdoor_bench_none.seeds import canonical_json, content_key
 
 #: bumped when the evaluation changes results: part of every record's key
 EVALUATION_REVISION = 1
-K = TypeVar("K", str, str | None)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,17 @@ class Stage:
     axes: tuple[str, ...]
 
 
-def _once(make: Callable[[Cell], K]) -> Callable[[Cell], K]:
-    """Decorates a key, which is then computed once for each cell."""
+def _once(make: Callable[[Cell], T]) -> Callable[[Cell], T]:
+    """Decorates a function of a cell, which is then computed once for each."""
+    name = make.__name__
 
     @wraps(make)
-    def key(cell: Cell) -> K:
-        if make.__name__ not in cell.memo:
-            cell.memo[make.__name__] = make(cell)
-        known: K = cell.memo[make.__name__]
-        return known
+    def look_up(cell: Cell) -> T:
+        if name not in cell.memo:
+            cell.memo[name] = make(cell)
+        return cast("T", cell.memo[name])
 
-    return key
+    return look_up
 
 
 # The keys. Seeds are derived from them, so that equal stages draw equal random numbers.
@@ -122,7 +122,7 @@ def benign_key(cell: Cell) -> str:
 
 def _trained_key(cell: Cell, data: str, attacker: str | None) -> str:
     parts = (cell.architecture.identity, cell.activation.identity, cell.trainer.identity)
-    return content_key("victim", data, attacker, *parts, cell.recipe_json, cell.seed)
+    return content_key("victim", data, attacker, *parts, cell.recipe.identity, cell.seed)
 
 
 @_once
@@ -205,32 +205,38 @@ def find_stage(name: str) -> Stage:
     raise KeyError(name)
 
 
+@_once
+def stage_keys(cell: Cell) -> Mapping[str, str]:
+    """The content keys of the stages of a cell, by name, each after those it needs."""
+    keys = ((stage.name, stage.key(cell)) for stage in STAGES)
+    return {name: key for name, key in keys if key is not None}
+
+
 def stages_of(cell: Cell) -> tuple[Stage, ...]:
     """The stages of a cell, each after those it needs."""
-    return tuple(stage for stage in STAGES if stage.key(cell) is not None)
+    return tuple(map(find_stage, stage_keys(cell)))
 
 
 def has_stage(cell: Cell, name: str) -> bool:
-    """Whether a cell has the stage with this name."""
-    return find_stage(name).key(cell) is not None
+    """Whether a cell has the stage with this name; `KeyError` if no cell has."""
+    return find_stage(name).name in stage_keys(cell)
 
 
 def stage_key(cell: Cell, name: str) -> str:
     """The content key of a stage of the cell; `ValueError` if the cell does not have it."""
-    key = find_stage(name).key(cell)
-    if key is None:
+    if not has_stage(cell, name):
         raise ValueError(f"{cell.title} has no stage {name}")
-    return key
+    return stage_keys(cell)[name]
 
 
 def needs_of(stage: Stage, cell: Cell) -> tuple[Stage, ...]:
     """The stages of the cell that a stage reads."""
-    return tuple(need for need in map(find_stage, stage.needs(cell)) if need.key(cell) is not None)
+    return tuple(find_stage(name) for name in stage.needs(cell) if has_stage(cell, name))
 
 
 def artifact_keys(cell: Cell) -> dict[str, str]:
     """The content keys of all artifacts of a cell, by the name of the stage."""
-    return {stage.name: stage_key(cell, stage.name) for stage in stages_of(cell) if stage.folder is not None}
+    return {name: key for name, key in stage_keys(cell).items() if find_stage(name).folder is not None}
 
 
 def in_order(names: Iterable[str]) -> list[str]:

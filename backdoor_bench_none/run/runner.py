@@ -16,13 +16,7 @@ from backdoor_bench_none.contracts.executor import Event, Executor
 from backdoor_bench_none.contracts.job import CELL, Job, Outcome, Settings
 from backdoor_bench_none.contracts.record import Failure, Record
 from backdoor_bench_none.planning.plan import Plan
-from backdoor_bench_none.planning.stage_table import (
-    artifact_keys,
-    find_stage,
-    record_key,
-    stage_key,
-    stages_of,
-)
+from backdoor_bench_none.planning.stage_table import artifact_keys, find_stage, record_key, stage_keys
 from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.results.index import read_measurements
 from backdoor_bench_none.results.store import Store
@@ -158,19 +152,19 @@ def pack_jobs(cells: list[Cell], store: Store) -> list[Job]:
     for cell in cells:
         ids, spec, title = _job_ids(cell), cell.spec(), cell.title
         needs: list[str] = []
-        for stage in stages_of(cell):
-            needed = [ids[name] for name in stage.needs(cell) if name in ids]
+        for name, key in stage_keys(cell).items():
+            stage, job_id = find_stage(name), ids[name]
+            needed = [ids[need] for need in stage.needs(cell) if need in ids]
             if not stage.shared:
                 needs += needed
                 continue
-            job_id = ids[stage.name]
             folder = str(stage.folder)
             if folder not in made:
                 made[folder] = store.artifact_keys(folder)
-            if job_id in jobs or stage_key(cell, stage.name) in made[folder]:
+            if job_id in jobs or key in made[folder]:
                 continue
             waits_for = tuple(need for need in needed if need in jobs)
-            jobs[job_id] = Job(job_id, stage.name, title, spec, waits_for)
+            jobs[job_id] = Job(job_id, name, title, spec, waits_for)
         job_id, waits_for = f"{CELL}:{record_key(cell)}", tuple(need for need in dict.fromkeys(needs) if need in jobs)
         jobs[job_id] = Job(job_id, CELL, title, spec, waits_for)
     return list(jobs.values())
@@ -181,7 +175,7 @@ def _job_ids(cell: Cell) -> dict[str, str]:
 
     They are equal for stages with the same artifact: the benign network of one cell is the victim of another.
     """
-    return {stage.name: f"{stage.folder}:{stage_key(cell, stage.name)}" for stage in stages_of(cell)}
+    return {name: f"{find_stage(name).folder}:{key}" for name, key in stage_keys(cell).items()}
 
 
 def _executor(plan: Plan, registry: Registry, options: Options) -> Executor:
