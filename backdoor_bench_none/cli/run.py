@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,14 +19,13 @@ from backdoor_bench_none.cli.options import (
     selection_options,
 )
 from backdoor_bench_none.cli.output import say
-from backdoor_bench_none.contracts.job import CELL
 from backdoor_bench_none.errors import DatasetError, ExitCode
 from backdoor_bench_none.planning.reading import find_file
 from backdoor_bench_none.planning.stage_table import find_stage, in_order, record_key
 from backdoor_bench_none.words import plural
 
 if TYPE_CHECKING:
-    from backdoor_bench_none.contracts.job import Job
+    from backdoor_bench_none.contracts.cell import Cell
     from backdoor_bench_none.planning.plan import Plan
     from backdoor_bench_none.run.runner import Only, Summary
 
@@ -56,7 +56,7 @@ only_option = click.option(
 def plan_command(file: Path | None, results: Path | None, only: Only, selection: Selection, verbose: bool) -> int:
     """Show what `bbn run` would do: the cells to run, the stages they share, what is done and what is skipped."""
     from backdoor_bench_none.results.store import Store
-    from backdoor_bench_none.run.runner import choose_cells, count_done, pack_jobs
+    from backdoor_bench_none.run.runner import choose_cells, count_done, find_missing_stages
 
     plan, _, folder = read_plan(file, results, selection)
     store = Store(folder)
@@ -65,22 +65,20 @@ def plan_command(file: Path | None, results: Path | None, only: Only, selection:
     if verbose:
         lines += describe_cells(plan, {record_key(cell) for cell in todo})
     lines.append(f"  done        {plural('cell', count_done(plan, store))}")
-    lines.append(f"  to do       {describe_jobs(pack_jobs(todo, store))}")
+    lines.append(f"  to do       {describe_work(todo, find_missing_stages(todo, store).values())}")
     lines.append(f"Nothing was run. To run it: {_again('bbn run', file, results)}")
     for line in lines:
         say(line)
     return ExitCode.OK
 
 
-def describe_jobs(jobs: list[Job]) -> str:
+def describe_work(cells: list[Cell], missing: Iterable[str]) -> str:
     """The number of cells to run, and of the stages they share, in the order of the stage table."""
-    counts = Counter(job.kind for job in jobs)
-    cells = plural("cell", counts[CELL])
-    kinds = in_order(set(counts) - {CELL})
-    shared = [plural(find_stage(kind).words, counts[kind]) for kind in kinds]
+    counts = Counter(missing)
+    shared = [plural(find_stage(name).words, counts[name]) for name in in_order(counts)]
     if not shared:
-        return cells
-    return f"{cells}, and what they share: {', '.join(shared)}"
+        return plural("cell", len(cells))
+    return f"{plural('cell', len(cells))}, and what they share: {', '.join(shared)}"
 
 
 def describe_cells(plan: Plan, pending: set[str]) -> list[str]:

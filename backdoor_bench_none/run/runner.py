@@ -145,26 +145,38 @@ def count_done(plan: Plan, store: Store) -> int:
     return [statuses.get(key) for key in keys if key not in plan.skipped].count("done")
 
 
-def pack_jobs(cells: list[Cell], store: Store) -> list[Job]:
-    """One job per cell and one per shared stage without an artifact, each before the jobs that need it."""
-    jobs: dict[str, Job] = {}
+def find_missing_stages(cells: list[Cell], store: Store) -> dict[str, str]:
+    """The names of the shared stages without an artifact, by the id of the job that computes it."""
     made: dict[str, set[str]] = {}
+    missing: dict[str, str] = {}
     for cell in cells:
-        ids, spec, title = _job_ids(cell), cell.spec(), cell.title
-        needs: list[str] = []
         for name, key in stage_keys(cell).items():
-            stage, job_id = find_stage(name), ids[name]
-            needed = [ids[need] for need in stage.needs(cell) if need in ids]
+            stage = find_stage(name)
             if not stage.shared:
-                needs += needed
                 continue
             folder = str(stage.folder)
             if folder not in made:
                 made[folder] = store.artifact_keys(folder)
-            if job_id in jobs or key in made[folder]:
-                continue
-            waits_for = tuple(need for need in needed if need in jobs)
-            jobs[job_id] = Job(job_id, name, title, spec, waits_for)
+            if key not in made[folder]:
+                missing.setdefault(f"{folder}:{key}", name)
+    return missing
+
+
+def pack_jobs(cells: list[Cell], store: Store) -> list[Job]:
+    """One job per cell and one per shared stage without an artifact, each before the jobs that need it."""
+    jobs: dict[str, Job] = {}
+    missing = find_missing_stages(cells, store)
+    for cell in cells:
+        ids, spec, title = _job_ids(cell), cell.spec(), cell.title
+        needs: list[str] = []
+        for name, job_id in ids.items():
+            stage = find_stage(name)
+            needed = [ids[need] for need in stage.needs(cell) if need in ids]
+            if not stage.shared:
+                needs += needed
+            elif job_id in missing and job_id not in jobs:
+                waits_for = tuple(need for need in needed if need in jobs)
+                jobs[job_id] = Job(job_id, name, title, spec, waits_for)
         job_id, waits_for = f"{CELL}:{record_key(cell)}", tuple(need for need in dict.fromkeys(needs) if need in jobs)
         jobs[job_id] = Job(job_id, CELL, title, spec, waits_for)
     return list(jobs.values())
