@@ -188,7 +188,7 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
         folder = os.path.join(os.fsencode(tmp_path), name)
         os.makedirs(folder)
         for index in range(12):
-            picture(60 + 120 * label).save(os.path.join(folder, b"%d.png" % index))
+            picture(60 + 120 * label).save(os.path.join(folder, b"%d.png" % index), "PNG")
     data = ImageFolder(root=tmp_path, image_size=16)
     assert data.info().classes == ("caf\\udce9", "th\\udce9")
     assert len(data.fingerprint()) == 64
