@@ -260,6 +260,14 @@ def test_no_two_cells_have_one_title(entries: str, registry: Registry) -> None:
         make(registry, write(f"include: [{{{entries}}}]\n"))
 
 
+def test_equal_entries_of_two_blocks_keep_their_own_recipes(registry: Registry) -> None:
+    entry = "{name: mlp, recipe: {epochs: EPOCHS}}"
+    block = "{attack: clean, defense: ac, architecture: [" + entry.replace("EPOCHS", "3") + "]}"
+    plan = make(registry, write(f"include: [{block}]\n", architecture=entry.replace("EPOCHS", "2")))
+    assert [cell.recipe.epochs for cell in plan.cells if cell.defense.name == "ac"] == [3]
+    assert {cell.recipe.epochs for cell in plan.cells if cell.defense.name != "ac"} == {2}
+
+
 def test_include_adds_cells_and_repeats_none(registry: Registry) -> None:
     block = "{attack: [clean, badnets], defense: no_defense, architecture: mlp}"
     plan = make(registry, write(f"include: [{block}]\n"))

@@ -107,9 +107,9 @@ class RecipeMaker:
 
     def _with_initial_weights(self, selected: Selected[Architecture], named: NamedRecipe) -> Choice[Architecture]:
         """The architecture with the parameters that the recipe brings; what the file says of them stands."""
-        component = selected.choice.component
         if not named.params:
             return selected.choice
+        component = selected.choice.component
         brought = {name: value for name, value in named.params.items() if getattr(component, name) == "auto"}
         return replace(selected.choice, component=component.model_copy(update=brought))
 
