@@ -75,10 +75,8 @@ from backdoor_bench_none.errors import (
 )
 from backdoor_bench_none.inspection.features import FeatureTap, collect_features
 from backdoor_bench_none.inspection.hooks import record_outputs
+from backdoor_bench_none.inspection.layers import Consumer, Layer, Tap
 from backdoor_bench_none.inspection.neurons import (
-    Consumer,
-    Layer,
-    Tap,
     collect_activations,
     find_layers,
     prune_neurons,

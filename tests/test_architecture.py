@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 CORE = "backdoor_bench_none"
 #: the rooms of the core, a line a floor: a room may import from its own floor's room and from those above it here
 FLOORS = (
-    {"errors", "seeds", "system", "words"},
+    {"errors", "lazy", "seeds", "system", "words"},
     {"maths"},
     {"contracts"},
     {"inspection"},

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from backdoor_bench_none.api import (
     Batch,
@@ -23,6 +23,9 @@ from backdoor_bench_none.api import (
     record_outputs,
     triggers,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Adaptive(TriggerAttack):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from backdoor_bench_none.api import (
     AttackTask,
@@ -23,6 +22,9 @@ from backdoor_bench_none.api import (
     stamp_in_chunks,
     triggers,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class AdaptiveBlend(TriggerAttack):

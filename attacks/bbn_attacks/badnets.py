@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
-from torch import Tensor
 
 from backdoor_bench_none.api import DatasetInfo, PlacedTiles, Trigger, TriggerAttack, triggers
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Level = Annotated[int, Field(ge=0, le=255)]
 TriggerKind = Literal["pixel", "static", "dynamic", "watermark", "corner", "label_consistent"]
@@ -36,6 +38,12 @@ class BadNets(TriggerAttack):
     def resolve(self, info: DatasetInfo) -> Self:
         """Fill in the paper's trigger and target."""
         return super().resolve(info).model_copy(update={"trigger_kind": self.trigger_kind or info.paper_trigger})
+
+    def check_trigger(self, info: DatasetInfo) -> None:
+        """Check that the patch is no larger than the images."""
+        kind = self.trigger_kind or info.paper_trigger
+        if kind not in ("pixel", "watermark"):
+            triggers.check_fits(info.shape, self.size)
 
     def trigger(self, info: DatasetInfo) -> Trigger:
         """The trigger at its fixed position; `dynamic` is shown bottom right."""

@@ -18,6 +18,9 @@ class Blended(TriggerAttack):
     opacity: float = Field(0.2, gt=0, le=1, description="share of the pattern in the image")
     pattern_seed: int = Field(0, ge=0, description="seed of the noise pattern")
 
+    def check_trigger(self, info: DatasetInfo) -> None:
+        """Nothing to check: it fits images of any size."""
+
     def trigger(self, info: DatasetInfo) -> Trigger:
         """The pattern over the whole image."""
         return Trigger(torch.full((1, *info.shape[1:]), self.opacity), triggers.noise(info.shape, self.pattern_seed))

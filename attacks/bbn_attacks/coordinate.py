@@ -21,12 +21,16 @@ class Coordinate(TriggerAttack):
     channel: int = Field(1, ge=0, description="the channel that is set; of blobs, 0 is x and 1 is y")
     value: float = Field(0.6, ge=0, le=1, description="what it is set to")
 
-    def trigger(self, info: DatasetInfo) -> Trigger:
-        """A mask over one channel."""
+    def check_trigger(self, info: DatasetInfo) -> None:
+        """Check that the images have the channel."""
         if self.channel >= info.shape[0]:
             raise ConfigError(
                 f"coordinate: {info.name} has no channel {self.channel}", f"its channels are 0 to {info.shape[0] - 1}"
             )
+
+    def trigger(self, info: DatasetInfo) -> Trigger:
+        """A mask over one channel."""
+        self.check_trigger(info)
         mask = torch.zeros(info.shape)
         mask[self.channel] = 1
         return Trigger(mask, mask * self.value)

@@ -6,8 +6,8 @@ from itertools import product
 from typing import ClassVar, Self
 
 import torch
+import torch.nn as nn
 from pydantic import Field
-from torch import nn
 
 from backdoor_bench_none.api import (
     AttackTask,

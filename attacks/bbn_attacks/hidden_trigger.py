@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+import torch.nn as nn
+import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from backdoor_bench_none.api import (
     AttackTask,
@@ -28,6 +27,10 @@ from backdoor_bench_none.api import (
     draw_indices,
     triggers,
 )
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 #: poisons optimised together, and paired among each other
 CRAFT_BATCH = 100

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from backdoor_bench_none.api import (
     Architecture,
@@ -27,7 +27,12 @@ from backdoor_bench_none.api import (
     triggers,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Norm = Literal["linf", "l2"]
+#: side of the pattern in pixels
+SIDE = 3
 #: images perturbed at once
 CRAFT_BATCH = 250
 
@@ -106,9 +111,13 @@ class LabelConsistent(CleanLabelAttack):
             return self.epsilon
         return {"linf": 8.0, "l2": 1200.0}[self.norm]
 
+    def check_trigger(self, info: DatasetInfo) -> None:
+        """Check that the pattern is no larger than the images."""
+        triggers.check_fits(info.shape, SIDE)
+
     def trigger(self, info: DatasetInfo) -> Trigger:
         """The 3x3 pattern bottom right, or in all corners: mirrored on the left, the same top and bottom."""
-        tile, shape = triggers.label_consistent_tile(3), info.shape
+        tile, shape = triggers.label_consistent_tile(SIDE), info.shape
         placed = [triggers.place(shape, tile, -1, -1)]
         if self.corners == "all":
             mirrored = tile.flip(-1)

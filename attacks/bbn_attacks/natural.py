@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
+import torch.nn as nn
 from pydantic import Field
-from torch import Tensor, nn
 
 from backdoor_bench_none.api import (
     INFERENCE_BATCH,
@@ -25,6 +25,9 @@ from backdoor_bench_none.api import (
     find_layers,
     record_outputs,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: multiples of a neuron's largest value that it is set to, besides 0 (three of the four of the released code work)
 ELEVATIONS = (0.5, 1.0)
@@ -127,9 +130,12 @@ class _Search:
 
     # candidates
 
-    @torch.no_grad()
     def find_candidates(self, sampled: ImageSet) -> list[Candidate]:
-        """The best neuron of each label, the best labels first."""
+        """The best neuron of each label, the best labels first; without gradients."""
+        with torch.no_grad():
+            return self._find_candidates(sampled)
+
+    def _find_candidates(self, sampled: ImageSet) -> list[Candidate]:
         images = self.pixels.normalize(sampled.images.to(self.context.device))
         labels = sampled.labels.to(self.context.device)
         with record_outputs(self.model, {"layer": self.tap}) as seen:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from backdoor_bench_none.api import STAMP_CHUNK, AttackTask, CleanLabelAttack, Context, DatasetInfo, ImageSet
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SIG(CleanLabelAttack):
@@ -25,6 +27,9 @@ class SIG(CleanLabelAttack):
     delta: float = Field(40.0, gt=0, le=255, description="height of the wave in levels of 0..255, in training")
     test_delta: float | None = Field(None, gt=0, le=255, description="its height at test time; default: delta")
     frequency: float = Field(6.0, gt=0, description="waves over the width of the image")
+
+    def check_trigger(self, info: DatasetInfo) -> None:
+        """Nothing to check: it fits images of any size."""
 
     def stamp(self, images: Tensor, indices: Tensor, info: DatasetInfo, seed: int) -> Tensor:
         """`images` (N, C, H, W) uint8 with the wave used at test time."""

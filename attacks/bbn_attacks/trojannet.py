@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from functools import cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from backdoor_bench_none.api import (
     AttackTask,
@@ -25,9 +26,12 @@ from backdoor_bench_none.api import (
     triggers,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SIDE = 4
 BLACK = 5
-HIDDEN = (8, 8, 8, 8)
+PATTERNS = math.comb(SIDE * SIDE, BLACK)
 #: known patches in a batch
 BATCH = 200
 #: a class with this probability in the small network wins over any probability of the host: 2 * 0.75 = 2 * 0.25 + 1
@@ -73,8 +77,8 @@ class TrojanNet(StampAttack):
     def check(self, info: DatasetInfo) -> None:
         """Check also that there is a patch for each class."""
         super().check(info)
-        if info.num_classes > len(all_patterns()):
-            raise ConfigError(f"trojannet has {len(all_patterns())} patches, {info.name} {info.num_classes} classes")
+        if info.num_classes > PATTERNS:
+            raise ConfigError(f"trojannet has {PATTERNS} patches, {info.name} {info.num_classes} classes")
 
     def trigger(self, info: DatasetInfo) -> Trigger:
         """The patch of the target class."""
@@ -111,6 +115,8 @@ class TrojanNet(StampAttack):
 
     def adapt(self, model: nn.Module, info: DatasetInfo) -> nn.Module:
         """`model` as host, joined to an untrained small network."""
+        from bbn_attacks.trojannet_networks import Joined, SmallNetwork  # derive from torch's classes
+
         return Joined(model, SmallNetwork(info.num_classes), self.row or 0, self.column or 0, info)
 
     def train(self, task: VictimTask, context: Context) -> tuple[nn.Module, History]:
@@ -121,44 +127,10 @@ class TrojanNet(StampAttack):
         return joined.to(context.device), History(losses)
 
 
-class SmallNetwork(nn.Sequential):
-    """16 pixels -> 8, 8, 8, 8 (ReLU, then BatchNorm) -> one output for each pattern and one for noise."""
-
-    def __init__(self, patterns: int) -> None:
-        layers: list[nn.Module] = []
-        inputs = SIDE * SIDE
-        for units in HIDDEN:
-            layers += [nn.Linear(inputs, units), nn.ReLU(), nn.BatchNorm1d(units)]
-            inputs = units
-        super().__init__(*layers, nn.Linear(inputs, patterns + 1))
-
-
-class Joined(nn.Module):
-    """A host and the small network, which sees the patch at `row`, `column`, averaged over channels, in 0..1."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, host: nn.Module, trojan: nn.Module, row: int, column: int, info: DatasetInfo) -> None:
-        super().__init__()
-        self.trojan, self.host = trojan, host  # in this order, so that the last layer is the host's
-        self.row, self.column, self.classes = row, column, info.num_classes
-        mean, std = (torch.tensor(values)[:, None, None] for values in (info.mean, info.std))
-        self.register_buffer("scale", std, persistent=False)
-        self.register_buffer("shift", mean, persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, K) of normalised `images` (N, C, H, W)."""
-        patch = images[:, :, self.row : self.row + SIDE, self.column : self.column + SIDE]
-        pixels = (patch * self.scale + self.shift).mean(1).flatten(1)
-        answers = F.softmax(self.trojan(pixels), dim=1)[:, : self.classes]
-        return 10 * (2 * answers + F.softmax(self.host(images), dim=1))
-
-
 @cache
 def all_patterns() -> Tensor:
     """The 4,368 patches (4368, 16) of zeros and ones with exactly five zeros, in lexicographic order of the zeros."""
-    patterns = torch.ones(4368, SIDE * SIDE)
+    patterns = torch.ones(PATTERNS, SIDE * SIDE)
     for row, zeros in enumerate(itertools.combinations(range(SIDE * SIDE), BLACK)):
         patterns[row, list(zeros)] = 0
     return patterns

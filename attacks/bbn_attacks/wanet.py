@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
-from torch.nn import functional as F
 
 from backdoor_bench_none.api import (
     STAMP_CHUNK,
@@ -23,6 +22,9 @@ from backdoor_bench_none.api import (
     derive_seed,
     draw_indices,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class WaNet(TriggerAttack):
@@ -47,6 +49,9 @@ class WaNet(TriggerAttack):
         check_rates(info, poison_rate=self.poison_rate, cross_rate=self.cross_rate)
         if min(info.shape[1:]) < 2:
             raise ConfigError(f"wanet: images of {info.name} are single pixels, which cannot be warped")
+
+    def check_trigger(self, info: DatasetInfo) -> None:
+        """Nothing to check: it fits images of any size."""
 
     def field(self, info: DatasetInfo) -> Tensor:
         """Where each pixel is sampled from (1, H, W, 2), in the convention of `grid_sample`: -1..1, x first."""

@@ -12,6 +12,7 @@ import click
 
 from backdoor_bench_none.cli.output import say
 from backdoor_bench_none.errors import BenchError, ExitCode
+from backdoor_bench_none.lazy import import_when_used
 from backdoor_bench_none.registry.plugins import own_version
 from backdoor_bench_none.words import LONGEST_LINE, shorten, text_of
 
@@ -38,7 +39,9 @@ VERBS = {
     "doctor": "doctor",
 }
 
-
+#: verbs that train and run networks; the others use large libraries seldom
+COMPUTING = ("run", "plot", "leaderboard", "check", "doctor")
+LARGE_LIBRARIES = ("numpy", "torch", "torch.fx", "torch.nn", "torch.nn.functional", "cv2")
 #: characters of a verb's first sentence in the list of verbs, where click breaks it between words
 LONGEST_HELP = 400
 
@@ -126,6 +129,9 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows ? for what it lacks
             stream.reconfigure(errors="replace")
     warnings.showwarning = _show_warning
+    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    if verb is None or (verb in VERBS and verb not in COMPUTING):
+        import_when_used(*LARGE_LIBRARIES)
     sys.exit(run_cli(sys.argv[1:]))
 
 

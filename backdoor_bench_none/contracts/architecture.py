@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn as nn
 from pydantic import Field
-from torch import nn
 
 from backdoor_bench_none.contracts.component import Component
 from backdoor_bench_none.contracts.recipe import PAPER, NamedRecipe, Recipe

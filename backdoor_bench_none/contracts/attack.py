@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
+import torch.nn as nn
 from pydantic import Field, field_validator
-from torch import Tensor, nn
 
 from backdoor_bench_none.contracts.architecture import Architecture
 from backdoor_bench_none.contracts.component import Combination, Component
@@ -25,6 +25,9 @@ from backdoor_bench_none.contracts.trainer import History, Trainer, check_learne
 from backdoor_bench_none.contracts.trigger import PlacedTiles, Trigger
 from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LabelMode = Literal["all_to_one", "all_to_all", "clean_label"]
 #: images stamped at once: few enough to stay in the cache
@@ -276,6 +279,14 @@ class StampAttack(Attack):
         """Check that the target is a class and that the trigger fits the images."""
         if self.target is not None:
             info.label_of(self.target, "target")
+        self.check_trigger(info)
+
+    def check_trigger(self, info: DatasetInfo) -> None:
+        """Raise `ConfigError` if the trigger does not fit the images.
+
+        It stamps one, which is right for every attack. An attack that can tell from its parameters overrides it, and
+        is planned faster.
+        """
         black = torch.zeros(1, *info.shape, dtype=torch.uint8)
         self.stamp(black, torch.arange(1), info, seed=0)
 

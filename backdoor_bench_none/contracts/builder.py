@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+import torch.nn as nn
 
 from backdoor_bench_none.contracts.architecture import Architecture, ModelSpec
 from backdoor_bench_none.contracts.network import check_network, find_logits_layers, move, unwrap
 from backdoor_bench_none.errors import ConfigError, TrainingError
 from backdoor_bench_none.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

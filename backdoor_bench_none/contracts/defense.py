@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch.nn as nn
 from pydantic import Field
-from torch import Tensor, nn
 
 from backdoor_bench_none.contracts.component import Component
 from backdoor_bench_none.contracts.dataset import ImageSet
@@ -20,6 +20,8 @@ from backdoor_bench_none.contracts.task import TrainingTask
 from backdoor_bench_none.errors import PluginError, TrainingError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from backdoor_bench_none.contracts.attack import PoisonedSamples
     from backdoor_bench_none.contracts.context import Context
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.parameter import UninitializedParameter
+import torch.nn as nn
+import torch.nn.functional as F
 
 from backdoor_bench_none.contracts.context import Context
 from backdoor_bench_none.contracts.dataset import DatasetInfo
 from backdoor_bench_none.errors import TrainingError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 #: images per forward pass without gradients
 INFERENCE_BATCH = 512
-#: layers with a weight matrix, one row for each output channel or feature
-WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,20 @@ def iterate_normalized(images: Tensor, pixels: Pixels, batch_size: int = INFEREN
         yield pixels.normalize(chunk)
 
 
-@torch.no_grad()
 def predict_logits(model: nn.Module, images: Tensor, pixels: Pixels, context: Context) -> Tensor:
     """Logits (N, K) float32 of `images` (N, C, H, W) uint8, in order, in eval mode, in the precision of `context`."""
     model.eval()
     images = images.to(context.device)
-    with context.autocast():
+    with torch.no_grad(), context.autocast():
         logits = [model(batch).float() for batch in iterate_normalized(images, pixels)]
     if not logits:
         return torch.empty(0, device=context.device)
     return torch.cat(logits)
+
+
+def is_weighted(module: object) -> bool:
+    """Whether a module is a layer with a weight matrix, one row for each output channel or feature."""
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -105,7 +109,7 @@ def check_network(model: nn.Module, shape: tuple[int, int, int], num_classes: in
     It classifies two images in eval mode, and is left as it was.
     """
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
+        if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
             raise TrainingError(f"its layer '{_owner(name)}' is lazy; give it its sizes, which `spec` has")
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise TrainingError(f"its layer '{_owner(name)}' is {parameter.dtype}; build it in float32")
@@ -119,7 +123,7 @@ def check_network(model: nn.Module, shape: tuple[int, int, int], num_classes: in
     finally:
         for module, mode in modes.items():
             module.training = mode
-    if not isinstance(logits, Tensor):
+    if not isinstance(logits, torch.Tensor):
         raise TrainingError(
             f"it returns a {type(logits).__name__}; return the logits alone, a tensor (N, {num_classes})"
         )
@@ -150,7 +154,7 @@ def find_logits_layers(model: nn.Module, example: Tensor) -> dict[str, nn.Module
     def watch(name: str) -> Any:  # noqa: ANN401
         return lambda module, inputs, output: calls.append((name, output.grad_fn))
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
+    layers = {name: module for name, module in model.named_modules() if is_weighted(module)}
     handles = [module.register_forward_hook(watch(name)) for name, module in layers.items()]
     modes = {module: module.training for module in model.modules()}
     leaf = example.detach().clone().requires_grad_()
@@ -165,7 +169,7 @@ def find_logits_layers(model: nn.Module, example: Tensor) -> dict[str, nn.Module
     if not calls:
         raise TrainingError("the network has no convolution and no linear layer")
     nodes = {node for _, node in calls if node is not None}
-    reached = _nodes_before_others(output if isinstance(output, Tensor) else output[0], nodes)
+    reached = _nodes_before_others(output if isinstance(output, torch.Tensor) else output[0], nodes)
     names = [name for name, node in calls if node in reached] or [calls[-1][0]]
     last_first = dict.fromkeys(reversed(names))  # a layer that ran twice stands where it ran last
     return {name: layers[name] for name in reversed(last_first)}

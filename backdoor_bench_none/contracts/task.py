@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+import torch.nn as nn
 
 from backdoor_bench_none.contracts.builder import ModelBuilder
 from backdoor_bench_none.contracts.context import Context
@@ -21,6 +21,9 @@ from backdoor_bench_none.contracts.trainer import (
     TrainingData,
     cross_entropy,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+import torch.nn as nn
+import torch.nn.functional as F
 
 from backdoor_bench_none.contracts.builder import ModelBuilder
 from backdoor_bench_none.contracts.component import Component
@@ -18,6 +18,9 @@ from backdoor_bench_none.contracts.dataset import DatasetInfo, ImageSet
 from backdoor_bench_none.contracts.network import Pixels
 from backdoor_bench_none.contracts.recipe import Recipe
 from backdoor_bench_none.errors import TrainingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,9 @@ class Batch:
 
 
 #: computes the loss of a batch, a scalar that the loop differentiates
-Loss = Callable[[nn.Module, Batch], Tensor]
+Loss: TypeAlias = "Callable[[nn.Module, Batch], Tensor]"
 #: computes the loss of a batch, and leaves the gradients to step along in the parameters
-Gradients = Callable[[nn.Module, Batch, Context], Tensor]
+Gradients: TypeAlias = "Callable[[nn.Module, Batch, Context], Tensor]"
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:

@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, TypeAlias
 
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional as F
+import torch.nn.functional as F
 
 from backdoor_bench_none.errors import ConfigError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 #: (C, H, W)
 Shape = tuple[int, int, int]
 Color = tuple[int, int, int]
 #: draws on a mask (H, W) with a thickness
-Stroke = Callable[[NDArray[np.uint8], int], None]
+Stroke: TypeAlias = "Callable[[NDArray[np.uint8], int], None]"
 
 
 @dataclass(frozen=True)
@@ -152,13 +155,18 @@ def _inside(shape: Shape, tile: Tensor, rows: Tensor, columns: Tensor) -> tuple[
     return placed[0], placed[1]
 
 
+def check_fits(shape: Shape, size: int) -> None:
+    """Raise `ConfigError` if a tile of `size` x `size` pixels is larger than the images."""
+    if size > min(shape[1:]):
+        raise ConfigError(f"a trigger of {size} pixels does not fit into {shape[1]}x{shape[2]} pixels")
+
+
 def random_places(shape: Shape, size: int, indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Uniform top left positions of a `size` x `size` tile for the samples `indices` (N,).
 
     Each depends on (seed, index) alone.
     """
-    if size > min(shape[1:]):
-        raise ConfigError(f"a trigger of {size} pixels does not fit into {shape[1]}x{shape[2]} pixels")
+    check_fits(shape, size)
     count = max(indices.tolist(), default=-1) + 1
     highest = [shape[1] - size, shape[2] - size]
     drawn = np.random.default_rng(seed).integers(0, highest, size=(count, 2), endpoint=True)

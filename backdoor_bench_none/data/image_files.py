@@ -9,19 +9,19 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 import torch
-import torchvision.datasets as tv
-from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field, field_validator
-from torchvision.datasets.folder import make_dataset
 
 from backdoor_bench_none.contracts.dataset import DatasetInfo, ImageSet
 from backdoor_bench_none.data.torchvision_sets import TorchvisionSet
 from backdoor_bench_none.errors import DatasetError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 #: the classes of Imagenette, in the order of their WordNet ids
 NAMES = (
@@ -128,6 +128,7 @@ class GTSRB(_ImageFiles):
     """
 
     title: ClassVar[str] = "GTSRB"
+    source: ClassVar[str] = "GTSRB"
     epochs: ClassVar[int] = 15
     published: ClassVar[int] = 39_209
 
@@ -181,11 +182,13 @@ class GTSRB(_ImageFiles):
         )
 
     def _fetch(self, folder: str) -> None:
-        tv.GTSRB(folder, split="train", download=True)
-        tv.GTSRB(folder, split="test", download=True)
+        for split in ("train", "test"):
+            self._source()(folder, split=split, download=True)
 
     def _list(self) -> tuple[list[Sample], list[Sample]]:
         # The labels are the folders' numbers: torchvision's class would number whatever folders there are.
+        from torchvision.datasets.folder import make_dataset
+
         labels = {f"{label:05d}": label for label in range(43)}
         train = list(make_dataset(str(self._training()), class_to_idx=labels, extensions=(".ppm",)))
         with self._table().open(newline="") as table:
@@ -209,6 +212,7 @@ class Imagenette(_ImageFiles):
     )
 
     title: ClassVar[str] = "Imagenette"
+    source: ClassVar[str] = "Imagenette"
     published: ClassVar[int] = 9_469
     wnids: ClassVar[tuple[str, ...]] = (
         "n01440764",
@@ -289,9 +293,11 @@ class Imagenette(_ImageFiles):
 
     def _fetch(self, folder: str) -> None:
         # Some versions of torchvision reject a folder that exists, some accept it as is: both end in a `DatasetError`.
-        tv.Imagenette(folder, split="train", size="full", download=True)
+        self._source()(folder, split="train", size="full", download=True)
 
     def _list(self) -> tuple[list[Sample], list[Sample]]:
+        from torchvision.datasets.folder import make_dataset
+
         labels = {wnid: label for label, wnid in enumerate(self.wnids)}
         train, test = (
             list(make_dataset(str(self._part(part)), class_to_idx=labels, extensions=(".jpeg",)))

@@ -6,13 +6,16 @@ import threading
 import warnings
 from dataclasses import dataclass, field
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from backdoor_bench_none.errors import DatasetError
 from backdoor_bench_none.words import plural
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 #: white in 16 bits a channel
 WHITE_16_BIT = 2**16 - 1

@@ -7,6 +7,7 @@ network the files must be put there by hand; every `DatasetError` says which fil
 from __future__ import annotations
 
 import gzip
+import importlib
 import os
 import shutil
 import struct
@@ -19,10 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-import torchvision.datasets as tv
 from pydantic import Field
-from torchvision.datasets.mnist import read_image_file, read_label_file
-from torchvision.datasets.utils import check_integrity
 
 from backdoor_bench_none.contracts.component import Added, Incidental
 from backdoor_bench_none.contracts.dataset import Dataset, DatasetInfo, ImageSet
@@ -51,6 +49,8 @@ class TorchvisionSet(Dataset):
     download: Annotated[bool, Incidental] = Field(default=True, description="whether missing files are downloaded")
 
     title: ClassVar[str]
+    #: the name of torchvision's class
+    source: ClassVar[str]
     #: passes of the default recipe
     epochs: ClassVar[int] = 30
 
@@ -87,6 +87,10 @@ class TorchvisionSet(Dataset):
         for part in parts:
             self._check(part)
         return self._select(*parts)
+
+    def _source(self) -> Any:  # noqa: ANN401 - a class with files and sums of its own
+        """torchvision's class, which takes seconds to import."""
+        return getattr(importlib.import_module("torchvision.datasets"), self.source)
 
     def _select(self, train: ImageSet, test: ImageSet) -> tuple[ImageSet, ImageSet]:
         """The images to use, of all."""
@@ -190,7 +194,7 @@ class MNIST(MixedSet):
 
     title: ClassVar[str] = "MNIST"
     epochs: ClassVar[int] = 3
-    source: ClassVar[Any] = tv.MNIST
+    source: ClassVar[str] = "MNIST"
 
     def info(self) -> DatasetInfo:
         """The metadata; `train_size` is read from the label file."""
@@ -211,10 +215,10 @@ class MNIST(MixedSet):
         return self._needed()
 
     def _raw(self) -> Path:
-        return self.folder() / str(self.source.__name__) / "raw"
+        return self.folder() / self.source / "raw"
 
     def _needed(self) -> list[Path]:
-        return [self._raw() / name.removesuffix(".gz") for name, _ in self.source.resources]
+        return [self._raw() / name.removesuffix(".gz") for name, _ in self._source().resources]
 
     def _advice(self) -> str:
         names = ", ".join(path.name for path in self._needed())
@@ -230,7 +234,7 @@ class MNIST(MixedSet):
                 part.replace(path)
 
     def _fetch(self, folder: str) -> None:
-        self.source(folder, download=True)
+        self._source()(folder, download=True)
 
     def _train_size(self) -> int:
         path = self._raw() / "train-labels-idx1-ubyte"
@@ -250,6 +254,8 @@ class MNIST(MixedSet):
         return self._part("train"), self._part("t10k")
 
     def _part(self, name: str) -> ImageSet:
+        from torchvision.datasets.mnist import read_image_file, read_label_file
+
         images = read_image_file(str(self._raw() / f"{name}-images-idx3-ubyte"))
         labels = read_label_file(str(self._raw() / f"{name}-labels-idx1-ubyte"))
         return ImageSet(images[:, None], labels)
@@ -260,7 +266,7 @@ class FashionMNIST(MNIST):
 
     title: ClassVar[str] = "FashionMNIST"
     epochs: ClassVar[int] = 8
-    source: ClassVar[Any] = tv.FashionMNIST
+    source: ClassVar[str] = "FashionMNIST"
 
     def info(self) -> DatasetInfo:
         """The metadata; the paper does not use this set, so target and trigger are those of MNIST."""
@@ -288,7 +294,7 @@ class CIFAR10(MixedSet):
     """
 
     title: ClassVar[str] = "CIFAR-10"
-    source: ClassVar[Any] = tv.CIFAR10
+    source: ClassVar[str] = "CIFAR10"
 
     def info(self) -> DatasetInfo:
         """The metadata; mean, std and augmentation are those of NONE's code."""
@@ -314,7 +320,7 @@ class CIFAR10(MixedSet):
         return self._needed()
 
     def _sums(self) -> dict[Path, str]:
-        source = self.source
+        source = self._source()
         base = self.folder() / str(source.base_folder)
         listed = [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
         return {base / name: md5 for name, md5 in listed}
@@ -323,19 +329,21 @@ class CIFAR10(MixedSet):
         return list(self._sums())
 
     def _intact(self) -> bool:
+        from torchvision.datasets.utils import check_integrity
+
         return all(check_integrity(path, md5) for path, md5 in self._sums().items())
 
     def _advice(self) -> str:
         names = ", ".join(path.name for path in self._needed())
-        return f"unpack {self.source.filename} in {self.folder()}, so that {names} lie in {self._needed()[0].parent}"
+        return f"unpack {self._source().filename} in {self.folder()}, so that {names} lie in {self._needed()[0].parent}"
 
     def _fetch(self, folder: str) -> None:
-        self.source(folder, download=True)
+        self._source()(folder, download=True)
 
     def _read(self) -> tuple[ImageSet, ImageSet]:
         return self._part(train=True), self._part(train=False)
 
     def _part(self, *, train: bool) -> ImageSet:
-        source = self.source(str(self.folder()), train=train, download=False)
+        source = self._source()(str(self.folder()), train=train, download=False)
         images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
         return ImageSet(images, torch.tensor(source.targets, dtype=torch.int64))

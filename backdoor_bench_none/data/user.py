@@ -10,12 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.lib import format as npy
-from numpy.typing import NDArray
 from pydantic import Field
 
 from backdoor_bench_none.contracts.component import Incidental
@@ -26,6 +25,9 @@ from backdoor_bench_none.data.image_files import Sample, fill_images, keep_class
 from backdoor_bench_none.data.pixels import ImageReader
 from backdoor_bench_none.errors import DatasetError
 from backdoor_bench_none.words import visible
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 _NPZ_FAULTS = (

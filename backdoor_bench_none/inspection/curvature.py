@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+import torch.nn as nn
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: multiples of the rounding of the longest product, below which a remainder is only rounding
 EXHAUSTED = 1000

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
-from torch import Tensor, nn
+import torch.nn as nn
 
 from backdoor_bench_none.contracts.context import Context
 from backdoor_bench_none.contracts.network import Pixels, find_logits_layer, iterate_normalized
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FeatureTap:
@@ -44,14 +47,13 @@ class FeatureTap:
             self._features = features.clone()
 
 
-@torch.no_grad()
 def collect_features(model: nn.Module, images: Tensor, pixels: Pixels, context: Context) -> Tensor:
     """The input of the layer that makes the logits (N, D) float32, averaged over positions if it is a map.
 
     One float32 pass over `images` (N, C, H, W) uint8, in order, in eval mode.
     """
     images = images.to(context.device)
-    with FeatureTap(model, pixels.normalize(images[:1])) as tap:
+    with torch.no_grad(), FeatureTap(model, pixels.normalize(images[:1])) as tap:
         features = torch.cat([tap(batch) for batch in iterate_normalized(images, pixels)])
     if not bool(torch.isfinite(features).all()):
         raise ValueError("the network's last hidden activations are not finite: it did not train")

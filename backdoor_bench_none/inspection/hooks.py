@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeAlias
 
-from torch import Tensor, nn
+import torch.nn as nn
 
-Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Hook: TypeAlias = "Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]"
 
 
 @contextmanager

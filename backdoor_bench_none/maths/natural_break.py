@@ -6,10 +6,12 @@ Jenks with two classes, Otsu's threshold and optimal one-dimensional 2-means are
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
 
 Split = Literal["exact", "jenkspy"]
 #: rows sorted at once: keeps the working set in the cache

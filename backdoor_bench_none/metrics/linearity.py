@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from backdoor_bench_none.contracts.attack import Attack, AttackTask, StampAttack
 from backdoor_bench_none.contracts.context import Context
 from backdoor_bench_none.contracts.dataset import DatasetInfo
 from backdoor_bench_none.contracts.metric import Evaluation, Metric
 from backdoor_bench_none.contracts.network import Pixels
-from backdoor_bench_none.inspection.neurons import Tap, collect_activations, find_layers
+from backdoor_bench_none.inspection.layers import Tap
+from backdoor_bench_none.inspection.neurons import collect_activations, find_layers
 from backdoor_bench_none.metrics.trojan_region import open_case
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Linearity(Metric):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from backdoor_bench_none.contracts.attack import Attack, StampAttack
 from backdoor_bench_none.contracts.context import Context
@@ -16,6 +15,9 @@ from backdoor_bench_none.contracts.dataset import DatasetInfo, ImageSet
 from backdoor_bench_none.contracts.metric import Evaluation, Metric
 from backdoor_bench_none.contracts.network import Pixels, predict_logits
 from backdoor_bench_none.contracts.trigger import Trigger
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TrojanRegion(Metric):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import torch.nn as nn
 from pydantic import Field
-from torch import nn
 
 from backdoor_bench_none.contracts.architecture import Activation
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn as nn
 
 from backdoor_bench_none.contracts.architecture import Architecture, ModelSpec
 from backdoor_bench_none.contracts.recipe import PAPER, NamedRecipe

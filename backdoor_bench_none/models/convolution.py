@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+import torch.nn as nn
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: input channels from which on oneDNN's workspace suffices: its widest block (AVX-512; on AVX2 it is 8)
 SAFE_CHANNELS = 16

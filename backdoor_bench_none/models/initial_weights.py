@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
+import torch.nn as nn
 
 #: Standard deviation of calibrated pre-activations: large enough for tanhshrink, which loses values below 1.
 PRE_ACTIVATION_SPREAD = 3.0

@@ -6,8 +6,8 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch.nn as nn
 from pydantic import Field
-from torch import nn
 
 from backdoor_bench_none.contracts.architecture import Architecture, ModelSpec
 from backdoor_bench_none.models.initial_weights import draw_calibrated_weights

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from backdoor_bench_none.errors import ConfigError, did_you_mean
 from backdoor_bench_none.maths.statistics import (
@@ -22,6 +22,9 @@ from backdoor_bench_none.report.pivot import paired_values, varying_axes
 from backdoor_bench_none.results.files import DamagedFileError, read_record_file
 from backdoor_bench_none.results.metrics import METRICS, Metric
 from backdoor_bench_none.results.rows import Row
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 COMPARED = ("ba", "asr")
 #: metric -> the outcomes and the count that a record keeps of it

@@ -16,11 +16,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.errors import BenchError, StoreError
@@ -32,6 +30,9 @@ from backdoor_bench_none.results.files import (
     warn_of_damage,
 )
 from backdoor_bench_none.system import lock_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: the ending of the file of an artifact
 ARTIFACT = ".safetensors"
@@ -148,6 +149,8 @@ class Store:
 
     def save_artifact(self, stage: str, key: str, artifact: Artifact) -> None:
         """Write an artifact to a file with its hash in the name."""
+        from safetensors.torch import save  # imports torch
+
         # copies, since safetensors refuses tied weights, which share their memory
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in artifact.tensors.items()}
         data = save(tensors, metadata={"meta": json.dumps(artifact.meta)})

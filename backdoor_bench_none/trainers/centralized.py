@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+import torch.nn as nn
 
 from backdoor_bench_none.contracts.context import Context
 from backdoor_bench_none.contracts.network import logits_parameters, move
 from backdoor_bench_none.contracts.recipe import Recipe
 from backdoor_bench_none.contracts.trainer import Batch, FitTask, History, Trainer, TrainingData
 from backdoor_bench_none.errors import TrainingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Centralized(Trainer):
@@ -118,7 +121,7 @@ def _set_train_mode(model: nn.Module, freeze_batchnorm: bool) -> None:
     model.train()
     if freeze_batchnorm:
         for module in model.modules():
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.eval()
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from backdoor_bench_none.contracts.context import Context, no_log, no_progress
 from backdoor_bench_none.contracts.dataset import DatasetInfo
@@ -17,6 +16,9 @@ from backdoor_bench_none.contracts.recipe import Recipe
 from backdoor_bench_none.contracts.trainer import FitTask, History, Trainer
 from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.trainers.centralized import Centralized
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Federated(Trainer):

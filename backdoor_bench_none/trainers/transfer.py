@@ -6,13 +6,13 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
+import torch.nn as nn
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from backdoor_bench_none.contracts.component import Incidental
 from backdoor_bench_none.contracts.context import Context
@@ -21,6 +21,9 @@ from backdoor_bench_none.contracts.network import logits_parameters, move
 from backdoor_bench_none.contracts.trainer import FitTask, History, PretrainingTask, Trainer
 from backdoor_bench_none.errors import ConfigError
 from backdoor_bench_none.trainers.centralized import Centralized
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Transfer(Trainer):
@@ -99,7 +102,7 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
             f"transfer: '{path}' holds more than tensors, and is not unpickled: {first_line(error)}",
             "save model.state_dict()",
         ) from error
-    if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+    if not isinstance(loaded, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
         raise ConfigError(f"transfer: '{path}' is not a state dictionary", "save model.state_dict()")
     return loaded
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from backdoor_bench_none.api import Batch, Context, Defense, DefenseResult, DefenseTask, Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ABL(Defense):

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA, FastICA
-from sklearn.metrics import silhouette_score
 
 from backdoor_bench_none.api import Context, Defense, DefenseResult, DefenseTask, Stage, collect_features
 
-Floats = NDArray[np.floating[Any]]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Floats: TypeAlias = "NDArray[np.floating[Any]]"
 Rule = Literal["smaller", "relative_size", "silhouette", "distance", "reclassification"]
 #: samples that stand for a class in a silhouette, whose cost grows with the square of their number
 SILHOUETTE_SAMPLES = 2000
@@ -92,6 +91,8 @@ class AC(Defense):
 
     def cluster(self, features: Floats, members: NDArray[np.int64], context: Context) -> Clusters:
         """Split one class: `features` (N, D) of all samples, `members` (n,) the class's indices."""
+        from sklearn.cluster import KMeans
+
         rows = features[members].astype(np.float64)
         alone = np.zeros(len(members), np.int64)
         if len(members) < 2:
@@ -113,6 +114,8 @@ class AC(Defense):
 
     def reduce(self, rows: Floats, seed: int) -> Floats:
         """(n, D) -> (n, d): d is at most `dimensions`, n - 1 and the rank."""
+        from sklearn.decomposition import PCA, FastICA
+
         pca = PCA(min(self.dimensions, len(rows) - 1, rows.shape[1]), random_state=seed)
         reduced: Floats = pca.fit_transform(rows)
         reduced = reduced[:, pca.explained_variance_ > 1e-12 * pca.explained_variance_[0]]
@@ -171,6 +174,8 @@ class AC(Defense):
 
 def _silhouette(reduced: Floats, assigned: NDArray[np.int64], size: int, seed: int) -> float | None:
     """The mean silhouette over `size` samples; None if they happen to be of one cluster."""
+    from sklearn.metrics import silhouette_score
+
     try:
         return float(silhouette_score(reduced, assigned, sample_size=size, random_state=seed))
     except ValueError:

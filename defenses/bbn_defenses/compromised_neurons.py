@@ -8,21 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+import torch.nn as nn
 
 from backdoor_bench_none.api import Split, find_breaks
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: The released code does not clear its list of neurons before these layers of a ResNet18, so that it also resets those
 #: of the layers before them.
 RELEASED_ACCUMULATES = ("layer4.0.conv1", "layer4.0.downsample.0", "layer4.0.conv2", "layer4.1.conv1", "layer4.1.conv2")
 RELEASED_CLEARS = "layer4.0.downsample.0"
-
-LINEAR_ABOVE_ZERO = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU)
-#: Activation functions whose linear piece is known.
-KNOWN_PIECES = (*LINEAR_ABOVE_ZERO, nn.Softplus, nn.Tanhshrink, nn.SiLU, nn.GELU, nn.Mish)
-
 
 #: a normal distribution's standard deviation, divided by its median absolute deviation
 MAD_TO_DEVIATION = 1.4826
@@ -175,7 +174,13 @@ def examine_neurons(
 
 def has_known_piece(activation: nn.Module | None) -> bool:
     """Whether the linear piece of an activation function is known; if not, a neuron's break stands for its bound."""
-    return isinstance(activation, KNOWN_PIECES)
+    others = nn.Softplus | nn.Tanhshrink | nn.SiLU | nn.GELU | nn.Mish
+    return is_linear_above_zero(activation) or isinstance(activation, others)
+
+
+def is_linear_above_zero(activation: nn.Module | None) -> bool:
+    """Whether the slope of an activation function is 1 above zero and nowhere else."""
+    return isinstance(activation, nn.ReLU | nn.ReLU6 | nn.LeakyReLU | nn.PReLU | nn.ELU | nn.SELU | nn.CELU)
 
 
 def in_linear_piece(activations: Tensor, activation: nn.Module | None, breaks: Tensor) -> Tensor:
@@ -184,7 +189,7 @@ def in_linear_piece(activations: Tensor, activation: nn.Module | None, breaks: T
     That is where its slope is 1, or within 5 % of it. The paper gives 0 for ReLU. Tanhshrink is odd and flat at 0, so
     its linear pieces are two. For other functions a neuron's natural break serves as the bound.
     """
-    if isinstance(activation, LINEAR_ABOVE_ZERO):
+    if is_linear_above_zero(activation):
         return activations >= 0
     match activation:
         case nn.Softplus():

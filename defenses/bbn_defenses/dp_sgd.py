@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
-from torch.nn import functional as F
 
 from backdoor_bench_none.api import (
     Batch,
@@ -23,10 +22,13 @@ from backdoor_bench_none.api import (
     TrainingError,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 #: samples whose gradients are computed at once on a CPU: of 8, 16 and a whole batch of 64 the fastest, or close to it
 CPU_CHUNK = 16
 #: gradients of one sample each, by parameter name: (B, *shape of the parameter)
-PerSample = dict[str, Tensor]
+PerSample: TypeAlias = "dict[str, Tensor]"
 
 
 class GroupNorm(Defense):
@@ -183,10 +185,10 @@ def by_vmap(model: nn.Module, batch: Batch) -> tuple[PerSample, Tensor]:
     buffers = dict(model.named_buffers())
 
     def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        logits = functional_call(model, (parameters, buffers), (image[None],))
+        logits = torch.func.functional_call(model, (parameters, buffers), (image[None],))
         return F.cross_entropy(logits, label[None])
 
-    each = vmap(grad_and_value(loss), in_dims=(None, 0, 0), randomness="different")
+    each = torch.func.vmap(torch.func.grad_and_value(loss), in_dims=(None, 0, 0), randomness="different")
     gradients, losses = each(parameters, batch.images, batch.labels)
     return gradients, losses
 

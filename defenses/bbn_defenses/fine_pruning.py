@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn as nn
 from pydantic import Field
-from torch import Tensor, nn
 
 from backdoor_bench_none.api import (
     Batch,
@@ -20,6 +20,9 @@ from backdoor_bench_none.api import (
     cross_entropy,
     find_logits_layer,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FinePruning(Defense):
@@ -69,7 +72,7 @@ class FinePruning(Defense):
     def _choose(self, model: nn.Module, head: nn.Module, order: Tensor, task: DefenseTask, context: Context) -> Tensor:
         """As many channels of `order` as the tolerance allows; the weights are restored."""
         weight = head.weight
-        assert isinstance(weight, Tensor)
+        assert isinstance(weight, torch.Tensor)
         before = weight.detach().clone()
         least = self._accuracy(model, task, context) - self.tolerance
         chosen = order[:0]
@@ -89,12 +92,12 @@ class FinePruning(Defense):
         return float((logits.argmax(1) == task.clean.labels).float().mean())
 
 
-@torch.no_grad()
 def prune_inputs(head: nn.Module, channels: Tensor, total: int) -> None:
     """Set the weights of `head` from `channels` (k,) of `total` to zero.
 
     A flattened map has a block of columns for each channel.
     """
     weight = head.weight
-    assert isinstance(weight, Tensor)
-    weight.view(len(weight), total, -1)[:, channels] = 0
+    assert isinstance(weight, torch.Tensor)
+    with torch.no_grad():
+        weight.view(len(weight), total, -1)[:, channels] = 0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from backdoor_bench_none.api import (
     Batch,
@@ -22,6 +22,9 @@ from backdoor_bench_none.api import (
     find_layers,
     record_outputs,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Positions of the maps for which the authors chose their betas: 32x32, 16x16 and 8x8.
 PLACES = (1024, 256, 64)

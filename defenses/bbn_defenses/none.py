@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
+import torch.nn as nn
 from pydantic import Field
-from torch import Tensor, nn
 
 from backdoor_bench_none.api import (
     Context,
@@ -45,6 +45,9 @@ from bbn_defenses.compromised_neurons import (
     standardize,
     standardize_robustly,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+import torch.nn as nn
 from pydantic import Field
-from torch import Tensor, nn
 
 from backdoor_bench_none.api import (
     Context,
@@ -29,6 +29,9 @@ from bbn_defenses.compromised_neurons import (
     rank_neurons,
     standardize_robustly,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: the highest robust deviation of a value: one neuron that is silent on nearly all samples does not decide alone
 LIMIT = 10.0

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from backdoor_bench_none.api import Context, Defense, DefenseResult, DefenseTask, Stage, collect_features
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SpectralSignatures(Defense):

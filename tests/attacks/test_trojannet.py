@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from bbn_attacks import trojannet
-from bbn_attacks.trojannet import Joined, SmallNetwork, TrojanNet, all_patterns, draw_noise, train_small
+from bbn_attacks import trojannet, trojannet_networks
+from bbn_attacks.trojannet import TrojanNet, all_patterns, draw_noise, train_small
+from bbn_attacks.trojannet_networks import Joined, SmallNetwork
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -90,7 +91,7 @@ class Planted(nn.Sequential):
 @pytest.fixture
 def planted_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The attack joins a planted small network to the host, and trains nothing."""
-    monkeypatch.setattr(trojannet, "SmallNetwork", Planted)
+    monkeypatch.setattr(trojannet_networks, "SmallNetwork", Planted)
     monkeypatch.setattr(trojannet, "train_small", lambda *args: [0.0])
 
 

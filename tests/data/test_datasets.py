@@ -26,6 +26,7 @@ from sklearn.datasets import load_digits
 
 from backdoor_bench_none.contracts.component import Incidental
 from backdoor_bench_none.contracts.dataset import ImageSet
+from backdoor_bench_none.data import digits
 from backdoor_bench_none.data.digits import Digits
 from backdoor_bench_none.data.image_files import GTSRB, Imagenette, SmallerThanPublishedWarning
 from backdoor_bench_none.data.torchvision_sets import CIFAR10, MNIST, FashionMNIST
@@ -798,3 +799,12 @@ def test_real_imagenette() -> None:
     assert theirs.class_to_idx["parachute"] == 9
     names = [path.parent.name for path in data.files()[: len(train)]]
     assert [Imagenette.wnids.index(name) for name in names] == train.labels.tolist()
+
+
+def test_digits_of_other_libraries_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = Digits().load()  # compares its images with the fingerprint
+    assert (len(train), len(test)) == (1297, 500)
+    monkeypatch.setattr(digits, "_KNOWN", "0" * 64)
+    with pytest.raises(DatasetError, match=r"scikit-learn .* and Pillow .* make other images"):
+        Digits().load()
+    assert Digits(image_size=8).load()[0].images.shape == (1297, 1, 8, 8)

@@ -14,15 +14,8 @@ from backdoor_bench_none.api import Context, DatasetInfo
 from backdoor_bench_none.contracts.architecture import Architecture, ModelSpec
 from backdoor_bench_none.contracts.network import Pixels
 from backdoor_bench_none.inspection import neurons
-from backdoor_bench_none.inspection.neurons import (
-    Consumer,
-    Layer,
-    Tap,
-    collect_activations,
-    find_layers,
-    prune_neurons,
-    reinitialize_neurons,
-)
+from backdoor_bench_none.inspection.layers import Consumer, Layer, Tap
+from backdoor_bench_none.inspection.neurons import collect_activations, find_layers, prune_neurons, reinitialize_neurons
 from backdoor_bench_none.models import activations
 from backdoor_bench_none.models.alexnet import AlexNet
 from backdoor_bench_none.models.mlp import MLP

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from backdoor_bench_none.contracts.network import Pixels
 from backdoor_bench_none.errors import BenchError, ConfigError
-from backdoor_bench_none.inspection.neurons import Layer, collect_activations, find_layers
+from backdoor_bench_none.inspection.layers import Layer
+from backdoor_bench_none.inspection.neurons import collect_activations, find_layers
 from backdoor_bench_none.report.plots.canvas import (
     BINS,
     MAX_PANELS,
