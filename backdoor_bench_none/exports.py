@@ -29,7 +29,7 @@ from backdoor_bench_none.contracts.config import Config
 from backdoor_bench_none.contracts.context import Context, choose_amp, choose_device
 from backdoor_bench_none.contracts.dataset import Dataset, DatasetInfo, ImageSet
 from backdoor_bench_none.contracts.defense import Defense, DefenseResult, DefenseTask, OracleTask, Stage
-from backdoor_bench_none.contracts.executor import Event, Executor, Pool
+from backdoor_bench_none.contracts.executor import Event, Executor, Group, Pool
 from backdoor_bench_none.contracts.job import Job, Outcome, Settings
 from backdoor_bench_none.contracts.markers import hookimpl
 from backdoor_bench_none.contracts.measures import Count, Counts, Detection, defense_effectiveness
@@ -150,6 +150,7 @@ __all__ = [
     "FitTask",
     "FoundTriggers",
     "Gradients",
+    "Group",
     "History",
     "ImageFolder",
     "ImageSet",

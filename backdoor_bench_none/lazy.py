@@ -10,6 +10,9 @@ import sys
 from types import ModuleType
 from typing import Any
 
+#: attributes that `inspect`, `warnings` and others look for in every module there is
+ASKED_OF_ALL = ("__file__", "__wrapped__", "__warningregistry__")
+
 
 class Unloaded(ModuleType):
     """Stands in `sys.modules` for a module that has not been needed, and passes on what is asked of it.
@@ -19,7 +22,7 @@ class Unloaded(ModuleType):
     """
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        if name.startswith("__") and name != "__path__":  # what tools ask of every module
+        if name in ASKED_OF_ALL:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         return getattr(_load(self.__name__), name)
 

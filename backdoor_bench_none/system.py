@@ -51,10 +51,12 @@ def lock_file(file: IO[Any]) -> bool:
 
 
 def count_cores() -> int:
-    """The cores this process may use."""
+    """The cores this process may use; of a Slurm task, those that it asked for."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    granted = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(cores, int(granted)) if granted.isdecimal() and int(granted) else cores
 
 
 def limit_memory(limit: int | None) -> None:

@@ -58,6 +58,7 @@ NAMES = [
     "FoundTriggers",
     "GTSRB",
     "Gradients",
+    "Group",
     "History",
     "INFERENCE_BATCH",
     "ImageFolder",

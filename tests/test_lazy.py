@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from backdoor_bench_none.cli.main import COMPUTING, LARGE_LIBRARIES, VERBS
-from backdoor_bench_none.lazy import Unloaded, import_when_used
+from backdoor_bench_none.lazy import ASKED_OF_ALL, Unloaded, import_when_used
 
 REPOSITORY = Path(__file__).parents[1]
 #: what a command that prints text has no use for
@@ -58,7 +58,9 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A package with two parts, of which none has been imported; importing it prints."""
     package = tmp_path / "large_library"
     (package / "part").mkdir(parents=True)
-    (package / "__init__.py").write_text("from large_library import part\nvalue = 1\nprint('imported')\n")
+    (package / "__init__.py").write_text(
+        "from large_library import part\n__version__ = '1'\nvalue = 1\nprint('imported')\n"
+    )
     (package / "part" / "__init__.py").write_text("from large_library.part import deep\nclass Thing: ...\n")
     (package / "part" / "deep.py").write_text("answer = 42\n")
     (package / "other.py").write_text("import large_library\nvalue = large_library.part.deep.answer\n")
@@ -82,7 +84,7 @@ def test_an_import_alone_loads_nothing(library: str, capsys: pytest.CaptureFixtu
     exec("import large_library\nimport large_library.part as p\nimport large_library.part.deep as d", namespace)
     assert namespace["large_library"] is module
     assert not any(map(real, PARTS))
-    assert not hasattr(module, "__wrapped__")  # what tools look for
+    assert not any(hasattr(module, name) for name in ASKED_OF_ALL)
     assert capsys.readouterr().out == ""
 
 
@@ -102,7 +104,12 @@ def test_the_first_use_loads_it_once_and_all_parts_are_the_real_ones(
 
 @pytest.mark.parametrize(
     "statement",
-    ["from large_library import value", "import large_library.other", "from large_library.part import Thing"],
+    [
+        "from large_library import value",
+        "from large_library import __version__",
+        "import large_library.other",
+        "from large_library.part import Thing",
+    ],
 )
 def test_other_forms_of_import_load_it(statement: str, library: str, capsys: pytest.CaptureFixture[str]) -> None:
     import_when_used(*PARTS)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @selection_options
 def status_command(file: Path | None, results: Path | None, selection: Selection) -> int:
     """Count the cells of a benchmark file that are done, failed, skipped or left, and name the failed ones."""
+    from backdoor_bench_none.executors.slurm import count_states
     from backdoor_bench_none.results.index import read_measurements
 
     plan, _, folder = read_plan(file, results, selection)
@@ -49,6 +50,8 @@ def status_command(file: Path | None, results: Path | None, selection: Selection
                 failed.append(measured)
     states = ", ".join(f"{count} {state}" for state, count in counts.items())
     say(f"{plan.config.name}: {plural('cell', len(plan.cells))}, {states}")
+    if tasks := count_states(folder):
+        say("Slurm tasks: " + ", ".join(f"{count} {state}" for state, count in tasks.items()))
     for measured in failed:
         say(f"{measured.status.upper()} {measured.key}  {measured.title} - {measured.reason}")
     return ExitCode.OK

@@ -30,7 +30,8 @@ class _Strict(Values):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
-def _seconds(value: object) -> object:
+def parse_seconds(value: object) -> object:
+    """The seconds of a text such as 90s, 30m or 2h; other values as they are."""
     if isinstance(value, str):
         match = DURATION.fullmatch(value.strip())
         if match is None:
@@ -39,7 +40,8 @@ def _seconds(value: object) -> object:
     return value
 
 
-def _bytes(value: object) -> object:
+def parse_bytes(value: object) -> object:
+    """The bytes of a text such as 500M, 4G or 4GiB; other values as they are."""
     if isinstance(value, str):
         match = SIZE.fullmatch(value.strip())
         if match is None:
@@ -148,8 +150,8 @@ class Exclude(_Strict):
 class Budget(_Strict):
     """Limits for each stage of a cell: seconds, and bytes that its process may allocate (Linux, not with CUDA)."""
 
-    cell_timeout: Annotated[float, BeforeValidator(_seconds), Field(gt=0)] | None = None
-    memory: Annotated[int, BeforeValidator(_bytes), Field(gt=0), AfterValidator(_enough)] | None = None
+    cell_timeout: Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)] | None = None
+    memory: Annotated[int, BeforeValidator(parse_bytes), Field(gt=0), AfterValidator(_enough)] | None = None
 
 
 class Config(_Strict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,11 @@ class Settings:
     external: bool = True
     #: plugins and distributions that are left out; None: those of `BBN_DISABLE_PLUGINS`
     disabled: frozenset[str] | None = None
+
+    def absolute(self) -> Settings:
+        """The same with absolute paths, for processes with another working directory."""
+        bbnfile = None if self.bbnfile is None else self.bbnfile.absolute()
+        return replace(self, results=self.results.absolute(), bbnfile=bbnfile)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from backdoor_bench_none.contracts.executor import Event, Executor, Pool
+from backdoor_bench_none.contracts.executor import Event, Executor, Group, Pool
 from backdoor_bench_none.contracts.job import Job, Outcome, Settings
 from backdoor_bench_none.run.jobs import run_job
 from backdoor_bench_none.system import (
@@ -83,8 +83,11 @@ class _LocalPool:
         self._threads = None if is_cuda else max(1, count_cores() // slots)
         self._context = start_process_server()
         self._running: list[_Running] = []
+        self._begun: list[Event] = []
 
-    def submit(self, job: Job) -> None:
+    def submit(self, group: Group) -> None:
+        (job,) = group
+        self._begun.append(Event(job.id))
         ours, theirs = self._context.Pipe()
         busy = [running.device for running in self._running]
         device = min(self._devices, key=busy.count)
@@ -99,6 +102,9 @@ class _LocalPool:
         self._running.append(_Running(job, process, ours, device, kill_at))
 
     def wait(self, timeout: float) -> list[Event]:
+        if self._begun:
+            begun, self._begun = self._begun, []
+            return begun
         now = time.monotonic()
         left = [max(0.0, running.kill_at - now) for running in self._running if running.kill_at is not None]
         messages = [running.connection for running in self._running]

@@ -37,6 +37,8 @@ class Stage:
     shared: bool
     #: the axes whose components are at work in it
     axes: tuple[str, ...]
+    #: whether it trains a network that cells share, and so takes long
+    trains: bool = False
 
 
 def _once(make: Callable[[Cell], T]) -> Callable[[Cell], T]:
@@ -180,13 +182,13 @@ NETWORK = ("architecture", "activation", "trainer")
 #: all stages, each after those it needs
 STAGES: tuple[Stage, ...] = (
     Stage("data", "data", data_key, _always(), "data set", True, ("dataset",)),
-    Stage("crafter", "crafter", crafter_key, _always("data"), "crafting network", True, ("attack", "dataset")),
-    Stage("backbone", "backbone", backbone_key, _always("data"), "backbone", True, (*NETWORK, "dataset")),
+    Stage("crafter", "crafter", crafter_key, _always("data"), "crafting network", True, ("attack", "dataset"), True),
+    Stage("backbone", "backbone", backbone_key, _always("data"), "backbone", True, (*NETWORK, "dataset"), True),
     Stage("poison", "poison", poison_key, _needs_of_poison, "poisoned set", True, ("attack",)),
-    Stage("benign", "victim", _benign_key_if_used, _always("data", "backbone"), "benign network", True, NETWORK),
+    Stage("benign", "victim", _benign_key_if_used, _always("data", "backbone"), "benign network", True, NETWORK, True),
     Stage(
         "victim", "victim", _victim_key_if_used, _always("data", "poison", "backbone", "benign"), "victim", True,
-        ("attack", *NETWORK),
+        ("attack", *NETWORK), True,
     ),
     Stage(
         "defense", "defense", defense_key, _always("data", "poison", "backbone", "victim"), "defended network", False,

@@ -77,5 +77,9 @@ def bbn_metrics() -> Mapping[str, str]:
 
 @hookimpl
 def bbn_executors() -> Mapping[str, str]:
-    """Processes on this machine."""
-    return {"local": "backdoor_bench_none.executors.local:Local"}
+    """Processes on this machine, and on those of clusters."""
+    return {
+        "local": "backdoor_bench_none.executors.local:Local",
+        "ray": "backdoor_bench_none.executors.ray:Ray",
+        "slurm": "backdoor_bench_none.executors.slurm:Slurm",
+    }

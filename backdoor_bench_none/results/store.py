@@ -92,7 +92,7 @@ class Store:
 
     def write_record(self, record: Record) -> None:
         """Write `record`, in place of an older one with its key."""
-        self._write(self.record_path(record.key), encode_record(record))
+        self.write_file(self.record_path(record.key), encode_record(record))
 
     def read_record(self, key: str) -> Record | None:
         """The record of a cell; None if it is absent or cannot be read."""
@@ -154,7 +154,7 @@ class Store:
         # copies, since safetensors refuses tied weights, which share their memory
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in artifact.tensors.items()}
         data = save(tensors, metadata={"meta": json.dumps(artifact.meta)})
-        self._write(
+        self.write_file(
             self.root / "artifacts" / stage / key[:2] / f"{key}.{hashlib.sha256(data).hexdigest()}.safetensors", data
         )
 
@@ -225,7 +225,8 @@ class Store:
             lock_file(file)  # where there are no locks, `create` has warned
             yield
 
-    def _write(self, path: Path, data: bytes) -> None:
+    def write_file(self, path: Path, data: bytes) -> None:
+        """Write a file of this folder whole or not at all; `StoreError` if it cannot be written."""
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -94,6 +94,7 @@ def run_plan(plan: Plan, registry: Registry, options: Options, reporter: Reporte
         _forget(store, todo)
     jobs = pack_jobs(todo, store)
     executor = _executor(plan, registry, options)
+    executor.check()
     budget = plan.config.budget
     plugins = registry.plugins
     settings = Settings(
@@ -102,8 +103,11 @@ def run_plan(plan: Plan, registry: Registry, options: Options, reporter: Reporte
     )  # fmt: skip
     reporter.start(plan.config.name, jobs, summary.cached, summary.skipped)
     try:
-        with executor.open(settings) as pool, _count_interrupts(reporter) as interrupts:
-            scheduler = Scheduler(jobs, pool, reporter.job_progress, reporter.job_started)
+        with executor.open(settings) as pool, _count_interrupts(reporter, executor) as interrupts:
+            scheduler = Scheduler(
+                executor.group(jobs), pool, reporter.job_progress, reporter.job_started,
+                finishes_running=not executor.outlives_run,
+            )  # fmt: skip
             cells = {record_key(cell): cell for cell in todo}
 
             def keep_going() -> bool:
@@ -114,6 +118,8 @@ def run_plan(plan: Plan, registry: Registry, options: Options, reporter: Reporte
                 if job.kind == CELL:
                     _finish(cells[job.id.partition(":")[2]], outcome, store, registry, reporter, summary)
             summary.interrupted = bool(interrupts)
+            if interrupts and executor.outlives_run:
+                raise KeyboardInterrupt
     except KeyboardInterrupt:
         summary.interrupted = True
     finally:
@@ -253,15 +259,18 @@ def _report(reporter: Reporter, job: Job, outcome: Outcome) -> None:
 
 
 @contextmanager
-def _count_interrupts(reporter: Reporter) -> Iterator[list[int]]:
+def _count_interrupts(reporter: Reporter, executor: Executor) -> Iterator[list[int]]:
     """Yield a list that grows with every Ctrl-C; the second one raises `KeyboardInterrupt`."""
     received: list[int] = []
+    stopping = "running stages are finished and kept; Ctrl-C again stops at once"
+    if executor.outlives_run:
+        stopping = "what is queued or runs goes on, and `bbn run` comes back to it"
 
     def receive(number: int, frame: FrameType | None) -> None:
         received.append(number)
         if len(received) > 1:
             raise KeyboardInterrupt
-        reporter.note("stopping: running stages are finished and kept; Ctrl-C again stops at once")
+        reporter.note(f"stopping: {stopping}")
 
     try:
         before = signal.signal(signal.SIGINT, receive)

@@ -37,7 +37,8 @@ class Pool:
     def __init__(self, settings):
         self.settings, self.events = settings, []
 
-    def submit(self, job):
+    def submit(self, group):
+        (job,) = group
         outcome = run_job(job, self.settings, "cpu", 1, lambda done, total: None)
         self.events.append(Event(job.id, outcome=outcome))
 

@@ -136,7 +136,9 @@ def run(folder: Path, defenses: str, slots: int = 2) -> Ended:
     events: list[Event] = []
     started = time.monotonic()
     with Local(slots=slots).open(settings) as pool:
-        ended: list[tuple[Job, Outcome]] = list(Scheduler(jobs, pool, events.append).run(lambda: True))
+        ended: list[tuple[Job, Outcome]] = list(
+            Scheduler([(job,) for job in jobs], pool, events.append).run(lambda: True)
+        )
     outcomes = {titles.get(job.id, job.kind): outcome for job, outcome in ended}
     records = {c.defense.name: record for c in plan.cells if (record := store.read_record(record_key(c))) is not None}
     return Ended(outcomes, records, events, time.monotonic() - started)
@@ -211,13 +213,13 @@ def test_ctrl_c_does_not_end_a_process_that_is_starting(tmp_path: Path, monkeypa
     (cell,) = make_plan(path, registry).cells
     job = pack_jobs([cell], Store(tmp_path / "results"))[0]
     with Local(slots=1).open(Settings(tmp_path / "results", "cpu", None, registry.plugins.bbnfile)) as pool:
-        pool.submit(job)
+        pool.submit((job,))
         (process,) = multiprocessing.active_children()
         assert process.pid is not None
         os.kill(process.pid, signal.SIGINT)
         events: list[Event] = []
-        assert eventually(lambda: bool(events.extend(pool.wait(1.0)) or events))
-    assert [event.outcome and event.outcome.status for event in events] == ["done"], events
+        assert eventually(lambda: bool(events.extend(pool.wait(1.0)) or len(events) == 2))
+    assert [event.outcome and event.outcome.status for event in events] == [None, "done"], events
 
 
 @pytest.mark.parametrize("disabled", [["bbnfile"], []])
@@ -242,7 +244,7 @@ def test_leaving_the_pool_ends_its_processes(tmp_path: Path, monkeypatch: pytest
     (cell,) = make_plan(path, registry).cells
     job = pack_jobs([cell], store)[-1]
     with Local(slots=1).open(Settings(store.root, "cpu", None, registry.plugins.bbnfile)) as pool:
-        pool.submit(job)
+        pool.submit((job,))
         assert eventually((tmp_path / "hanging.pid").exists)
         pid = int((tmp_path / "hanging.pid").read_text())
         assert is_alive(pid)

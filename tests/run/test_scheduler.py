@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from backdoor_bench_none.contracts.executor import Event
+from backdoor_bench_none.contracts.executor import Event, Group
 from backdoor_bench_none.contracts.job import Job, Outcome
 from backdoor_bench_none.run.scheduler import Scheduler
 
@@ -27,7 +27,8 @@ class FakePool:
     needs_done: list[bool] = field(default_factory=list)
     most: int = 0
 
-    def submit(self, job: Job) -> None:
+    def submit(self, group: Group) -> None:
+        (job,) = group
         done = {job for job in self.ended if self.outcomes.get(job, DONE).status == "done"}
         self.needs_done.append(set(job.needs) <= done)
         self.started.append(job.id)
@@ -45,8 +46,12 @@ def jobs(**needs: str) -> list[Job]:
     return [Job(name, "cell", name, {}, tuple(needed.split())) for name, needed in needs.items()]
 
 
+def singles(todo: list[Job]) -> list[Group]:
+    return [(job,) for job in todo]
+
+
 def run(pool: FakePool, todo: list[Job], keep_going: Callable[[], bool] = lambda: True) -> dict[str, Outcome]:
-    return {job.id: outcome for job, outcome in Scheduler(todo, pool).run(keep_going)}
+    return {job.id: outcome for job, outcome in Scheduler(singles(todo), pool).run(keep_going)}
 
 
 DIAMONDS = jobs(data="", poison="data", victim="poison", a="victim", b="victim", c="poison", d="data")
@@ -111,7 +116,7 @@ def test_stopping_on_a_failure_that_was_handed_down_starts_no_more() -> None:
     """As `bbn run -x` does when a victim fails: the cell that needs it is the first failed cell."""
     pool = FakePool(outcomes={"victim": FAILED})
     failed: list[str] = []
-    for job, _ in Scheduler(jobs(victim="", cell="victim", other=""), pool).run(lambda: not failed):
+    for job, _ in Scheduler(singles(jobs(victim="", cell="victim", other="")), pool).run(lambda: not failed):
         if job.id == "cell":
             failed.append(job.id)
     assert failed == ["cell"]
@@ -121,7 +126,7 @@ def test_stopping_on_a_failure_that_was_handed_down_starts_no_more() -> None:
 def test_progress_and_starts_are_told() -> None:
     told: list[Event] = []
     begun: list[str] = []
-    scheduler = Scheduler(jobs(a="", b="a"), FakePool(), told.append, lambda job: begun.append(job.id))
+    scheduler = Scheduler(singles(jobs(a="", b="a")), FakePool(), told.append, lambda job: begun.append(job.id))
     assert len(list(scheduler.run(lambda: True))) == 2
     assert begun == ["a", "b"]
     assert [(event.job, event.done, event.total, event.outcome) for event in told] == [

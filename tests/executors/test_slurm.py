@@ -1,0 +1,129 @@
+"""The executor `slurm` on a real cluster of two nodes: nothing is lost when nodes, tasks or the run are."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backdoor_bench_none.executors import slurm
+from backdoor_bench_none.executors.slurm import count_states, read_queue
+from tests.executors.conftest import CELLS, eventually, finish, notes, results_of, start, write_files
+
+NODES = Path(__file__).with_name("slurm_nodes.sh")
+
+
+def ask(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def idle_nodes() -> set[str]:
+    return set(ask("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split())
+
+
+@pytest.fixture
+def cluster() -> Iterator[None]:
+    """Both nodes, with an empty queue before and after."""
+    if shutil.which("sinfo") is None or subprocess.run(["sinfo"], check=False, capture_output=True).returncode:
+        pytest.skip("there is no Slurm cluster; tests/executors/slurm_nodes.sh start")
+    assert eventually(lambda: idle_nodes() == {"n1", "n2"}, 60)
+    yield
+    subprocess.run(["scancel", "--me"], check=False)
+    eventually(lambda: not read_queue(), 60)
+
+
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("cluster")]
+
+
+def test_cells_on_both_nodes_have_the_records_of_one_machine(tmp_path: Path, local_results: dict[str, Any]) -> None:
+    write_files(tmp_path, "{name: slurm, partition: debug, time: 10m}")
+    output = finish(start(tmp_path))
+    assert f"{CELLS} done" in output
+    assert results_of(tmp_path) == local_results
+    assert {note.split()[1] for note in notes(tmp_path, "ended")} == {"n1", "n2"}
+    assert count_states(tmp_path / "results") == {"queued": 0, "running": 0, "done": 8, "lost": 0}
+    assert f"{CELLS} done before" in finish(start(tmp_path))
+
+
+def test_the_jobs_of_a_lost_node_end_elsewhere(tmp_path: Path, local_results: dict[str, Any]) -> None:
+    write_files(tmp_path, "{name: slurm, time: 10m, groups: 2}", seconds=10)
+    run = start(tmp_path)
+    assert eventually(lambda: any(note.endswith("n2") for note in notes(tmp_path, "began")))
+    ask("bash", str(NODES), "lose", "n2")
+    try:
+        output = finish(run)
+    finally:
+        ask("bash", str(NODES), "restore", "n2")
+    assert f"{CELLS} done" in output
+    assert results_of(tmp_path) == local_results
+
+
+def test_a_time_limit_shorter_than_its_group_computes_nothing_twice(
+    tmp_path: Path, local_results: dict[str, Any]
+) -> None:
+    """Two tasks of half a minute's work each cell: the warning comes in the middle of one."""
+    write_files(tmp_path, "{name: slurm, time: 1m, warning: 20s, groups: 4}", seconds=12)
+    output = finish(start(tmp_path), 600)
+    assert f"{CELLS} done" in output
+    assert results_of(tmp_path) == local_results
+    ended = Counter(note.split()[0] for note in notes(tmp_path, "ended"))
+    began = Counter(note.split()[0] for note in notes(tmp_path, "began"))
+    assert len(ended) == 8  # one for each victim
+    assert set(ended.values()) == {1}
+    assert max(began.values()) == 2  # at least one was interrupted, and none by anything but the limit
+
+
+def test_a_run_that_was_stopped_finds_its_tasks_again(tmp_path: Path, local_results: dict[str, Any]) -> None:
+    write_files(tmp_path, "{name: slurm, time: 10m}", seconds=5)
+    run = start(tmp_path)
+    assert eventually(lambda: bool(notes(tmp_path, "began")))
+    run.send_signal(signal.SIGINT)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 130, output
+    assert "comes back to it" in output
+    before = {queued.id.partition("_")[0] for queued in read_queue().values()}
+    assert len(before) == 1  # one array, which goes on
+    output = finish(start(tmp_path))
+    assert results_of(tmp_path) == local_results
+    assert set(Counter(note.split()[0] for note in notes(tmp_path, "ended")).values()) == {1}
+    arrays = {path.parent.name + path.parent.parent.name for path in (tmp_path / "results/slurm").rglob("task-*.json")}
+    assert len(arrays) == 1  # nothing was submitted again
+
+
+def test_a_cancelled_task_fails_its_cells_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(tmp_path, "{name: slurm, time: 10m}", seconds=5)
+    run = start(tmp_path)
+    assert eventually(lambda: bool(notes(tmp_path, "began")))
+    waiting = [queued.id for queued in read_queue().values() if queued.state == "PENDING"]
+    ask("scancel", waiting[-1])
+    output, _ = run.communicate(timeout=400)
+    assert run.returncode == 1, output
+    statuses = Counter(result["status"] for result in results_of(tmp_path).values())
+    assert statuses == {"done": CELLS - 3, "failed": 3}
+    assert output.count("ended without a result") >= 3
+    assert f"{CELLS} done" not in output
+    assert "3 done" in finish(start(tmp_path, "--only", "failed"))
+
+
+def test_bad_requests_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    refused = {
+        "{name: slurm, partition: gpuu}": "there is no partition 'gpuu'",
+        "{name: slurm, gpus: 2}": "sbatch failed",
+        "{name: slurm, cpus: 64}": "Requested node configuration is not available",
+        "{name: slurm, memory: 900G}": "Requested node configuration is not available",
+    }
+    for executor, reason in refused.items():
+        write_files(tmp_path, executor)
+        run = start(tmp_path)
+        output, _ = run.communicate(timeout=60)
+        assert run.returncode == 2, output
+        assert reason in output
+        assert "Traceback" not in output
+    assert not (tmp_path / "results" / "slurm").exists()
+    assert slurm.read_queue() == {}
