@@ -39,8 +39,8 @@ VERBS = {
     "doctor": "doctor",
 }
 
-#: verbs that train and run networks; the others use large libraries seldom
-COMPUTING = ("run", "plot", "leaderboard", "check", "doctor")
+#: verbs that train and run networks in this process; the others use large libraries seldom
+COMPUTING = ("plot", "leaderboard", "check", "doctor")
 LARGE_LIBRARIES = ("numpy", "torch", "torch.fx", "torch.nn", "torch.nn.functional", "cv2")
 #: characters of a verb's first sentence in the list of verbs, where click breaks it between words
 LONGEST_HELP = 400

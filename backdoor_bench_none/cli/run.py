@@ -168,7 +168,8 @@ def run_command(
     from backdoor_bench_none.run.progress import Bars, Lines
     from backdoor_bench_none.run.runner import Options, run_plan
 
-    choose_device(device)
+    if device not in ("auto", "cpu"):
+        choose_device(device)
     path = find_file(file)
     registry = open_registry(path)
     plan = selection.apply(make_plan(path, registry, need_data=True))

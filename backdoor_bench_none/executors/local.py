@@ -75,13 +75,13 @@ class _Running:
 class _LocalPool:
     def __init__(self, settings: Settings, slots: int | Literal["auto"]) -> None:
         self._settings = settings
-        self._devices = _devices(settings.device)
+        self._context = start_process_server()
+        self._devices = _find_devices(settings.device, self._context)
         is_cuda = self._devices[0].startswith("cuda")
         if slots == "auto":
             slots = len(self._devices) if is_cuda else count_cores()
         self.slots = slots
         self._threads = None if is_cuda else max(1, count_cores() // slots)
-        self._context = start_process_server()
         self._running: list[_Running] = []
         self._begun: list[Event] = []
 
@@ -182,16 +182,35 @@ def start_process_server() -> BaseContext:
     return context
 
 
-def _devices(device: str) -> list[str]:
+def _find_devices(device: str, context: BaseContext) -> list[str]:
+    """The devices that jobs are spread over: all GPUs, if there are any and the run does not name one device."""
     if device not in ("auto", "cuda"):
         return [device]
+    count = _count_gpus(context)
+    if count == 0:
+        return ["cpu" if device == "auto" else device]
+    return [f"cuda:{index}" for index in range(count)]
+
+
+def _count_gpus(context: BaseContext) -> int:
+    """The number of GPUs, counted in a process of its own: this one needs neither torch nor a CUDA context."""
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_send_gpu_count, args=(theirs,))  # type: ignore[attr-defined]
+    process.start()
+    theirs.close()
+    try:
+        count: int = ours.recv()
+    except EOFError:  # CUDA ended the process
+        count = 0
+    process.join()
+    ours.close()
+    return count
+
+
+def _send_gpu_count(connection: Connection) -> None:
     import torch
 
-    if torch.cuda.is_available() and torch.cuda.device_count() > 0:
-        return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if device == "auto":
-        return ["cpu"]
-    return [device]
+    connection.send(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
 def _describe_end(process: BaseProcess) -> str:

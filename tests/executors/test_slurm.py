@@ -67,16 +67,18 @@ def test_the_jobs_of_a_lost_node_end_elsewhere(tmp_path: Path, local_results: di
 def test_a_time_limit_shorter_than_its_group_computes_nothing_twice(
     tmp_path: Path, local_results: dict[str, Any]
 ) -> None:
-    """Two tasks of half a minute's work each cell: the warning comes in the middle of one."""
-    write_files(tmp_path, "{name: slurm, time: 1m, warning: 20s, groups: 4}", seconds=12)
-    output = finish(start(tmp_path), 600)
-    assert f"{CELLS} done" in output
-    assert results_of(tmp_path) == local_results
+    """Two tasks of half a minute's waiting each: the warning comes in the middle of it."""
+    write_files(tmp_path, "{name: slurm, time: 1m, warning: 25s, groups: 2}", seconds=15)
+    output = finish(start(tmp_path, "-s", "0"), 600)
+    assert f"{CELLS // 2} done" in output
+    results = results_of(tmp_path)
+    assert len(results) == CELLS // 2
+    assert results == {key: local_results[key] for key in results}
     ended = Counter(note.split()[0] for note in notes(tmp_path, "ended"))
     began = Counter(note.split()[0] for note in notes(tmp_path, "began"))
-    assert len(ended) == 8  # one for each victim
+    assert len(ended) == 4  # one for each victim
     assert set(ended.values()) == {1}
-    assert max(began.values()) == 2  # at least one was interrupted, and none by anything but the limit
+    assert max(began.values()) > 1  # at least one was interrupted
 
 
 def test_a_run_that_was_stopped_finds_its_tasks_again(tmp_path: Path, local_results: dict[str, Any]) -> None:
