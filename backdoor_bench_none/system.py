@@ -59,6 +59,14 @@ def count_cores() -> int:
     return min(cores, int(granted)) if granted.isdecimal() and int(granted) else cores
 
 
+def describe_mps() -> str:
+    """Whether NVIDIA's Multi-Process Service runs, by which the processes on a GPU compute at the same time."""
+    pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))  # noqa: S108 - NVIDIA's default
+    if (pipes / "control").exists():
+        return "runs: the processes on a GPU compute at the same time"
+    return "does not run: the processes on a GPU take turns; `nvidia-cuda-mps-control -d` starts it"
+
+
 def limit_memory(limit: int | None) -> None:
     """Make allocations beyond `limit` bytes fail (Linux only).
 

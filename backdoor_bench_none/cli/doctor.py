@@ -64,6 +64,7 @@ def _devices() -> Iterator[tuple[str, str, bool]]:
 
     from backdoor_bench_none.contracts.context import choose_amp
     from backdoor_bench_none.run.provenance import device_name
+    from backdoor_bench_none.system import describe_mps
 
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
@@ -71,3 +72,5 @@ def _devices() -> Iterator[tuple[str, str, bool]]:
     for device in devices:
         precision = "float32" if choose_amp(device) is None else "bfloat16 autocast"
         yield str(device), f"{device_name(device)}, {precision}", False
+    if torch.cuda.is_available():
+        yield "MPS", describe_mps(), False

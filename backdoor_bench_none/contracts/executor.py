@@ -28,12 +28,13 @@ class Event:
 
 
 class Pool(Protocol):
-    """A number of slots, in each of which one group of jobs runs at a time."""
+    """Places, in each of which one group of jobs runs at a time."""
 
-    slots: int
+    def has_room(self, group: Group) -> bool:
+        """Whether the group can start now."""
 
     def submit(self, group: Group) -> None:
-        """Start a group in a free slot; the jobs that it needs from other groups are done."""
+        """Start a group for which there is room; the jobs that it needs from other groups are done."""
 
     def wait(self, timeout: float) -> list[Event]:
         """The events since the last call; returns after at most `timeout` seconds if there are none."""

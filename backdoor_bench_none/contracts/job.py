@@ -47,6 +47,8 @@ class Job:
     title: str
     spec: Mapping[str, Any]
     needs: tuple[str, ...] = ()
+    #: whether it computes with networks; other jobs take no place on a GPU
+    uses_device: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,3 +62,5 @@ class Outcome:
     warnings: tuple[str, ...] = ()
     #: the kind of the job that ended this way first; jobs that needed it end with the same outcome
     kind: str | None = None
+    #: bytes of its GPU that the process had at the end, its CUDA context included; None on a CPU
+    device_memory: int | None = None

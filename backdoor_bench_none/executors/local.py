@@ -10,30 +10,36 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from typing import Literal
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveInt
 
 from backdoor_bench_none.contracts.executor import Event, Executor, Group, Pool
 from backdoor_bench_none.contracts.job import Job, Outcome, Settings
+from backdoor_bench_none.executors.room import Gpu, Room
 from backdoor_bench_none.run.jobs import run_job
 from backdoor_bench_none.system import (
     block_interrupts,
-    count_cores,
     has_fork_server,
     limit_memory,
     read_allocated_memory,
 )
 
+if TYPE_CHECKING:
+    from backdoor_bench_none.results.store import Artifact
+
 #: seconds a job may run past its own deadline before it is killed
 GRACE = 10.0
+#: threads of a process with no job: its main thread and the one that receives jobs
+OWN_THREADS = 2
 #: what the process server imports before it forks
 PRELOAD = [
     "torch._dynamo",  # the first optimizer imports it, which takes seconds
@@ -48,122 +54,167 @@ PRELOAD = [
 
 
 class Local(Executor):
-    """Processes on this machine: on a CPU one slot per core, with one thread each, with CUDA one slot per GPU."""
+    """Processes on this machine: on a CPU one slot per core, with one thread each; on GPUs as many as fit.
 
-    slots: PositiveInt | Literal["auto"] = Field("auto", description="jobs at the same time")
+    With CUDA, jobs that compute with no network take slots of the CPU.
+    """
+
+    slots: PositiveInt | Literal["auto"] = Field("auto", description="jobs at the same time; with CUDA on all GPUs")
+    per_gpu: PositiveInt | Literal["auto"] = Field(
+        "auto", description="jobs at the same time on a GPU; auto: as many as fit beside the first of their kind"
+    )
+    keep_processes: bool | Literal["auto"] = Field(
+        "auto",
+        description="whether a process runs one job after another, until one fails; auto: with CUDA, where a process "
+        "takes seconds to start",
+    )
 
     @contextmanager
     def open(self, settings: Settings) -> Iterator[Pool]:
         """A pool of processes, forked from a server that has imported torch: a start takes 0.1 s instead of seconds."""
-        pool = _LocalPool(settings, self.slots)
+        context = start_process_server()
+        pool = _LocalPool(settings, self, context, find_gpus(settings.device, context))
         try:
             yield pool
         finally:
             pool.stop()
 
 
+@dataclass(frozen=True)
+class Ended:
+    """What a process says at the end of a job: how it ended, and whether the process takes another one."""
+
+    outcome: Outcome
+    stays: bool
+
+
 @dataclass
-class _Running:
-    job: Job
+class _Worker:
+    """A process that runs one job after another."""
+
     process: BaseProcess
     connection: Connection
     device: str
-    kill_at: float | None
-    outcome: Outcome | None = None
+    job: Job | None = None
+    kill_at: float | None = None
+
+    def stop(self) -> None:
+        self.process.kill()  # a thread that a defense started would keep it alive
+        self.process.join()
+        self.connection.close()
 
 
 class _LocalPool:
-    def __init__(self, settings: Settings, slots: int | Literal["auto"]) -> None:
+    def __init__(self, settings: Settings, executor: Local, context: BaseContext, gpus: Sequence[Gpu]) -> None:
         self._settings = settings
-        self._context = start_process_server()
-        self._devices = _find_devices(settings.device, self._context)
-        is_cuda = self._devices[0].startswith("cuda")
-        if slots == "auto":
-            slots = len(self._devices) if is_cuda else count_cores()
-        self.slots = slots
-        self._threads = None if is_cuda else max(1, count_cores() // slots)
-        self._running: list[_Running] = []
+        self._context = context
+        self._room = Room(settings.device, gpus, executor.slots, executor.per_gpu)
+        self._keeps = bool(gpus) if executor.keep_processes == "auto" else executor.keep_processes
+        self._workers: list[_Worker] = []
         self._begun: list[Event] = []
+
+    def has_room(self, group: Group) -> bool:
+        return self._room.find_device(group[0], self._running()) is not None
 
     def submit(self, group: Group) -> None:
         (job,) = group
+        device = self._room.find_device(job, self._running())
+        assert device is not None, "there is no room for a job that was submitted"
+        idle = [worker for worker in self._workers if worker.job is None and worker.device == device]
+        worker = idle[0] if idle else self._start(device)
+        worker.job = job
+        timeout = self._settings.timeout
+        worker.kill_at = None if timeout is None else time.monotonic() + timeout + GRACE
+        worker.connection.send(job)
         self._begun.append(Event(job.id))
+
+    def _running(self) -> list[tuple[Job, str]]:
+        return [(worker.job, worker.device) for worker in self._workers if worker.job is not None]
+
+    def _start(self, device: str) -> _Worker:
         ours, theirs = self._context.Pipe()
-        busy = [running.device for running in self._running]
-        device = min(self._devices, key=busy.count)
-        arguments = (job, self._settings, device, self._threads, theirs)
-        process = self._context.Process(target=_work, args=arguments, name=job.title)  # type: ignore[attr-defined]
+        arguments = (self._settings, device, self._room.threads, self._keeps, theirs)
+        process = self._context.Process(target=_work, args=arguments, name="bbn")  # type: ignore[attr-defined]
         process.start()
         theirs.close()
-        timeout = self._settings.timeout
-        kill_at = None
-        if timeout is not None:
-            kill_at = time.monotonic() + timeout + GRACE
-        self._running.append(_Running(job, process, ours, device, kill_at))
+        worker = _Worker(process, ours, device)
+        self._workers.append(worker)
+        return worker
 
     def wait(self, timeout: float) -> list[Event]:
         if self._begun:
             begun, self._begun = self._begun, []
             return begun
+        busy = [worker for worker in self._workers if worker.job is not None]
         now = time.monotonic()
-        left = [max(0.0, running.kill_at - now) for running in self._running if running.kill_at is not None]
-        messages = [running.connection for running in self._running]
-        ends = [running.process.sentinel for running in self._running]
+        left = [max(0.0, worker.kill_at - now) for worker in busy if worker.kill_at is not None]
+        messages = [worker.connection for worker in busy]
+        ends = [worker.process.sentinel for worker in busy]
         wait([*messages, *ends], min([timeout, *left]))
-        events: list[Event] = []
-        for running in self._running:
-            events += self._events_of(running)
-        self._running = [running for running in self._running if running.outcome is None]
-        return events
+        return [event for worker in busy for event in self._events_of(worker)]
 
-    def _events_of(self, running: _Running) -> Iterator[Event]:
-        alive = running.process.is_alive()  # before the pipe is read, so that nothing sent before the end is lost
+    def _events_of(self, worker: _Worker) -> Iterator[Event]:
+        assert worker.job is not None
+        job, outcome, stays = worker.job, None, False
+        alive = worker.process.is_alive()  # before the pipe is read, so that nothing sent before the end is lost
         with suppress(EOFError, OSError):
-            while running.connection.poll():
-                message = running.connection.recv()
-                if isinstance(message, Outcome):
-                    running.outcome = message
-                else:
-                    yield Event(running.job.id, done=message[0], total=message[1])
-        if running.outcome is None and running.kill_at is not None and time.monotonic() > running.kill_at:
-            running.process.kill()
+            while worker.connection.poll():
+                message = worker.connection.recv()
+                if isinstance(message, Ended):
+                    outcome, stays = message.outcome, message.stays
+                    break
+                yield Event(job.id, done=message[0], total=message[1])
+        if outcome is None and worker.kill_at is not None and time.monotonic() > worker.kill_at:
+            worker.process.kill()
             limit = f"the time limit of {self._settings.timeout:g} s has passed, and {GRACE:g} s to stop by itself"
-            running.outcome = Outcome("timeout", "Timeout", limit, kind=running.job.kind)
-        elif running.outcome is None and not alive:
-            running.outcome = Outcome("failed", "ProcessDied", _describe_end(running.process), kind=running.job.kind)
-        if running.outcome is not None:
-            running.process.join(GRACE)
-            running.process.kill()  # a thread that a defense started would keep it alive
-            running.process.join()
-            running.connection.close()
-            yield Event(running.job.id, outcome=running.outcome)
+            outcome = Outcome("timeout", "Timeout", limit, kind=job.kind)
+        elif outcome is None and not alive:
+            outcome = Outcome("failed", "ProcessDied", _describe_end(worker.process), kind=job.kind)
+        if outcome is None:
+            return
+        worker.job = None
+        self._room.note_memory(job, outcome.device_memory)
+        if not stays:
+            worker.process.join(0 if outcome.error in ("Timeout", "ProcessDied") else GRACE)
+            worker.stop()
+            self._workers.remove(worker)
+        yield Event(job.id, outcome=outcome)
 
     def stop(self) -> None:
-        for running in self._running:
-            running.process.kill()
-            running.process.join()
-            running.connection.close()
-        self._running = []
+        for worker in self._workers:
+            worker.stop()
+        self._workers = []
 
 
-def _work(job: Job, settings: Settings, device: str, threads: int | None, connection: Connection) -> None:
+def _work(settings: Settings, device: str, threads: int, keeps: bool, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    inbox: SimpleQueue[Job] = SimpleQueue()
     # before the limit: a thread that lacks memory for its first step never says that it has started
-    threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
+    threading.Thread(target=_receive_jobs, args=(connection, inbox), daemon=True).start()
     limit = settings.memory if device == "cpu" else None
     allocated = read_allocated_memory()
+    job = inbox.get()
     if limit is not None and allocated is not None and limit <= allocated:
         message = f"budget.memory allows {limit:,} bytes, and a process has {allocated:,} when it starts; allow more"
-        connection.send(Outcome("failed", "MemoryError", message, kind=job.kind))
+        connection.send(Ended(Outcome("failed", "MemoryError", message, kind=job.kind), stays=False))
         return
     limit_memory(limit)
-    connection.send(run_job(job, settings, device, threads, lambda done, total: connection.send((done, total))))
+    kept: dict[str, Artifact] = {}
+    while True:
+        outcome = run_job(job, settings, device, threads, lambda *epochs: connection.send(epochs), kept)
+        left_behind = threading.active_count() > OWN_THREADS or multiprocessing.active_children()
+        stays = keeps and outcome.status == "done" and not left_behind
+        connection.send(Ended(outcome, stays))
+        if not stays:
+            return
+        job = inbox.get()
 
 
-def _end_with_parent(connection: Connection) -> None:
-    """End this process when its parent ends: the parent never sends, so the pipe becomes readable when it is closed."""
+def _receive_jobs(connection: Connection, inbox: SimpleQueue[Job]) -> None:
+    """Hand over the jobs that the parent sends, and end this process when it ends, which closes the pipe."""
     with suppress(EOFError, OSError):
-        connection.recv()
+        while True:
+            inbox.put(connection.recv())
     os._exit(1)
 
 
@@ -182,35 +233,30 @@ def start_process_server() -> BaseContext:
     return context
 
 
-def _find_devices(device: str, context: BaseContext) -> list[str]:
-    """The devices that jobs are spread over: all GPUs, if there are any and the run does not name one device."""
-    if device not in ("auto", "cuda"):
-        return [device]
-    count = _count_gpus(context)
-    if count == 0:
-        return ["cpu" if device == "auto" else device]
-    return [f"cuda:{index}" for index in range(count)]
+def find_gpus(device: str, context: BaseContext) -> list[Gpu]:
+    """The GPUs that a run on `device` uses.
 
-
-def _count_gpus(context: BaseContext) -> int:
-    """The number of GPUs, counted in a process of its own: this one needs neither torch nor a CUDA context."""
+    They are looked for in a process of its own, so that this one needs neither torch nor a CUDA context.
+    """
+    if device == "cpu":
+        return []
     ours, theirs = context.Pipe()
-    process = context.Process(target=_send_gpu_count, args=(theirs,))  # type: ignore[attr-defined]
+    process = context.Process(target=_send_gpus, args=(theirs,))  # type: ignore[attr-defined]
     process.start()
     theirs.close()
-    try:
-        count: int = ours.recv()
-    except EOFError:  # CUDA ended the process
-        count = 0
+    gpus: list[Gpu] = []
+    with suppress(EOFError):  # CUDA ended the process
+        gpus = ours.recv()
     process.join()
     ours.close()
-    return count
+    return [gpu for gpu in gpus if device in ("auto", "cuda", gpu.device)]
 
 
-def _send_gpu_count(connection: Connection) -> None:
+def _send_gpus(connection: Connection) -> None:
     import torch
 
-    connection.send(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    found = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    connection.send([Gpu(f"cuda:{index}", torch.cuda.get_device_properties(index).total_memory) for index in found])
 
 
 def _describe_end(process: BaseProcess) -> str:

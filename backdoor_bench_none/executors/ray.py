@@ -145,7 +145,7 @@ class _Place:
 
 class _RayPool:
     def __init__(self, executor: Ray, settings: Settings) -> None:
-        self.slots = executor.count_room()
+        room = executor.count_room()
         self._executor = executor
         self._settings = settings.absolute()
         self._versions = find_versions(settings)
@@ -153,9 +153,13 @@ class _RayPool:
         self._token = self._settings.results / f".seen-{uuid.uuid4().hex}"
         self._token.touch()
         self._waiting: deque[_Assignment] = deque()
-        self._places = [self._start() for _ in range(self.slots)]
+        self._places = [self._start() for _ in range(room)]
         self._parcels: dict[str, Any] = {}
         self._events: list[Event] = []
+
+    def has_room(self, group: Group) -> bool:
+        busy = sum(place.assignment is not None for place in self._places)
+        return busy + len(self._waiting) < len(self._places)
 
     def submit(self, group: Group) -> None:
         self._waiting.append(_Assignment(group, left={job.id for job in group}))
@@ -267,7 +271,6 @@ class _RayPool:
         with suppress(BenchError):  # no room is left: the other places go on
             if self._executor.count_room() > len(self._places):
                 self._places.append(self._start())
-        self.slots = max(1, len(self._places))
         if not self._places:
             for left in self._waiting:
                 self._fail(left, "no node of the cluster is left")

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -128,8 +127,6 @@ class Slurm(Executor):
 
 
 class _SlurmPool:
-    slots = sys.maxsize
-
     def __init__(self, executor: Slurm, settings: Settings) -> None:
         self._executor = executor
         self._settings = settings.absolute()
@@ -148,6 +145,9 @@ class _SlurmPool:
             self._tasks += live
             if not live:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def has_room(self, group: Group) -> bool:
+        return True  # Slurm's queue is its own
 
     def submit(self, group: Group) -> None:
         self._wanted |= {job.id for job in group}

@@ -236,6 +236,13 @@ def needs_of(stage: Stage, cell: Cell) -> tuple[Stage, ...]:
     return tuple(find_stage(name) for name in stage.needs(cell) if has_stage(cell, name))
 
 
+def uses_device(cell: Cell, name: str) -> bool:
+    """Whether a stage of the cell computes with networks: not reading data, nor poisoning that only stamps."""
+    if name == "poison":
+        return cell.attack.component.needs_backbone or has_stage(cell, "crafter")
+    return name != "data"
+
+
 def artifact_keys(cell: Cell) -> dict[str, str]:
     """The content keys of all artifacts of a cell, by the name of the stage."""
     return {name: key for name, key in stage_keys(cell).items() if find_stage(name).folder is not None}

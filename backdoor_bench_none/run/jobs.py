@@ -7,24 +7,41 @@ import traceback
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from backdoor_bench_none.contracts.job import CELL, Job, Outcome, Progress, Settings
 from backdoor_bench_none.words import LONGEST_TEXT, shorten, text_of, visible
 
+if TYPE_CHECKING:
+    from backdoor_bench_none.results.store import Artifact
 
-def run_job(job: Job, settings: Settings, device: str, threads: int | None, progress: Progress) -> Outcome:
-    """Run `job` in this process; every error becomes an outcome."""
+#: bytes of a GPU that a process has beside those that torch manages: its CUDA context, roughly
+CONTEXT = 600 * 2**20
+
+
+def run_job(
+    job: Job, settings: Settings, device: str, threads: int | None, progress: Progress,
+    kept: dict[str, Artifact] | None = None,
+) -> Outcome:  # fmt: skip
+    """Run `job` in this process; every error becomes an outcome.
+
+    `kept` holds the artifacts of the job before it in this process, and is left with what the next one may use.
+    """
+    memory = None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            _run(job, settings, device, threads, progress)
+            memory = _run(job, settings, device, threads, progress, {} if kept is None else kept)
             outcome = Outcome("done")
         except BaseException as error:  # third-party code may raise anything
             outcome = _outcome_of(error)
-    return replace(outcome, warnings=_damage_reports(caught), kind=job.kind)
+    return replace(outcome, warnings=_damage_reports(caught), kind=job.kind, device_memory=memory)
 
 
-def _run(job: Job, settings: Settings, device: str, threads: int | None, progress: Progress) -> None:
+def _run(
+    job: Job, settings: Settings, device: str, threads: int | None, progress: Progress, kept: dict[str, Artifact]
+) -> int | None:
+    """Run a job; the bytes of its GPU that this process has then."""
     import torch
 
     from backdoor_bench_none.contracts.context import Context, choose_amp, choose_device
@@ -50,11 +67,14 @@ def _run(job: Job, settings: Settings, device: str, threads: int | None, progres
     if cell.recipe.precision != "float32":
         amp = choose_amp(chosen)
     context = Context(chosen, 0, amp, deadline, progress=progress)
-    stages = Stages(cell, store, context, describe(cell, context, registry))
+    stages = Stages(cell, store, context, describe(cell, context, registry), kept=kept)
     if job.kind == CELL:
         stages.store.write_record(stages.evaluate())
     else:
         stages.run(job.kind)
+    if chosen.type != "cuda":
+        return None
+    return CONTEXT + torch.cuda.memory_reserved(chosen)
 
 
 def _outcome_of(error: BaseException) -> Outcome:

@@ -16,7 +16,7 @@ from backdoor_bench_none.contracts.executor import Event, Executor
 from backdoor_bench_none.contracts.job import CELL, Job, Outcome, Settings
 from backdoor_bench_none.contracts.record import Failure, Record
 from backdoor_bench_none.planning.plan import Plan
-from backdoor_bench_none.planning.stage_table import artifact_keys, find_stage, record_key, stage_keys
+from backdoor_bench_none.planning.stage_table import artifact_keys, find_stage, record_key, stage_keys, uses_device
 from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.results.index import read_measurements
 from backdoor_bench_none.results.store import Store
@@ -182,7 +182,7 @@ def pack_jobs(cells: list[Cell], store: Store) -> list[Job]:
                 needs += needed
             elif job_id in missing and job_id not in jobs:
                 waits_for = tuple(need for need in needed if need in jobs)
-                jobs[job_id] = Job(job_id, name, title, spec, waits_for)
+                jobs[job_id] = Job(job_id, name, title, spec, waits_for, uses_device(cell, name))
         job_id, waits_for = f"{CELL}:{record_key(cell)}", tuple(need for need in dict.fromkeys(needs) if need in jobs)
         jobs[job_id] = Job(job_id, CELL, title, spec, waits_for)
     return list(jobs.values())

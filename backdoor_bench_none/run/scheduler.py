@@ -36,7 +36,8 @@ class Scheduler:
     _waiters: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     #: the groups that have each job
     _places: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    _ready: list[int] = field(default_factory=list)
+    #: the groups that can start, in their order: those that take no place on a GPU, and those that do
+    _ready: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
     _ended: deque[str] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
@@ -50,7 +51,7 @@ class Scheduler:
             for need in self._needs[number]:
                 self._waiters[need].append(number)
             if not self._needs[number]:
-                self._ready.append(number)
+                self._add_ready(number)
 
     def run(self, keep_going: Callable[[], bool]) -> Iterator[tuple[Job, Outcome]]:
         """Yield every job that ended; once `keep_going` returns False, start no more, and finish the running ones."""
@@ -67,12 +68,21 @@ class Scheduler:
                 yield from self._take(event)
 
     def _start(self) -> None:
-        while self._ready and len(self._running) < self.pool.slots:
-            number = heapq.heappop(self._ready)
-            left = self._waiting.pop(number)
-            if left:
-                self._running[number] = left
-                self.pool.submit(tuple(job for job in self.groups[number] if job.id in left))
+        for ready in self._ready:
+            while ready:
+                left = self._waiting[ready[0]]
+                group = tuple(job for job in self.groups[ready[0]] if job.id in left)
+                if group and not self.pool.has_room(group):
+                    break
+                number = heapq.heappop(ready)
+                del self._waiting[number]
+                if group:
+                    self._running[number] = left
+                    self.pool.submit(group)
+
+    def _add_ready(self, number: int) -> None:
+        uses_device = any(job.uses_device for job in self.groups[number])
+        heapq.heappush(self._ready[uses_device], number)
 
     def _take(self, event: Event) -> Iterator[tuple[Job, Outcome]]:
         if event.job not in self._begun:
@@ -103,7 +113,7 @@ class Scheduler:
                 self._doom(number)
             self._needs[number].discard(job_id)
             if not self._needs[number] and number in self._waiting:
-                heapq.heappush(self._ready, number)
+                self._add_ready(number)
 
     def _drop(self, number: int, job_id: str, *, running: bool) -> None:
         groups = self._running if running else self._waiting

@@ -80,11 +80,19 @@ class Stages:
     context: Context
     provenance: Mapping[str, Any] = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
+    #: the decoded data set that this process had last, by its key; the next cell often has the same
+    kept: dict[str, Artifact] = field(default_factory=dict)
     _cached: dict[str, Artifact] = field(default_factory=dict)
 
     def data(self) -> tuple[ImageSet, ImageSet]:
         """The decoded training and test set."""
+        key = stage_key(self.cell, "data")
+        if key in self.kept:
+            self._cached.setdefault("data", self.kept[key])
         tensors = self._artifact("data", self._load).tensors
+        if key not in self.kept:
+            self.kept.clear()
+            self.kept[key] = self._cached["data"]
         return artifacts.read_images(tensors, "train"), artifacts.read_images(tensors, "test")
 
     def crafter(self) -> Artifact:

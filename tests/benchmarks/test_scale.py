@@ -54,13 +54,15 @@ class Simulated(Executor):
         Path("worked.json").write_text(json.dumps(pool.worked / SCALE / PLACES))
 
 class Pool:
-    slots = PLACES
-
     def __init__(self, store):
-        self.store, self.ends, self.worked = store, [], 0.0
+        self.store, self.ends, self.worked, self.busy = store, [], 0.0, {}
         self.registry = Registry(Plugins(external=False))
 
+    def has_room(self, group):
+        return len(self.busy) < PLACES
+
     def submit(self, group):
+        self.busy[group[-1].id] = group
         ends = time.perf_counter()
         for job in group:
             self.worked += TAKES[job.kind]
@@ -73,6 +75,7 @@ class Pool:
         while self.ends and self.ends[0][0] <= time.perf_counter():
             _, job, spec = heapq.heappop(self.ends)
             kind, key = job.split(":")
+            self.busy.pop(job, None)
             if kind == "cell":
                 self.store.write_record(Record.of(cell_from_spec(spec, self.registry), key, "done", counts=COUNTS))
             events.append(Event(job, Outcome("done")))

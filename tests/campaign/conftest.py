@@ -32,10 +32,11 @@ class Inline(Executor):
         yield Pool(settings)
 
 class Pool:
-    slots = 1
-
     def __init__(self, settings):
         self.settings, self.events = settings, []
+
+    def has_room(self, group):
+        return not self.events
 
     def submit(self, group):
         (job,) = group

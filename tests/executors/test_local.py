@@ -20,7 +20,7 @@ from backdoor_bench_none.contracts.executor import Event
 from backdoor_bench_none.contracts.job import Job, Outcome, Settings
 from backdoor_bench_none.contracts.record import Record
 from backdoor_bench_none.executors import local
-from backdoor_bench_none.executors.local import Local, count_cores
+from backdoor_bench_none.executors.local import Local
 from backdoor_bench_none.planning.plan import Plan, make_plan
 from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.registry.components import Registry
@@ -29,6 +29,7 @@ from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.progress import Lines
 from backdoor_bench_none.run.runner import Options, pack_jobs, run_plan
 from backdoor_bench_none.run.scheduler import Scheduler
+from backdoor_bench_none.system import count_cores
 
 TIMEOUT = 10.0
 BBNFILE = """
@@ -39,7 +40,14 @@ import torch
 from backdoor_bench_none.api import Defense, DefenseResult, Stage, hookimpl
 
 def good(task, context):
-    return DefenseResult(task.new_model(), extras={"threads": torch.get_num_threads()})
+    return DefenseResult(task.new_model(), extras={"threads": torch.get_num_threads(), "pid": os.getpid()})
+
+def also_good(task, context):
+    return good(task, context)
+
+def lingers_well(task, context):
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    return good(task, context)
 
 def trains_for_ages(task, context):
     model = task.new_model()
@@ -83,8 +91,8 @@ def make(function):
     return type(function.__name__, (Defense,), {"__doc__": "Misbehaves.", "__module__": __name__, "run": run,
         "stage": Stage.IN_TRAINING, "__annotations__": {"stage": ClassVar[Stage]}})
 
-FUNCTIONS = [good, trains_for_ages, hangs, lingers, raises, exits, leaves, is_killed, returns_a_dict, flags_too_few,
-             returns_another_network, reports_a_tensor]
+FUNCTIONS = [good, also_good, lingers_well, trains_for_ages, hangs, lingers, raises, exits, leaves, is_killed,
+             returns_a_dict, flags_too_few, returns_another_network, reports_a_tensor]
 
 @hookimpl
 def bbn_defenses():
@@ -125,7 +133,7 @@ def write_files(folder: Path, defenses: str) -> Path:
     return path
 
 
-def run(folder: Path, defenses: str, slots: int = 2) -> Ended:
+def run(folder: Path, defenses: str, slots: int = 2, *, keeps: bool = False) -> Ended:
     path = write_files(folder, defenses)
     registry = Registry.default(folder)
     plan: Plan = make_plan(path, registry)
@@ -135,7 +143,7 @@ def run(folder: Path, defenses: str, slots: int = 2) -> Ended:
     titles = {f"cell:{record_key(cell)}": cell.defense.name for cell in plan.cells}
     events: list[Event] = []
     started = time.monotonic()
-    with Local(slots=slots).open(settings) as pool:
+    with Local(slots=slots, keep_processes=keeps).open(settings) as pool:
         ended: list[tuple[Job, Outcome]] = list(
             Scheduler([(job,) for job in jobs], pool, events.append).run(lambda: True)
         )
@@ -144,14 +152,14 @@ def run(folder: Path, defenses: str, slots: int = 2) -> Ended:
     return Ended(outcomes, records, events, time.monotonic() - started)
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
+@pytest.fixture(scope="module", params=[False, True], ids=["a process for each job", "processes are kept"])
+def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
     folder, before = tmp_path_factory.mktemp("run"), Path.cwd()
     os.chdir(folder)
     patch = pytest.MonkeyPatch()
     patch.setattr(local, "GRACE", 3.0)
     try:
-        yield run(folder, ", ".join(reversed(ENDS)))
+        yield run(folder, ", ".join(reversed(ENDS)), keeps=request.param)
     finally:
         patch.undo()
         os.chdir(before)
@@ -186,6 +194,20 @@ def test_slots_share_the_cores(ended: Ended) -> None:
 def test_progress_counts_epochs(ended: Ended) -> None:
     told = [(event.done, event.total) for event in ended.events if event.total == 1_000_000]
     assert told[0] == (1, 1_000_000)
+
+
+@pytest.mark.parametrize(("defenses", "keeps", "processes"), [
+    ("good, also_good", True, 1), ("good, also_good", False, 2), ("lingers_well, good", True, 2),
+])  # fmt: skip
+@pytest.mark.usefixtures("soon")
+def test_a_process_is_kept_unless_a_job_left_something_in_it(
+    defenses: str, keeps: bool, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(local, "GRACE", 0.5)
+    ended = run(tmp_path, defenses, slots=1, keeps=keeps)
+    assert {outcome.status for outcome in ended.outcomes.values()} == {"done"}
+    assert len({record.extras["pid"] for record in ended.records.values()}) == processes
 
 
 @pytest.fixture

@@ -27,6 +27,9 @@ class FakePool:
     needs_done: list[bool] = field(default_factory=list)
     most: int = 0
 
+    def has_room(self, group: Group) -> bool:
+        return len(self.started) - len(self.ended) < self.slots
+
     def submit(self, group: Group) -> None:
         (job,) = group
         done = {job for job in self.ended if self.outcomes.get(job, DONE).status == "done"}
