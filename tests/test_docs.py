@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from backdoor_bench_none.cli.main import VERBS
+from backdoor_bench_none.contracts.executor import Executor
+from backdoor_bench_none.planning.reading import parse_config
 from backdoor_bench_none.registry import hookspecs
 from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.results.store import Store
@@ -85,3 +87,17 @@ def test_the_data_set_and_the_architecture_of_the_docs_run(
     for kind, name in (("dataset", "noise"), ("architecture", "three_layers")):
         failed = [verdict for verdict in run_contract(registry.create(kind, name)) if verdict.reason]
         assert failed == []
+
+
+EXECUTORS = [block for page in PAGES for block in blocks(page, "yaml") if re.search("^executor:", block, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("block", EXECUTORS, ids=lambda block: block[:40].splitlines()[0])
+def test_executors_in_examples_are_there_with_their_parameters(block: str) -> None:
+    text = (
+        block
+        if "version:" in block
+        else f"version: 1\nname: x\nmatrix: {{attack: x, defense: x, architecture: x}}\n{block}"
+    )
+    config, _ = parse_config(text)
+    assert isinstance(Registry.default().create_as(Executor, config.executor.name, config.executor.params), Executor)
