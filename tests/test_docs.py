@@ -94,10 +94,6 @@ EXECUTORS = [block for page in PAGES for block in blocks(page, "yaml") if re.sea
 
 @pytest.mark.parametrize("block", EXECUTORS, ids=lambda block: block[:40].splitlines()[0])
 def test_executors_in_examples_are_there_with_their_parameters(block: str) -> None:
-    text = (
-        block
-        if "version:" in block
-        else f"version: 1\nname: x\nmatrix: {{attack: x, defense: x, architecture: x}}\n{block}"
-    )
-    config, _ = parse_config(text)
+    rest = "" if "version:" in block else "version: 1\nname: x\nmatrix: {attack: x, defense: x, architecture: x}\n"
+    config, _ = parse_config(rest + block)
     assert isinstance(Registry.default().create_as(Executor, config.executor.name, config.executor.params), Executor)
