@@ -51,12 +51,10 @@ def lock_file(file: IO[Any]) -> bool:
 
 
 def count_cores() -> int:
-    """The cores this process may use; of a Slurm task, those that it asked for."""
-    cores = os.cpu_count() or 1
+    """The cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    granted = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return min(cores, int(granted)) if granted.isdecimal() and int(granted) else cores
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def describe_mps() -> str:

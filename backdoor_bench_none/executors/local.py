@@ -28,6 +28,7 @@ from backdoor_bench_none.executors.room import Gpu, Room
 from backdoor_bench_none.run.jobs import run_job
 from backdoor_bench_none.system import (
     block_interrupts,
+    count_cores,
     has_fork_server,
     limit_memory,
     read_allocated_memory,
@@ -62,6 +63,9 @@ class Local(Executor):
     slots: PositiveInt | Literal["auto"] = Field("auto", description="jobs at the same time; with CUDA on all GPUs")
     per_gpu: PositiveInt | Literal["auto"] = Field(
         "auto", description="jobs at the same time on a GPU; auto: as many as fit beside the first of their kind"
+    )
+    cores: PositiveInt | Literal["auto"] = Field(
+        "auto", description="cores that the jobs share; auto: all that this process may use"
     )
     keep_processes: bool | Literal["auto"] = Field(
         "auto",
@@ -108,7 +112,8 @@ class _LocalPool:
     def __init__(self, settings: Settings, executor: Local, context: BaseContext, gpus: Sequence[Gpu]) -> None:
         self._settings = settings
         self._context = context
-        self._room = Room(settings.device, gpus, executor.slots, executor.per_gpu)
+        cores = count_cores() if executor.cores == "auto" else executor.cores
+        self._room = Room(settings.device, gpus, cores, executor.slots, executor.per_gpu)
         self._keeps = bool(gpus) if executor.keep_processes == "auto" else executor.keep_processes
         self._workers: list[_Worker] = []
         self._begun: list[Event] = []

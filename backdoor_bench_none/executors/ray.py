@@ -205,10 +205,8 @@ class _RayPool:
                 group = tuple(job for job in assignment.group if job.id in assignment.left)
                 packed = json.dumps(pack_group(group, self._settings, self._versions))
                 parcels = None if place.sees_results else self._pack(group)
-                slots = self._executor.slots
-                if slots == "auto" and not self._executor.gpus:
-                    slots = self._executor.cpus
-                place.assignment, place.end = assignment, place.actor.run.remote(packed, slots, parcels)
+                local = {"slots": self._executor.slots, "cores": self._executor.cpus}
+                place.assignment, place.end = assignment, place.actor.run.remote(packed, local, parcels)
 
     def _pack(self, group: Group) -> dict[str, Any]:
         """The artifacts for the cells of a group, by path, in the object store."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Literal
+from typing import Any
 
 from backdoor_bench_none.contracts.executor import Event
 from backdoor_bench_none.executors.local import Local
@@ -36,19 +36,19 @@ class RayPlace:
         """The name of the node, and whether it sees the file `token` of the results folder."""
         return platform.node(), Path(token).exists()
 
-    def run(self, packed: str, slots: int | Literal["auto"], parcels: Mapping[str, Any] | None) -> None:
-        """Run a packed group.
+    def run(self, packed: str, local: Mapping[str, Any], parcels: Mapping[str, Any] | None) -> None:
+        """Run a packed group in an executor `local` with these parameters.
 
         `parcels` are the artifacts that it needs, by path, in the object store; None if this machine sees the results.
         """
         group, settings, versions = unpack_group(json.loads(packed))
         if parcels is None:
-            run_group(group, settings, versions, Local(slots=slots), lambda event: self._report(event, {}))
+            run_group(group, settings, versions, Local(**local), lambda event: self._report(event, {}))
             return
         results = Path(self._folder.name)
         self._unpack(parcels, results)
         own = replace(settings, results=results)
-        run_group(group, own, versions, Local(slots=slots), lambda event: self._report(event, self._collect(event)))
+        run_group(group, own, versions, Local(**local), lambda event: self._report(event, self._collect(event)))
 
     def take(self) -> list[Report]:
         """The reports since the last call."""

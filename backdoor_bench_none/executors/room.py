@@ -9,7 +9,6 @@ from typing import Literal
 
 from backdoor_bench_none.contracts.job import CELL, Job
 from backdoor_bench_none.seeds import canonical_json
-from backdoor_bench_none.system import count_cores
 
 #: the share of a GPU's memory that jobs are given, by what others of their kind took
 SHARE = 0.9
@@ -34,9 +33,9 @@ class Room:
 
     device: str
     gpus: Sequence[Gpu]
+    cores: int
     slots: int | Literal["auto"] = "auto"
     per_gpu: int | Literal["auto"] = "auto"
-    cores: int = field(default_factory=count_cores)
     #: the largest memory that a job took, by its kind
     _taken: dict[str, int] = field(default_factory=dict)
 

@@ -22,6 +22,7 @@ from backdoor_bench_none.contracts.config import parse_bytes, parse_seconds
 from backdoor_bench_none.contracts.executor import Event, Executor, Group, Pool
 from backdoor_bench_none.contracts.job import Job, Outcome, Settings
 from backdoor_bench_none.errors import BenchError
+from backdoor_bench_none.executors.local import Local
 from backdoor_bench_none.executors.place import find_versions, pack_group
 from backdoor_bench_none.executors.task_file import Task
 from backdoor_bench_none.run.grouping import group_by_network
@@ -112,16 +113,13 @@ class Slurm(Executor):
 
         from backdoor_bench_none.executors.slurm_task import SlurmTask
 
-        slots = self.slots
-        if slots == "auto" and not self.gpus:
-            slots = self.cpus
         executor = submitit.SlurmExecutor(folder=str(folder / "logs"), max_num_timeout=MOST_TIMEOUTS)
         executor.update_parameters(
             job_name="bbn", comment=str(folder), array_parallelism=self.parallel, setup=list(self.setup),
             signal_delay_s=int(self.warning), stderr_to_stdout=True, additional_parameters=self._options(),
         )  # fmt: skip
         try:
-            executor.map_array(SlurmTask(slots), [str(task) for task in tasks])
+            executor.map_array(SlurmTask(Local(slots=self.slots, cores=self.cpus)), [str(task) for task in tasks])
         except submitit.core.utils.FailedJobError as error:
             raise BenchError(f"executor slurm: sbatch refused the tasks: {_last_line(str(error))}") from error
 

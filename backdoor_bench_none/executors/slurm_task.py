@@ -6,7 +6,6 @@ import json
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from submitit.core.utils import DelayedSubmission
 
@@ -22,7 +21,7 @@ class SlurmTask:
     submitit calls `checkpoint` before the time limit and queues the task again, with the same file.
     """
 
-    slots: int | Literal["auto"]
+    local: Local
 
     def __call__(self, path: str) -> None:
         """Run the task; called by submitit on the node."""
@@ -32,7 +31,7 @@ class SlurmTask:
         left = tuple(job for job in group if job.id not in task.ended)
         ignore_warning()
         reports = Reports(task.path.with_suffix(".jsonl"))
-        run_group(left, settings, versions, Local(slots=self.slots), reports.write)
+        run_group(left, settings, versions, self.local, reports.write)
 
     def checkpoint(self, path: str) -> DelayedSubmission:
         """The same task: what it has computed is in the results folder."""

@@ -20,22 +20,22 @@ def job(kind: str = CELL, defense: str = "none", architecture: str = "resnet18",
 
 
 def test_a_cpu_has_a_slot_for_each_core_with_one_thread() -> None:
-    room = Room("auto", (), cores=4)
+    room = Room("auto", (), 4)
     running = [(job(), "cpu")] * 3
     assert (room.find_device(job(), running), room.threads) == ("cpu", 1)
     assert room.find_device(job(), [*running, *running]) is None
-    assert Room("cpu", (), slots=2, cores=8).threads == 4
+    assert Room("cpu", (), 8, slots=2).threads == 4
 
 
 def test_a_first_job_of_its_kind_has_a_gpu_for_itself() -> None:
-    room = Room("auto", TWO, cores=16)
+    room = Room("auto", TWO, 16)
     assert room.find_device(job(), []) == "cuda:0"
     assert room.find_device(job(), [(job(), "cuda:0")]) == "cuda:1"
     assert room.find_device(job(), [(job(), "cuda:0"), (job(), "cuda:1")]) is None
 
 
 def test_then_as_many_as_its_memory_allows() -> None:
-    room = Room("auto", TWO[:1], cores=16)
+    room = Room("auto", TWO[:1], 16)
     room.note_memory(job(), 20 * GIB)
     assert room.find_device(job(), [(job(), "cuda:0")] * 2) == "cuda:0"
     assert room.find_device(job(), [(job(), "cuda:0")] * 3) is None  # 80 of 80 GiB
@@ -47,7 +47,7 @@ def test_then_as_many_as_its_memory_allows() -> None:
     "other", [job(defense="dp_sgd"), job(architecture="vgg16"), job(kind="victim")], ids=["defense", "network", "stage"]
 )
 def test_a_job_of_another_kind_waits_for_a_gpu_of_its_own(other: Job) -> None:
-    room = Room("auto", TWO[:1], cores=16)
+    room = Room("auto", TWO[:1], 16)
     room.note_memory(job(), GIB)
     assert room.find_device(other, [(job(), "cuda:0")]) is None
     assert room.find_device(job(), [(other, "cuda:0")]) is None
@@ -55,27 +55,27 @@ def test_a_job_of_another_kind_waits_for_a_gpu_of_its_own(other: Job) -> None:
 
 
 def test_a_gpu_has_no_more_jobs_than_cores() -> None:
-    room = Room("auto", TWO, cores=4)
+    room = Room("auto", TWO, 4)
     room.note_memory(job(), GIB)
     assert room.find_device(job(), [(job(), "cuda:0"), (job(), "cuda:0"), (job(), "cuda:1")]) == "cuda:1"
     assert room.find_device(job(), [(job(), "cuda:0"), (job(), "cuda:0")] + [(job(), "cuda:1")] * 2) is None
 
 
 def test_a_number_for_each_gpu_is_kept() -> None:
-    room = Room("cuda", TWO, per_gpu=2, cores=16)
+    room = Room("cuda", TWO, 16, per_gpu=2)
     assert room.threads == 4
     assert room.find_device(job(), [(job(), "cuda:0")] * 2 + [(job(), "cuda:1")]) == "cuda:1"
     assert room.find_device(job(), [(job(), "cuda:0")] * 2 + [(job(), "cuda:1")] * 2) is None
 
 
 def test_slots_are_those_of_all_gpus() -> None:
-    room = Room("cuda", TWO, slots=3, cores=16)
+    room = Room("cuda", TWO, 16, slots=3)
     assert room.find_device(job(), [(job(), "cuda:0"), (job(), "cuda:1")]) == "cuda:0"
     assert room.find_device(job(), [(job(), "cuda:0")] * 2 + [(job(), "cuda:1")]) is None
 
 
 def test_jobs_without_networks_take_no_gpu() -> None:
-    room = Room("auto", TWO[:1], cores=2)
+    room = Room("auto", TWO[:1], 2)
     reading = job(kind="data", uses_device=False)
     assert room.find_device(reading, [(job(), "cuda:0")]) == "cpu"
     assert room.find_device(reading, [(reading, "cpu")] * 2) is None
