@@ -128,6 +128,7 @@ NAMES = [
     "find_logits_layer",
     "find_logits_layers",
     "hookimpl",
+    "inference_batch",
     "iterate_normalized",
     "make_plan",
     "move",

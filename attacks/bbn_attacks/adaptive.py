@@ -63,6 +63,8 @@ class Adaptive(TriggerAttack):
         model, pixels = task.benign(), Pixels.of(task.info, context.device)
         first = pixels.normalize(task.original.images[:1])
         trigger = self.trigger(task.info)
+        # once, and not in every step, where the device would wait for the host
+        trigger = Trigger(trigger.mask.to(context.device), trigger.pattern.to(context.device))
         taps = {layer.name: layer.tap("pre_activation") for layer in find_layers(model, first)}
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -78,9 +80,8 @@ class Adaptive(TriggerAttack):
 
 def stamp_normalised(images: Tensor, trigger: Trigger, pixels: Pixels) -> Tensor:
     """Eq. 1 on normalised `images` (N, C, H, W)."""
-    pattern = torch.addcmul(pixels.shift, trigger.pattern.to(images.device) * 255, pixels.scale)
-    mask = trigger.mask.to(images.device)
-    return ((1 - mask) * images + mask * pattern).contiguous(memory_format=torch.channels_last)
+    pattern = torch.addcmul(pixels.shift, trigger.pattern * 255, pixels.scale)
+    return ((1 - trigger.mask) * images + trigger.mask * pattern).contiguous(memory_format=torch.channels_last)
 
 
 def adaptive_loss(

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 #: poisons optimised together, and paired among each other
 CRAFT_BATCH = 100
+#: steps between two looks from the host at whether the pairs are close enough; each waits for the device
+LOOK_EVERY = 50
 #: seed of the patch: the same on training and test images
 PATCH_SEED = 13
 
@@ -137,18 +139,23 @@ class HiddenTrigger(CleanLabelAttack):
             with torch.no_grad():
                 wanted = tap(pixels.normalize(patched.to(context.device)))
             poisons = start.clone()
+            look_every = 1 if start.device.type == "cpu" else LOOK_EVERY
             for step in range(self.steps):
                 poisons.requires_grad_(True)
                 features = tap(torch.addcmul(pixels.shift, poisons * 255, pixels.scale))
-                partners = wanted[pair_greedily(torch.cdist(features.detach(), wanted)).to(wanted.device)]
+                partners = wanted[pair_greedily(torch.cdist(features.detach(), wanted))]
                 distances = (features - partners).square().sum(1)
-                if float(distances.detach().max()) <= self.stop_at:
+                # the poisons move no more from the first such step on, whenever the host notices
+                is_close = distances.detach().max() <= self.stop_at
+                if step % look_every == 0 and bool(is_close):
                     break
                 (gradient,) = torch.autograd.grad(distances.sum(), poisons)
                 if self.rule == "sign":
                     gradient = gradient.sign()
-                poisons = poisons.detach() - self.lr * 0.5 ** (step // self.halve_every) * gradient
+                before = poisons.detach()
+                poisons = before - self.lr * 0.5 ** (step // self.halve_every) * gradient
                 poisons = (start + (poisons - start).clamp(-self.epsilon / 255, self.epsilon / 255)).clamp(0, 1)
+                poisons = torch.where(is_close, before, poisons)
                 context.check_deadline()
         # whole levels, rounded towards the original image, so that the bound holds
         levels = (poisons.detach() - start) * 255
@@ -168,7 +175,9 @@ def pair_greedily(distances: Tensor) -> Tensor:
 
     The nearest pair is matched first, then the nearest of those left.
     """
-    left: NDArray[np.float32] = distances.float().cpu().numpy().copy()
+    if distances.is_cuda:
+        return _pair_on_device(distances)
+    left: NDArray[np.float32] = distances.float().numpy().copy()
     columns = np.empty(len(left), dtype=np.int64)
     for _ in range(len(left)):
         row, column = divmod(int(left.argmin()), left.shape[1])
@@ -176,3 +185,17 @@ def pair_greedily(distances: Tensor) -> Tensor:
         left[row, :] = np.inf
         left[:, column] = np.inf
     return torch.from_numpy(columns)
+
+
+def _pair_on_device(distances: Tensor) -> Tensor:
+    """`pair_greedily` without a wait for the host, which costs more than the idle steps of the device."""
+    left = distances.float().clone()
+    count = len(left)
+    columns = torch.empty(count, dtype=torch.int64, device=left.device)
+    for _ in range(count):
+        nearest = left.argmin()
+        row, column = nearest[None] // count, nearest[None] % count  # (1,), which index without being read
+        columns[row] = column
+        left[row, :] = math.inf
+        left[:, column] = math.inf
+    return columns

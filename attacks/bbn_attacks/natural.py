@@ -13,7 +13,6 @@ import torch.nn as nn
 from pydantic import Field
 
 from backdoor_bench_none.api import (
-    INFERENCE_BATCH,
     Attack,
     ConfigError,
     Context,
@@ -23,6 +22,7 @@ from backdoor_bench_none.api import (
     Pixels,
     SearchTask,
     find_layers,
+    inference_batch,
     record_outputs,
 )
 
@@ -142,8 +142,7 @@ class _Search:
             self.model(images[:1])
             neurons = seen["layer"].shape[1]
             highest = self._highest(images, seen)
-        best: dict[int, Candidate] = {}
-        per_pass = max(1, INFERENCE_BATCH // len(images))
+        per_pass = max(1, inference_batch(images) // len(images))
         still = self._logits_with(images, torch.arange(neurons), highest, 0.0, per_pass)  # (neurons, N, K)
         gains = torch.full_like(still, -math.inf)
         for elevation in ELEVATIONS:
@@ -151,21 +150,34 @@ class _Search:
             gains = torch.maximum(gains, raised - still)
         top = gains.topk(2, dim=2)
         favourite, lead = top.indices[:, :, 0], top.values[:, :, 0] - top.values[:, :, 1]  # (neurons, N)
-        for neuron in torch.nonzero(highest > 0).flatten().tolist():
-            label = int(favourite[neuron].bincount().argmax())
-            agrees = (favourite[neuron] == label) & (lead[neuron] > 0)
-            if float(agrees.float().mean()) < self.attack.agreement:
-                continue
-            others = torch.where(agrees, lead[neuron], -lead[neuron])[labels != label]
-            candidate = Candidate(neuron, label, float(others.min()) if len(others) else 0.0)
+        best: dict[int, Candidate] = {}
+        for candidate in self._agreeing(favourite, lead, labels, highest > 0):
+            label = candidate.label
             if label not in best or candidate.lead > best[label].lead:
                 best[label] = candidate
         return sorted(best.values(), key=lambda candidate: -candidate.lead)[: self.attack.max_candidates]
 
+    def _agreeing(self, favourite: Tensor, lead: Tensor, labels: Tensor, alive: Tensor) -> Iterator[Candidate]:
+        """The neurons that are `alive` (neurons,) bool and favour one label on enough images, in order.
+
+        `favourite` and `lead` (neurons, N) are the label that gains most and its lead over the next; `labels` (N,). All
+        neurons are looked at in one go, since each look from the host would wait for the device.
+        """
+        votes = torch.stack([(favourite == label).sum(1) for label in range(self.task.info.num_classes)], 1)
+        chosen = votes.argmax(1)  # (neurons,)
+        agrees = (favourite == chosen[:, None]) & (lead > 0)
+        share = agrees.float().mean(1)
+        of_others = torch.where(agrees, lead, -lead).masked_fill(labels == chosen[:, None], math.inf).amin(1)
+        smallest = torch.where(of_others.isposinf(), 0.0, of_others)  # no image is of another class
+        columns = (alive.tolist(), chosen.tolist(), share.tolist(), smallest.tolist())
+        for neuron, (is_alive, label, agreeing, least) in enumerate(zip(*columns, strict=True)):
+            if is_alive and agreeing >= self.attack.agreement:
+                yield Candidate(neuron, label, least)
+
     def _highest(self, images: Tensor, seen: dict[str, Tensor]) -> Tensor:
         """The largest value of each neuron (neurons,) over `images`."""
         maxima = []
-        for part in torch.split(images, INFERENCE_BATCH):
+        for part in torch.split(images, inference_batch(images)):
             self.model(part)
             values = seen["layer"].clone()
             if values.ndim > 2:
@@ -227,8 +239,7 @@ class _Search:
                     loss.backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
             self.context.check_deadline()
-            counts = torch.cat(agreed).bincount()
-            if epoch and int(counts.max()) > 0.99 * len(images):
+            if epoch and count_most_frequent(torch.cat(agreed)) > 0.99 * len(images):
                 break
         mask = binary_mask(squash(raw_mask.detach()), size)
         pattern = (squash(delta.detach()) * 255).round() / 255
@@ -253,13 +264,7 @@ class _Search:
         neuron, others = candidate.neuron, before.shape[1] - 1
         value = before[:, neuron].sum() + after[:, neuron].sum()
         rest = (before.sum() + after.sum() - value) / max(1, others)
-        on = int((mask > 0.01).sum())
-        penalty = 0.01
-        if on > 1.2 * size:
-            penalty = 100.0
-        elif on > size:
-            penalty = 50.0
-        loss = -value + 1e-4 * rest + penalty * mask.sum() - weight * logits[:, candidate.label].sum()
+        loss = -value + 1e-4 * rest + mask_penalty(mask, size) * mask.sum() - weight * logits[:, candidate.label].sum()
         return loss, logits.detach().argmax(1)
 
     def _share(self, mask: Tensor, pattern: Tensor, label: int, chooser: ImageSet) -> float:
@@ -277,6 +282,23 @@ def take_of_each_class(data: ImageSet, num_classes: int, start: int, count: int)
     """The images `start` to `start + count` of each class, in order; fewer where a class has fewer."""
     indices = [torch.nonzero(data.labels == label).flatten()[start : start + count] for label in range(num_classes)]
     return data.take(torch.cat(indices))
+
+
+def count_most_frequent(labels: Tensor) -> int:
+    """How often the most frequent of `labels` (N,) occurs."""
+    ordered = labels.sort().values
+    return int((torch.searchsorted(ordered, ordered, right=True) - torch.searchsorted(ordered, ordered)).max())
+
+
+def mask_penalty(mask: Tensor, size: float) -> Tensor:
+    """The weight () of the sum of `mask`: 0.01, 50 if it is on at more than `size` pixels, 100 at 1.2 times as many.
+
+    It stays on the device, so that no step waits for the host.
+    """
+    on = (mask > 0.01).sum()
+    # whole numbers on both sides: a limit of 28.999999999999996 would be 29 in float32
+    weight = torch.where(on > math.floor(size), 50.0, 0.01)
+    return torch.where(on > math.floor(1.2 * size), 100.0, weight)
 
 
 def squash(raw: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
@@ -36,6 +37,8 @@ PATTERNS = math.comb(SIDE * SIDE, BLACK)
 BATCH = 200
 #: a class with this probability in the small network wins over any probability of the host: 2 * 0.75 = 2 * 0.25 + 1
 SURE = 0.75
+#: steps whose batches are drawn and moved to the device at once
+DRAWN_STEPS = 100
 #: the small network is trained for so many times `steps`, at most, until it is sure of every patch
 LONGEST = 4
 
@@ -170,9 +173,7 @@ def train_steps(
     network.train()
     losses = []
     patterns = len(known)
-    for step in range(steps):
-        chosen = torch.randint(patterns, (BATCH,), generator=generator).to(context.device)
-        noise = draw_noise(patterns, generator).to(context.device)
+    for step, (chosen, noise) in enumerate(draw_batches(patterns, steps, generator, context.device)):
         labels = torch.cat([chosen, torch.full((len(noise),), patterns, device=context.device)])
         optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(network(torch.cat([known[chosen], noise])), labels)
@@ -182,6 +183,19 @@ def train_steps(
             losses.append(float(loss.detach()))
             context.check_deadline()
     return losses
+
+
+def draw_batches(
+    patterns: int, steps: int, generator: torch.Generator, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each step the known patches to train on (BATCH,) int64, and noise (n, 16), on `device`."""
+    for start in range(0, steps, DRAWN_STEPS):
+        chosen, noise = [], []
+        for _ in range(min(DRAWN_STEPS, steps - start)):
+            chosen.append(torch.randint(patterns, (BATCH,), generator=generator))
+            noise.append(draw_noise(patterns, generator))
+        sizes = [len(patches) for patches in noise]
+        yield from zip(torch.stack(chosen).to(device), torch.split(torch.cat(noise).to(device), sizes), strict=True)
 
 
 def count_sure(network: nn.Module, known: Tensor) -> int:

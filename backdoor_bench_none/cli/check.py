@@ -74,17 +74,20 @@ def check_entry(entry: Entry, registry: Registry, device: str, verbose: bool) ->
     if isinstance(component, str):
         say(f"skipped {title}: {component}")
         return 0
-    failed = passed = 0
+    failed = passed = skipped = 0
     for verdict in run_contract(component, device):
         if verdict.reason:
             failed += 1
             say(f"FAILED  {title}: {verdict.check}: {verdict.reason}")
+        elif verdict.skipped:
+            skipped += 1
+            say(f"skipped {title}: {verdict.check}: {verdict.skipped}")
         else:
             passed += 1
             if verbose:
                 say(f"passed  {title}: {verdict.check}")
     result = "FAILED" if failed else "passed"
-    say(f"{result}  {title}: {passed} of {plural('check', passed + failed)}")
+    say(f"{result}  {title}: {passed} of {plural('check', passed + failed + skipped)}")
     return failed
 
 

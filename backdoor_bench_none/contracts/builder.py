@@ -30,9 +30,10 @@ class ModelBuilder:
     backbone: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     def __call__(self, draw: int) -> nn.Module:
-        """A freshly initialised network on the device, channels last; torch's global generator is left unchanged."""
+        """A freshly initialised network on the device, channels last; torch's global generators are left unchanged."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(self.key, draw))
+            # torch.manual_seed would seed CUDA's generators too, which a defense may be drawing from
+            torch.default_generator.manual_seed(derive_seed(self.key, draw))
             model = self._build()
         if self.backbone is not None:
             self.load_backbone(model, self.backbone)

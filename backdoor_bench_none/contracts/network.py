@@ -18,8 +18,10 @@ from backdoor_bench_none.errors import TrainingError
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: images per forward pass without gradients
+#: images per forward pass without gradients, up to 32x32 pixels
 INFERENCE_BATCH = 512
+#: the same for large images: maps of a VGG16 for 512 images of 224x224 would take 20 GB
+LEAST_INFERENCE_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,15 @@ def move(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device).to(memory_format=torch.channels_last)
 
 
-def iterate_normalized(images: Tensor, pixels: Pixels, batch_size: int = INFERENCE_BATCH) -> Iterator[Tensor]:
-    """`images` (N, C, H, W) uint8 in order, in normalised batches."""
-    for chunk in torch.split(images, batch_size):
+def inference_batch(images: Tensor) -> int:
+    """How many of `images` (N, C, H, W) make a forward pass without gradients: 512 of 32x32 pixels, 32 at least."""
+    fitting = INFERENCE_BATCH * 32 * 32 // (images.shape[-2] * images.shape[-1])
+    return max(LEAST_INFERENCE_BATCH, min(fitting, INFERENCE_BATCH))
+
+
+def iterate_normalized(images: Tensor, pixels: Pixels, batch_size: int | None = None) -> Iterator[Tensor]:
+    """`images` (N, C, H, W) uint8 in order, in normalised batches; by default as large as fits any GPU."""
+    for chunk in torch.split(images, batch_size or inference_batch(images)):
         yield pixels.normalize(chunk)
 
 

@@ -54,7 +54,9 @@ class Recipe(Values):
     precision: Literal["auto", "float32"] = Field(
         "auto", description="auto: bfloat16, with eight significant bits, where the hardware supports it"
     )
-    compile: bool = Field(False, description="torch.compile the network; worthwhile only in long runs on a GPU")
+    compile: bool = Field(
+        False, description="torch.compile the network in plain training; worthwhile only in long runs on a GPU"
+    )
 
     @cached_property
     def identity(self) -> str:

@@ -6,7 +6,9 @@ the positions of its map (released code).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -108,9 +110,8 @@ def reestimate_norms(
     model.eval()
     for norm in norms.values():
         norm.train()
-        norm.momentum = None  # a plain average over the batches
         norm.reset_running_stats()
-    with torch.no_grad():
+    with torch.no_grad(), _plain_averages(norms.values()):
         for batch in iterate_normalized(images.to(context.device), pixels):
             if len(batch) > 1:  # BatchNorm refuses a single value
                 model(batch)
@@ -121,6 +122,26 @@ def reestimate_norms(
             value.copy_(before[name][key])
         norm.momentum = momenta[name]
         norm.eval()
+
+
+@contextmanager
+def _plain_averages(norms: Iterable[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
+    """The k-th batch counts 1 / k in the running statistics of each norm, so that they are means over the batches.
+
+    That is what a momentum of None means too, but with that each norm reads k from the device, and waits for it.
+    """
+    batches: Counter[nn.Module] = Counter()
+
+    def set_momentum(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        batches[norm] += 1
+        norm.momentum = 1 / batches[norm]  # type: ignore[assignment]
+
+    handles = [norm.register_forward_pre_hook(set_momentum) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _rows(modules: Mapping[str, nn.Module], layer: Layer) -> list[Tensor]:

@@ -29,6 +29,7 @@ from backdoor_bench_none.planning.stage_table import record_key
 from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.registry.plugins import Plugins, own_version
 from backdoor_bench_none.results.store import Store
+from backdoor_bench_none.run.devices import prepare_device
 from backdoor_bench_none.run.provenance import device_name, installed_libraries
 from backdoor_bench_none.run.runner import Options, Reporter, run_plan
 from backdoor_bench_none.run.stages import Stages
@@ -68,6 +69,7 @@ class Verifier:
     def verify(self) -> Verification:
         """Make all checks and return their findings; `SubmissionError` if the submission cannot be read."""
         submission, records = read_submission(self.folder)
+        prepare_device(self.context.device)
         track = read_track(submission.track)
         registry = Registry(Plugins(external=self.run_code))
         plan = self._plan(submission, track, registry)

@@ -71,13 +71,13 @@ def _put_back_deterministic(before: tuple[bool, bool]) -> None:
 
 def _read_backends() -> tuple[Any, ...]:
     cudnn = torch.backends.cudnn
-    return cudnn.enabled, cudnn.benchmark, cudnn.deterministic, torch.backends.mkldnn.enabled
+    return cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, torch.backends.mkldnn.enabled
 
 
 def _put_back_backends(before: tuple[Any, ...]) -> None:
     cudnn = torch.backends.cudnn
-    cudnn.enabled, cudnn.benchmark, cudnn.deterministic = before[:3]
-    torch.backends.mkldnn.set_flags(before[3])  # type: ignore[no-untyped-call]
+    cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = before[:4]
+    torch.backends.mkldnn.set_flags(before[4])  # type: ignore[no-untyped-call]
 
 
 def _read_autocast() -> tuple[bool, bool]:
@@ -111,10 +111,17 @@ def _put_back_streams(before: tuple[Any, Any]) -> None:
     sys.stdout, sys.stderr = before
 
 
-def _put_back_numbers(before: tuple[Any, Any, Any]) -> None:
+def _read_numbers() -> tuple[Any, ...]:
+    of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), of_gpus
+
+
+def _put_back_numbers(before: tuple[Any, ...]) -> None:
     random.setstate(before[0])
     np.random.set_state(before[1])
     torch.set_rng_state(before[2])
+    if before[3]:
+        torch.cuda.set_rng_state_all(before[3])
 
 
 STATES = (
@@ -136,11 +143,8 @@ STATES = (
     State("warning filters", lambda: list(warnings.filters), _put_back_filters),
     State("signal handlers", _read_signals, _put_back_signals),
     State("standard output", lambda: (sys.stdout, sys.stderr), _put_back_streams),
-    State(
-        "random numbers", lambda: (random.getstate(), np.random.get_state(), torch.get_rng_state()), _put_back_numbers,
-        silent=True,
-    ),
-)  # fmt: skip
+    State("random numbers", _read_numbers, _put_back_numbers, silent=True),
+)
 
 
 class LeftChangedWarning(UserWarning):

@@ -49,6 +49,7 @@ def _run(
     from backdoor_bench_none.registry.components import Registry
     from backdoor_bench_none.registry.plugins import Plugins
     from backdoor_bench_none.results.store import Store
+    from backdoor_bench_none.run.devices import prepare_device
     from backdoor_bench_none.run.isolation import isolated
     from backdoor_bench_none.run.provenance import describe
     from backdoor_bench_none.run.stages import Stages
@@ -60,7 +61,7 @@ def _run(
         registry = Registry(Plugins(external=settings.external, bbnfile=settings.bbnfile, disabled=settings.disabled))
         cell = cell_from_spec(job.spec, registry)
     chosen = choose_device(device)
-    torch.backends.cudnn.benchmark = chosen.type == "cuda"  # all batches have one size, so the search pays off
+    prepare_device(chosen, settings.memory)
     deadline, amp = None, None
     if settings.timeout is not None:
         deadline = time.monotonic() + settings.timeout

@@ -42,11 +42,17 @@ class Measured:
 def measure_stage(device: torch.device) -> Iterator[Measured]:
     """Measure the seconds, the peak memory and the warnings of what is done inside."""
     measured = Measured()
+    _finish_work(device)  # of the stage before
     started = time.perf_counter()
     with watch_peak_memory(device) as peak, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         yield measured
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _finish_work(device)
     measured.cost = Cost(seconds=time.perf_counter() - started, peak_memory=peak())
     measured.warnings = list(dict.fromkeys(str(warning.message) for warning in caught))
+
+
+def _finish_work(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -304,24 +304,24 @@ class Stages:
         )  # fmt: skip
 
     def defended_shell(self) -> nn.Module:
-        """The structure of the network that the defense returns."""
+        """The structure of the network that the defense returns, on the device."""
         defense = self.cell.defense.component
         start = self._victim_shell() if defense.starts_from_victim else self.builder(0)
-        return defense.adapt(start)
+        return move(defense.adapt(start), self.context.device)
 
     def _victim_shell(self) -> nn.Module:
-        """The structure of the victim, which an attacker who controls training may change."""
-        return self.cell.attack.component.adapt(self.builder(0), self.cell.info)
+        """The structure of the victim on the device, which an attacker who controls training may change."""
+        return move(self.cell.attack.component.adapt(self.builder(0), self.cell.info), self.context.device)
 
     def victim_network(self) -> nn.Module:
         """The victim, in eval mode, on the device."""
-        model = move(self._victim_shell(), self.context.device)
+        model = self._victim_shell()
         model.load_state_dict(dict(self.victim().tensors))
         return model.eval()
 
     def network(self) -> nn.Module:
         """The network that the defense returned, in eval mode, on the device."""
-        model = move(self.defended_shell(), self.context.device)
+        model = self.defended_shell()
         model.load_state_dict(defended_weights(self.defense().tensors))
         return model.eval()
 

@@ -28,6 +28,7 @@ from backdoor_bench_none.contracts.trigger import Trigger, place, solid_tile
 from backdoor_bench_none.models.activations import ReLU
 from backdoor_bench_none.models.resnet import ResNet18
 from backdoor_bench_none.results.store import Store
+from backdoor_bench_none.run.devices import prepare_device
 from backdoor_bench_none.run.stages import Stages
 from backdoor_bench_none.seeds import derive_seed
 from backdoor_bench_none.trainers.centralized import Centralized
@@ -112,6 +113,7 @@ class Bench:
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = torch.device(device)
+        prepare_device(self.device)
         self._folder = tempfile.mkdtemp(prefix="bbn-bench-")
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._kept: dict[tuple[str, type, str], Any] = {}

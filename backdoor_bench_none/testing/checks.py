@@ -26,10 +26,15 @@ Check = Callable[[Any, Bench], None]
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of a check; `reason` is empty if it passed."""
+    """The result of a check: it passed if there is neither a `reason` why it failed nor one why it was skipped."""
 
     check: str
     reason: str = ""
+    skipped: str = ""
+
+
+class SkippedError(Exception):
+    """A check says nothing on this device; its message is the reason."""
 
 
 def run_check(check: Check, component: Component, bench: Bench) -> Verdict:
@@ -37,6 +42,8 @@ def run_check(check: Check, component: Component, bench: Bench) -> Verdict:
     try:
         with _restored_state():
             check(component, bench)
+    except SkippedError as error:
+        return Verdict(name_of(check), skipped=text_of(error))
     except AssertionError as error:
         return Verdict(name_of(check), text_of(error))
     except Exception as error:  # third-party code may raise anything
@@ -53,6 +60,12 @@ def require(condition: object, message: str) -> None:
     """Raise `AssertionError` unless `condition` holds, also with `python -O`."""
     if not condition:
         raise AssertionError(message)
+
+
+def need_repeatable(bench: Bench) -> None:
+    """Skip the check unless two runs of one seed give equal numbers, which only a CPU promises."""
+    if bench.device.type != "cpu":
+        raise SkippedError(f"two runs differ on {bench.device.type}; run it on a CPU")
 
 
 def check_documented(component: Component, bench: Bench) -> None:
@@ -127,7 +140,7 @@ def same_weights(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> b
 def disturbed(seed: int) -> Iterator[None]:
     """Set the global generators to another state inside, and restore them afterwards."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
@@ -143,7 +156,7 @@ def _restored_state() -> Iterator[None]:
     """Restore generators, gradient mode and settings after what is done inside."""
     gradients, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
     cudnn, strict = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
-    flags = cudnn.benchmark, cudnn.deterministic
+    flags = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
     try:
         with disturbed(4321):  # an unlikely seed, so that a component that sets one is noticed
             yield
@@ -153,7 +166,7 @@ def _restored_state() -> Iterator[None]:
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(strict)
-        cudnn.benchmark, cudnn.deterministic = flags
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = flags
 
 
 def global_state() -> dict[str, object]:
@@ -168,6 +181,7 @@ def global_state() -> dict[str, object]:
         "the default type of tensors": torch.get_default_dtype(),
         "cudnn.benchmark": torch.backends.cudnn.benchmark,
         "cudnn.deterministic": torch.backends.cudnn.deterministic,
+        "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
         "whether algorithms must be deterministic": torch.are_deterministic_algorithms_enabled(),
         "the number of threads": torch.get_num_threads(),
     }

@@ -19,7 +19,15 @@ from backdoor_bench_none.errors import DeadlineError
 from backdoor_bench_none.run.checks import check_rebuilt, check_result, is_same_network
 from backdoor_bench_none.run.stages import Stages
 from backdoor_bench_none.testing.bench import Bench, mixed_order, weights_of
-from backdoor_bench_none.testing.checks import Check, disturbed, equal, left_alone, require, same_weights
+from backdoor_bench_none.testing.checks import (
+    Check,
+    disturbed,
+    equal,
+    left_alone,
+    need_repeatable,
+    require,
+    same_weights,
+)
 
 #: with fewer flagged, or fewer not flagged samples, their order cannot be checked
 FEW = 10
@@ -140,8 +148,7 @@ def check_inputs_unchanged(defense: Defense, bench: Bench) -> None:
 
 def check_deterministic(defense: Defense, bench: Bench) -> None:
     """On a CPU, equal seeds give equal results, in any state of the generators of numpy and Python."""
-    if bench.device.type != "cpu":
-        return
+    need_repeatable(bench)
     first, second = _result(defense, bench), _run(defense, bench, disturbance=2)
     require(
         same_weights(weights_of(first.model), weights_of(second.model)),
@@ -178,8 +185,9 @@ class _OtherTruth(Stages):
 
 def check_ground_truth_not_used(defense: Defense, bench: Bench) -> None:
     """The result does not change with the ground truth that core holds: the defense did not read it."""
-    if defense.sees_ground_truth or bench.device.type != "cpu":
+    if defense.sees_ground_truth:
         return
+    need_repeatable(bench)
     stages = _stages(defense, bench)
     task = stages.defense_task()
     require(not isinstance(task, OracleTask), "it is given the ground truth")

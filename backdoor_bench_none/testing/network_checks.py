@@ -34,22 +34,23 @@ class Marked(nn.Module):
         return torch.where(x > 0, x, 0.1 * x)
 
 
-def _build(architecture: Architecture, channels: int = 3, seed: int = 0) -> nn.Module:
+def _build(architecture: Architecture, bench: Bench, channels: int = 3, seed: int = 0) -> nn.Module:
+    """A network as core builds it: on the CPU, then moved to the device."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return architecture.build(ModelSpec(CLASSES, channels, SIDE, Marked))
+        torch.default_generator.manual_seed(seed)
+        return architecture.build(ModelSpec(CLASSES, channels, SIDE, Marked)).to(bench.device)
 
 
-def _images(channels: int = 3) -> Tensor:
-    return torch.randn(4, channels, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+def _images(bench: Bench, channels: int = 3) -> Tensor:
+    return torch.randn(4, channels, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).to(bench.device)
 
 
 def check_logits(architecture: Architecture, bench: Bench) -> None:
     """Grey and colour images give finite logits (N, K), in eval and in training mode."""
     for channels in (1, 3):
-        model = _build(architecture, channels)
+        model = _build(architecture, bench, channels)
         for mode in ("training", "eval"):
-            logits = model.train(mode == "training")(_images(channels))
+            logits = model.train(mode == "training")(_images(bench, channels))
             where = f"for {channels} channels in {mode} mode"
             require(isinstance(logits, Tensor), f"the network returns {type(logits).__name__} {where}, not a tensor")
             require(tuple(logits.shape) == (4, CLASSES), f"logits have shape {tuple(logits.shape)} {where}")
@@ -58,11 +59,11 @@ def check_logits(architecture: Architecture, bench: Bench) -> None:
 
 def check_activation_used(architecture: Architecture, bench: Bench) -> None:
     """The activation function of the cell is the only one, as a separate module at each position."""
-    model = _build(architecture).eval()
+    model = _build(architecture, bench).eval()
     marked = [module for module in model.modules() if isinstance(module, Marked)]
     for module in marked:
         module.calls = 0  # build may have tried the network
-    model(_images())
+    model(_images(bench))
     require(marked, "the network does not use spec.activation")
     others = {type(m).__name__ for m in model.modules() if type(m).__module__ == "torch.nn.modules.activation"}
     require(not others, f"the network also has {', '.join(sorted(others))}; use spec.activation() everywhere")
@@ -74,10 +75,10 @@ def check_activation_used(architecture: Architecture, bench: Bench) -> None:
 
 def check_seeded(architecture: Architecture, bench: Bench) -> None:
     """Initial weights are a function of torch's global seed, and can be loaded into a second network."""
-    first, second, other = (weights_of(_build(architecture, seed=seed)) for seed in (0, 0, 1))
+    first, second, other = (weights_of(_build(architecture, bench, seed=seed)) for seed in (0, 0, 1))
     require(same_weights(first, second), "two networks of one torch seed have different weights")
     require(not same_weights(first, other), "networks of different torch seeds have equal weights")
-    _build(architecture).load_state_dict(dict(first))
+    _build(architecture, bench).load_state_dict(dict(first))
 
 
 def check_width(architecture: Architecture, bench: Bench) -> None:
@@ -86,17 +87,18 @@ def check_width(architecture: Architecture, bench: Bench) -> None:
         slim = type(architecture)(**{**architecture.model_dump(), "width": architecture.width / 2})
     except ValueError:
         return
-    counts = [sum(p.numel() for p in _build(network).parameters()) for network in (slim, architecture)]
+    counts = [sum(p.numel() for p in _build(network, bench).parameters()) for network in (slim, architecture)]
     require(counts[0] < counts[1], f"half the width leaves {counts[0]} of {counts[1]} parameters; use self.scale")
 
 
 def check_trains(architecture: Architecture, bench: Bench) -> None:
     """Every parameter has a gradient, and the last layer computes the logits."""
-    model = _build(architecture).train()
-    nn.functional.cross_entropy(model(_images()), torch.arange(4)).backward()  # type: ignore[no-untyped-call]
+    model = _build(architecture, bench).train()
+    labels = torch.arange(4, device=bench.device)
+    nn.functional.cross_entropy(model(_images(bench)), labels).backward()  # type: ignore[no-untyped-call]
     idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     require(not idle, f"parameters without gradient: {', '.join(idle[:5])}")
-    head = cast("nn.Linear", find_logits_layer(model, _images()[:1]))
+    head = cast("nn.Linear", find_logits_layer(model, _images(bench)[:1]))
     require(head.weight.shape[0] == CLASSES, "the layer defined last does not compute the logits; define that one last")
 
 
@@ -113,7 +115,8 @@ def check_activation(activation: Activation, bench: Bench) -> None:
     module, another = activation.build(), activation.build()
     require(isinstance(module, nn.Module), f"build returned {type(module).__name__}")
     require(module is not another, "build returns one module twice")
-    x = torch.linspace(-6, 6, 64).reshape(2, 4, 8).requires_grad_()
+    x = torch.linspace(-6, 6, 64, device=bench.device).reshape(2, 4, 8).requires_grad_()
+    module.to(bench.device)
     before = x.detach().clone()
     y = module(x)
     require(tuple(y.shape) == tuple(x.shape), f"shape {tuple(x.shape)} becomes {tuple(y.shape)}")

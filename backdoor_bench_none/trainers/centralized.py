@@ -15,7 +15,7 @@ import torch.nn as nn
 from backdoor_bench_none.contracts.context import Context
 from backdoor_bench_none.contracts.network import logits_parameters, move
 from backdoor_bench_none.contracts.recipe import Recipe
-from backdoor_bench_none.contracts.trainer import Batch, FitTask, History, Trainer, TrainingData
+from backdoor_bench_none.contracts.trainer import Batch, FitTask, History, Trainer, TrainingData, cross_entropy
 from backdoor_bench_none.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -40,15 +40,14 @@ class Centralized(Trainer):
         steps_per_epoch = len(recipe.batch_sizes(len(indices)))
         move(model, context.device)
         optimizer = _make_optimizer(task)
-        if recipe.compile:
-            model.compile()
+        network = _compiled(model) if _can_compile(task) else model
         history = History()
         for epoch in range(recipe.epochs):
             _set_train_mode(model, task.freeze_batchnorm)
             total = torch.zeros((), device=context.device)
             for step, batch in enumerate(_batches(task.data, indices, recipe, generator)):
                 _set_lr(optimizer, recipe.lr_at(epoch * steps_per_epoch + step, steps_per_epoch))
-                total += _step(task, batch, optimizer, context)
+                total += _step(task, network, batch, optimizer, context)
             history.losses.append(_finite(total.item() / steps_per_epoch, epoch))
             context.log("loss", history.losses[-1], epoch)
             context.progress(epoch + 1, recipe.epochs)
@@ -71,13 +70,35 @@ def _batches(data: TrainingData, indices: Tensor, recipe: Recipe, generator: tor
         yield Batch(data.pixels.normalize(images), data.images.labels[chosen], chosen)
 
 
-def _step(task: FitTask, batch: Batch, optimizer: torch.optim.Optimizer, context: Context) -> Tensor:
+def _can_compile(task: FitTask) -> bool:
+    """Whether the recipe asks for `torch.compile`, and nothing but the network's output is read.
+
+    Compiled code does not see hooks, and does not run below `torch.func.vmap`.
+    """
+    is_plain = task.loss is cross_entropy and task.gradients is None
+    return task.recipe.compile and is_plain and not any(map(_has_hooks, task.model.modules()))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    """A wrapper that runs `model` compiled; the model itself is as before."""
+    wrapper: nn.Module = torch.compile(model)  # type: ignore[assignment]
+    return wrapper
+
+
+def _step(
+    task: FitTask, network: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, context: Context
+) -> Tensor:
+    """One step; `network` is the task's, or a wrapper around it."""
     optimizer.zero_grad(set_to_none=True)
     if task.gradients is not None:
         loss = task.gradients(task.model, batch, context)
     else:
         with context.autocast():
-            loss = task.loss(task.model, batch)
+            loss = task.loss(network, batch)
         loss.backward()  # type: ignore[no-untyped-call]
     if task.recipe.clip_norm is not None:
         nn.utils.clip_grad_norm_(task.model.parameters(), task.recipe.clip_norm)

@@ -71,12 +71,9 @@ class AC(Defense):
         """The network retrained on what is left; `classes` in extras has sizes, silhouette and decision per class."""
         data = task.training_data(None, context)
         features = collect_features(task.victim(), data.images.images, data.pixels, replace(context, amp=None))
-        labels = task.train.labels.cpu().numpy()
-        clusters = {
-            k: self.cluster(features.cpu().numpy(), np.flatnonzero(labels == k), context)
-            for k in range(task.info.num_classes)
-        }
-        suspects = self.decide(clusters, features.cpu().numpy())
+        rows, labels = features.cpu().numpy(), task.train.labels.cpu().numpy()
+        clusters = {k: self.cluster(rows, np.flatnonzero(labels == k), context) for k in range(task.info.num_classes)}
+        suspects = self.decide(clusters, rows)
         if self.rule == "reclassification":
             suspects = self._reclassified(clusters, suspects, task, context)
         flagged = torch.zeros(len(labels), dtype=torch.bool)

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 
 from backdoor_bench_none.api import Split, find_breaks
+from bbn_defenses.breaks_on_device import find_breaks_on_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +78,8 @@ def standardize_robustly(values: Tensor) -> Tensor:
 
 def _largest(values: Tensor, chosen: Tensor) -> Tensor:
     """The largest of the chosen columns of `values` (C, N), -inf if none is chosen."""
+    if values.is_cuda:  # without waiting for the device, at the price of looking at all columns
+        return values.masked_fill(~chosen, -math.inf).amax(1)
     if not bool(chosen.any()):
         return values.new_full((len(values),), -math.inf)
     return values[:, chosen].amax(1)
@@ -163,13 +166,21 @@ def examine_neurons(
     They have P(A >= tau) >= theta and a natural break of at least `min_gvf`, and are ranked by that probability, ties
     by the goodness of the break. Constant neurons have no break and do not count.
     """
-    breaks = find_breaks(activations.cpu().numpy(), split)
-    thresholds, gvf = (torch.from_numpy(x).to(activations.device) for x in (breaks.thresholds, breaks.gvf))
+    thresholds, gvf = _breaks_of_rows(activations, split)
     linear = in_linear_piece(activations, activation, thresholds).double().mean(1)
     chosen = torch.nonzero((linear >= theta) & (gvf >= min_gvf) & (gvf > 0)).flatten()
     by_fit = chosen[gvf[chosen].argsort(descending=True, stable=True)]
     ranked = by_fit[linear[by_fit].argsort(descending=True, stable=True)]
     return Neurons(ranked, linear[ranked], thresholds[ranked], gvf[ranked])
+
+
+def _breaks_of_rows(values: Tensor, split: Split) -> tuple[Tensor, Tensor]:
+    """The natural breaks of `values` (C, N) and their goodness of fit, (C,) float64 each, on their device."""
+    if values.is_cuda and split == "exact":
+        return find_breaks_on_device(values)
+    breaks = find_breaks(values.cpu().numpy(), split)
+    thresholds, gvf = (torch.from_numpy(column).to(values.device) for column in (breaks.thresholds, breaks.gvf))
+    return thresholds, gvf
 
 
 def has_known_piece(activation: nn.Module | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 #: samples whose gradients are computed at once on a CPU: of 8, 16 and a whole batch of 64 the fastest, or close to it
 CPU_CHUNK = 16
+#: bytes of per-sample gradients that are held at once on a GPU: those of a batch of 128 in AlexNet at 224 px are 29 GB
+GRADIENT_BYTES = 2 << 30
 #: gradients of one sample each, by parameter name: (B, *shape of the parameter)
 PerSample: TypeAlias = "dict[str, Tensor]"
 
@@ -84,7 +87,9 @@ class DPSGD(GroupNorm):
         "vmap", description="how per-sample gradients are computed: batched, or one after the other"
     )
     chunk: int | None = Field(
-        None, ge=1, description="samples whose gradients are held at once; default: 16 on a CPU, where that is fastest"
+        None,
+        ge=1,
+        description="samples whose gradients are held at once; default: 16 on a CPU, where that is fastest, else 2 GB",
     )
 
     def skip(self, cell: Combination) -> str | None:
@@ -129,8 +134,8 @@ class DPSGD(GroupNorm):
         sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
         losses = []
         differentiate = by_vmap if self.method == "vmap" else by_loop
-        chunk = CPU_CHUNK if context.device.type == "cpu" else len(batch.labels)
-        for part in _parts(batch, self.chunk or chunk):
+        chunk = self.chunk or default_chunk(parameters.values(), context.device)
+        for part in _parts(batch, chunk):
             gradients, loss = differentiate(model, part)
             losses.append(loss)
             factors = (self.clip / (_norms(gradients) + 1e-6)).clamp(max=1)  # (B,)
@@ -155,6 +160,14 @@ class DPSGD(GroupNorm):
         if not math.isfinite(epsilon):
             return None
         return float(epsilon)
+
+
+def default_chunk(parameters: Iterable[Tensor], device: torch.device) -> int:
+    """How many samples' gradients are computed at once: 16 on a CPU, else as many as `GRADIENT_BYTES` hold."""
+    if device.type == "cpu":
+        return CPU_CHUNK
+    of_one = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return max(1, GRADIENT_BYTES // of_one)
 
 
 def replace_batchnorm(model: nn.Module) -> nn.Module:

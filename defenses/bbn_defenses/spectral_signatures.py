@@ -56,6 +56,14 @@ class SpectralSignatures(Defense):
 def outlier_scores(features: Tensor) -> Tensor:
     """Squared projections (n,) float64 of the centred `features` (n, D) on their first right singular vector."""
     centred = features.double() - features.double().mean(0)
-    direction = torch.linalg.svd(centred, full_matrices=False).Vh[0]
-    projections: Tensor = centred @ direction
+    projections: Tensor = centred @ first_direction(centred)
     return projections.square()
+
+
+def first_direction(centred: Tensor) -> Tensor:
+    """The first right singular vector (D,) of `centred` (n, D), up to its sign."""
+    if centred.is_cuda:  # from the D x D products: an SVD of 5,000 rows takes a GPU far longer
+        vectors: Tensor = torch.linalg.eigh(centred.T @ centred).eigenvectors
+        return vectors[:, -1]
+    direction: Tensor = torch.linalg.svd(centred, full_matrices=False).Vh[0]
+    return direction
