@@ -17,6 +17,7 @@ from backdoor_bench_none.contracts.network import logits_parameters, move
 from backdoor_bench_none.contracts.recipe import Recipe
 from backdoor_bench_none.contracts.trainer import Batch, FitTask, History, Trainer, TrainingData, cross_entropy
 from backdoor_bench_none.errors import TrainingError
+from backdoor_bench_none.trainers.graphed import LEAST_STEPS, GraphedStep, Step, use_tensor_rates
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,13 +42,21 @@ class Centralized(Trainer):
         move(model, context.device)
         optimizer = _make_optimizer(task)
         network = _compiled(model) if _can_compile(task) else model
+
+        def make_step(chosen: Tensor, shifts: Tensor) -> Tensor:
+            return _step(task, network, _batch(task.data, chosen, shifts, recipe), optimizer, context)
+
+        step: Step = make_step
+        if context.device.type == "cuda" and _can_capture(task, recipe.epochs * steps_per_epoch):
+            use_tensor_rates(optimizer, context.device)
+            step = GraphedStep(make_step, recipe.batch_sizes(len(indices))[0], context.device)
         history = History()
         for epoch in range(recipe.epochs):
             _set_train_mode(model, task.freeze_batchnorm)
             total = torch.zeros((), device=context.device)
-            for step, batch in enumerate(_batches(task.data, indices, recipe, generator)):
-                _set_lr(optimizer, recipe.lr_at(epoch * steps_per_epoch + step, steps_per_epoch))
-                total += _step(task, network, batch, optimizer, context)
+            for index, (chosen, shifts) in enumerate(_draw_epoch(task.data, indices, recipe, generator)):
+                _set_lr(optimizer, recipe.lr_at(epoch * steps_per_epoch + index, steps_per_epoch))
+                total += step(chosen, shifts)
             history.losses.append(_finite(total.item() / steps_per_epoch, epoch))
             context.log("loss", history.losses[-1], epoch)
             context.progress(epoch + 1, recipe.epochs)
@@ -56,27 +65,42 @@ class Centralized(Trainer):
         return history
 
 
-def _batches(data: TrainingData, indices: Tensor, recipe: Recipe, generator: torch.Generator) -> Iterator[Batch]:
-    """The batches of one epoch; all random numbers go to the device at once, so that no step waits for the host."""
+def _draw_epoch(
+    data: TrainingData, indices: Tensor, recipe: Recipe, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The indices (B,) and the shifts (B, 3) of each batch of an epoch.
+
+    All random numbers go to the device at once, so that no step waits for the host.
+    """
     device = data.images.labels.device
     order = indices[torch.randperm(len(indices), generator=generator)].to(device)
     shifts = data.pixels.draw_shifts(len(order), generator).to(device)
     sizes = recipe.batch_sizes(len(order))
     steps = (torch.split(x[: sum(sizes)], sizes) for x in (order, shifts))
-    for chosen, shift in zip(*steps, strict=True):
-        images = data.images.images[chosen]
-        if recipe.augment:
-            images = data.pixels.augment(images, shift)
-        yield Batch(data.pixels.normalize(images), data.images.labels[chosen], chosen)
+    yield from zip(*steps, strict=True)
+
+
+def _batch(data: TrainingData, chosen: Tensor, shifts: Tensor, recipe: Recipe) -> Batch:
+    images = data.images.images[chosen]
+    if recipe.augment:
+        images = data.pixels.augment(images, shifts)
+    return Batch(data.pixels.normalize(images), data.images.labels[chosen], chosen)
 
 
 def _can_compile(task: FitTask) -> bool:
-    """Whether the recipe asks for `torch.compile`, and nothing but the network's output is read.
+    """Whether the recipe asks for `torch.compile`; compiled code does not run below `torch.func.vmap`."""
+    return task.recipe.compile and _is_plain(task)
 
-    Compiled code does not see hooks, and does not run below `torch.func.vmap`.
-    """
-    is_plain = task.loss is cross_entropy and task.gradients is None
-    return task.recipe.compile and is_plain and not any(map(_has_hooks, task.model.modules()))
+
+def _can_capture(task: FitTask, steps: int) -> bool:
+    """Whether a step may be captured, and there are enough of them."""
+    return _is_plain(task) and not task.recipe.compile and task.recipe.optimizer == "sgd" and steps >= LEAST_STEPS
+
+
+def _is_plain(task: FitTask) -> bool:
+    """Whether nothing of a network but its output is read, which Python code in hooks and losses could do."""
+    is_usual = task.loss is cross_entropy and task.gradients is None
+    return is_usual and not any(map(_has_hooks, task.model.modules()))
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -135,7 +159,11 @@ def _parameters_of_logits(task: FitTask) -> set[int]:
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["factor"]
+        rate = lr * group["factor"]
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def _set_train_mode(model: nn.Module, freeze_batchnorm: bool) -> None:
