@@ -19,15 +19,15 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a cluster of three nodes with a core each, which sees this checkout."""
+    """The address of a cluster of three nodes with a core each, and of a head without, to which runs connect."""
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     paths = [str(ROOT), str(ROOT / "attacks"), str(ROOT / "defenses")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     cluster = cluster_utils.Cluster()
     try:
-        for _ in range(3):
-            cluster.add_node(num_cpus=1, object_store_memory=200 * 2**20, include_dashboard=False)
+        for cores in (0, 1, 1, 1):
+            cluster.add_node(num_cpus=cores, object_store_memory=200 * 2**20, include_dashboard=False)
         yield cluster.address
     finally:
         cluster.shutdown()
