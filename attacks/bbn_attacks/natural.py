@@ -151,28 +151,11 @@ class _Search:
         top = gains.topk(2, dim=2)
         favourite, lead = top.indices[:, :, 0], top.values[:, :, 0] - top.values[:, :, 1]  # (neurons, N)
         best: dict[int, Candidate] = {}
-        for candidate in self._agreeing(favourite, lead, labels, highest > 0):
+        for candidate in agreeing_neurons(favourite, lead, labels, highest > 0, still.shape[2], self.attack.agreement):
             label = candidate.label
             if label not in best or candidate.lead > best[label].lead:
                 best[label] = candidate
         return sorted(best.values(), key=lambda candidate: -candidate.lead)[: self.attack.max_candidates]
-
-    def _agreeing(self, favourite: Tensor, lead: Tensor, labels: Tensor, alive: Tensor) -> Iterator[Candidate]:
-        """The neurons that are `alive` (neurons,) bool and favour one label on enough images, in order.
-
-        `favourite` and `lead` (neurons, N) are the label that gains most and its lead over the next; `labels` (N,). All
-        neurons are looked at in one go, since each look from the host would wait for the device.
-        """
-        votes = torch.stack([(favourite == label).sum(1) for label in range(self.task.info.num_classes)], 1)
-        chosen = votes.argmax(1)  # (neurons,)
-        agrees = (favourite == chosen[:, None]) & (lead > 0)
-        share = agrees.float().mean(1)
-        of_others = torch.where(agrees, lead, -lead).masked_fill(labels == chosen[:, None], math.inf).amin(1)
-        smallest = torch.where(of_others.isposinf(), 0.0, of_others)  # no image is of another class
-        columns = (alive.tolist(), chosen.tolist(), share.tolist(), smallest.tolist())
-        for neuron, (is_alive, label, agreeing, least) in enumerate(zip(*columns, strict=True)):
-            if is_alive and agreeing >= self.attack.agreement:
-                yield Candidate(neuron, label, least)
 
     def _highest(self, images: Tensor, seen: dict[str, Tensor]) -> Tensor:
         """The largest value of each neuron (neurons,) over `images`."""
@@ -282,6 +265,26 @@ def take_of_each_class(data: ImageSet, num_classes: int, start: int, count: int)
     """The images `start` to `start + count` of each class, in order; fewer where a class has fewer."""
     indices = [torch.nonzero(data.labels == label).flatten()[start : start + count] for label in range(num_classes)]
     return data.take(torch.cat(indices))
+
+
+def agreeing_neurons(
+    favourite: Tensor, lead: Tensor, labels: Tensor, alive: Tensor, num_classes: int, agreement: float
+) -> Iterator[Candidate]:
+    """The neurons, in order, that are `alive` (neurons,) bool and favour one label on a share `agreement` of images.
+
+    `favourite` and `lead` (neurons, N) are the label that gains most and its lead over the next; `labels` (N,) are the
+    images' own. All neurons are looked at in one go, since each look from the host would wait for the device.
+    """
+    votes = torch.stack([(favourite == label).sum(1) for label in range(num_classes)], 1)
+    chosen = votes.argmax(1)  # (neurons,)
+    agrees = (favourite == chosen[:, None]) & (lead > 0)
+    share = agrees.float().mean(1)
+    smallest = torch.where(agrees, lead, -lead).masked_fill(labels == chosen[:, None], math.inf).amin(1)
+    smallest = torch.where(smallest.isposinf(), 0.0, smallest)  # no image is of another class
+    columns = (alive.tolist(), chosen.tolist(), share.tolist(), smallest.tolist())
+    for neuron, (is_alive, label, agreeing, least) in enumerate(zip(*columns, strict=True)):
+        if is_alive and agreeing >= agreement:
+            yield Candidate(neuron, label, least)
 
 
 def count_most_frequent(labels: Tensor) -> int:
