@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import uuid
 from collections import deque
@@ -25,6 +26,8 @@ from backdoor_bench_none.run.grouping import group_by_network
 
 #: how often the jobs of a lost place are tried again
 MOST_RETRIES = 2
+#: seconds until a cluster must have answered
+KNOCK = 10.0
 #: seconds between two looks at the reports of the places
 LOOK = 0.5
 
@@ -79,6 +82,7 @@ class Ray(Executor):
         import ray
 
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        self._knock()
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         try:
             if self.address != "auto":
@@ -92,6 +96,18 @@ class Ray(Executor):
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise BenchError(
                 f"executor ray: no cluster answers at '{self.address}': {reason}", "see `ray status`"
+            ) from error
+
+    def _knock(self) -> None:
+        """Raise `BenchError` unless something listens at the address, which Ray itself asks for minutes."""
+        host, _, port = self.address.rpartition("://")[2].rpartition(":")
+        if not port.isdecimal():
+            return
+        try:
+            socket.create_connection((host, int(port)), timeout=KNOCK).close()
+        except OSError as error:
+            raise BenchError(
+                f"executor ray: no cluster answers at '{self.address}': {error.strerror or error}", "see `ray status`"
             ) from error
 
     def count_room(self) -> int:
