@@ -25,9 +25,9 @@ def test_pairs_are_the_same_on_both_devices_ties_too(levels: int, seed: int) -> 
     assert sorted(pairs.tolist()) == list(range(17))
 
 
-def optimised(device: str, steps: int, stop_at: float = 1.0) -> Tensor:
+def optimised(device: str, steps: int, stop_at: float = 32.0) -> Tensor:
     """Images that were moved towards others for so many steps, unless they were close enough before."""
-    attack = HiddenTrigger(steps=steps, stop_at=stop_at, rule="sign", epsilon=64)
+    attack = HiddenTrigger(steps=steps, stop_at=stop_at, rule="sign", epsilon=255, lr=0.002)
     (task, context), _ = Bench(device).stages(attack=attack, architecture=MLP(hidden=16, depth=1)).attack_tasks()
     assert task.network is not None
     images = task.data.images

@@ -43,6 +43,7 @@ from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.registry.plugins import Plugins
 from backdoor_bench_none.results.store import Store
 from backdoor_bench_none.run.stages import Stages
+from backdoor_bench_none.testing.pretend_cuda import pretend_cuda
 from backdoor_bench_none.trainers.centralized import Centralized
 
 CPU = Context(torch.device("cpu"), 0)
@@ -158,6 +159,16 @@ def test_fine_tuning_trains_the_victim_on_the_clean_images(dozing: Make) -> None
 
 
 # Spectral signatures.
+
+
+@pytest.mark.parametrize("shape", [(50, 8), (5, 20)])
+def test_outlier_scores_are_the_same_on_a_gpu(shape: tuple[int, int]) -> None:
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = outlier_scores(features).numpy()
+    with pretend_cuda() as gpu:
+        scores = outlier_scores(features.to("cuda")).cpu().numpy()
+        assert [kind for kind, _ in gpu.waits] == ["linalg_eigh", "copy to the host"]
+    np.testing.assert_allclose(scores, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(40, 7), (5, 30), (2, 3)])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from bbn_defenses import dp_sgd
-from bbn_defenses.dp_sgd import DPSGD, GroupNorm
+from bbn_defenses.dp_sgd import DPSGD, GroupNorm, default_chunk
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -377,3 +377,10 @@ def test_all_the_way_on_digits(tmp_path: Path) -> None:
     assert records["dp_sgd"].warnings == []
     names = Stages(plan.cells[0], store, CPU).defense().tensors
     assert not any("running_mean" in name for name in names)
+
+
+@pytest.mark.parametrize(("parameters", "samples"), [(1_000, 536_870), (11_000_000, 48), (60_000_000, 8), (10**9, 1)])
+def test_per_sample_gradients_take_two_gigabytes_of_a_gpu_at_most(parameters: int, samples: int) -> None:
+    sizes = [torch.empty(parameters, device="meta")]
+    assert default_chunk(sizes, torch.device("cuda")) == samples
+    assert default_chunk(sizes, torch.device("cpu")) == 16
