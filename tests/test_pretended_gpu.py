@@ -32,7 +32,7 @@ from backdoor_bench_none.models.mlp import MLP
 from backdoor_bench_none.planning.stage_table import find_stage, needs_of
 from backdoor_bench_none.registry.components import Registry
 from backdoor_bench_none.registry.plugins import Plugins
-from backdoor_bench_none.testing.bench import Bench
+from backdoor_bench_none.testing.bench import Bench, Undefended
 from backdoor_bench_none.testing.checks import name_of, run_check
 from backdoor_bench_none.testing.contracts import checks_for
 from backdoor_bench_none.testing.pretend_cuda import pretend_cuda
@@ -251,9 +251,22 @@ def test_submitted_weights_of_a_joined_network_are_evaluated(gpu: Gpu) -> None:
     assert counts == record.counts
 
 
-def test_shells_are_on_the_device(gpu: Gpu) -> None:
-    shell = gpu.bench.stages(attack=create("attack", "trojannet"), architecture=SMALL).defended_shell()
-    assert all(tensor.is_cuda for tensor in (*shell.parameters(), *shell.buffers()))
+class Rescales(Undefended):
+    """A defense that puts a layer with weights on the CPU before the victim."""
+
+    def adapt(self, model: nn.Module) -> nn.Module:
+        """The network behind a norm."""
+        return nn.Sequential(nn.BatchNorm2d(3), model)
+
+
+def test_what_an_attack_or_a_defense_adds_to_a_network_is_on_the_device(gpu: Gpu) -> None:
+    trojan = gpu.bench.stages(attack=create("attack", "trojannet"), architecture=SMALL)
+    networks = {
+        "of an attack": trojan.victim_network(),
+        "of a defense": gpu.bench.stages(defense=Rescales(), architecture=SMALL).defended_shell(),
+    }
+    for name, network in networks.items():
+        assert all(tensor.is_cuda for tensor in (*network.parameters(), *network.buffers())), name
 
 
 # The contract kit.
