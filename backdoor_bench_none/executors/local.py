@@ -125,13 +125,23 @@ class _LocalPool:
         (job,) = group
         device = self._room.find_device(job, self._running())
         assert device is not None, "there is no room for a job that was submitted"
-        idle = [worker for worker in self._workers if worker.job is None and worker.device == device]
-        worker = idle[0] if idle else self._start(device)
+        worker = self._find_idle(device) or self._start(device)
         worker.job = job
         timeout = self._settings.timeout
         worker.kill_at = None if timeout is None else time.monotonic() + timeout + GRACE
-        worker.connection.send(job)
+        with suppress(BrokenPipeError):  # it has just died, which `wait` finds
+            worker.connection.send(job)
         self._begun.append(Event(job.id))
+
+    def _find_idle(self, device: str) -> _Worker | None:
+        """A process on this device that waits for a job; those that have died while they did are forgotten."""
+        for worker in [worker for worker in self._workers if worker.job is None]:
+            if not worker.process.is_alive():
+                worker.stop()
+                self._workers.remove(worker)
+            elif worker.device == device:
+                return worker
+        return None
 
     def _running(self) -> list[tuple[Job, str]]:
         return [(worker.job, worker.device) for worker in self._workers if worker.job is not None]

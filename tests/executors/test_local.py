@@ -210,6 +210,25 @@ def test_a_process_is_kept_unless_a_job_left_something_in_it(
     assert len({record.extras["pid"] for record in ended.records.values()}) == processes
 
 
+def test_a_process_that_died_while_it_waited_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_files(tmp_path, "good")
+    registry = Registry.default(tmp_path)
+    store = Store(tmp_path / "results")
+    data, poison, cell = pack_jobs(make_plan(path, registry).cells, store)
+    settings = Settings(store.root, "cpu", None, registry.plugins.bbnfile)
+    ended: list[Event] = []
+    with Local(slots=1, keep_processes=True).open(settings) as pool:
+        for count, job in enumerate((data, poison, cell), 1):
+            pool.submit((job,))
+            while len(ended) < count:
+                ended += [event for event in pool.wait(1.0) if event.outcome is not None]
+            (process,) = multiprocessing.active_children()
+            process.kill()
+            process.join()
+    assert [event.outcome and event.outcome.status for event in ended] == ["done", "done", "done"]
+
+
 @pytest.fixture
 def soon() -> Iterator[None]:
     """Ends processes that still run after 12 seconds, so that a run that waits for ever comes to its end."""
