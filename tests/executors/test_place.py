@@ -47,7 +47,9 @@ def test_events_arrive_as_they_were(event: Event) -> None:
     assert unpack_event(sent(pack_event(event))) == event
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, replace(SETTINGS, bbnfile=None, disabled=None, timeout=None)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [SETTINGS, replace(SETTINGS, bbnfile=None, disabled=None, timeout=None)], ids=["all", "few"]
+)
 def test_groups_arrive_as_they_were(settings: Settings) -> None:
     assert unpack_group(sent(pack_group(JOBS, settings, {"a": "1"}))) == (JOBS, settings, {"a": "1"})
 
