@@ -199,10 +199,9 @@ class _SlurmPool:
             elif task.gone_since is None:
                 task.gone_since = time.monotonic()
             elif time.monotonic() > task.gone_since + DELAY:
-                events += [
-                    Event(job, _lost(task)) for job in task.jobs if job not in task.ended and job in self._wanted
-                ]
-                task.ended.update(task.jobs)
+                lost = {job: _lost(task) for job in task.jobs if job not in task.ended}
+                events += [Event(job, outcome) for job, outcome in lost.items() if job in self._wanted]
+                task.ended |= lost
         return events
 
     def cancel(self) -> None:

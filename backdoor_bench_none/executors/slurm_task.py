@@ -9,9 +9,14 @@ from pathlib import Path
 
 from submitit.core.utils import DelayedSubmission
 
+from backdoor_bench_none.contracts.executor import Event
+from backdoor_bench_none.contracts.job import Outcome
 from backdoor_bench_none.executors.local import Local, start_process_server
 from backdoor_bench_none.executors.place import run_group, unpack_group
 from backdoor_bench_none.executors.task_file import Reports, Task
+
+#: tasks in which a job may have begun without an end
+MOST_BEGINNINGS = 5
 
 
 @dataclass(frozen=True)
@@ -28,14 +33,36 @@ class SlurmTask:
         task = Task.of(Path(path))
         task.read_events()
         group, settings, versions = unpack_group(json.loads(task.path.read_bytes()))
-        left = tuple(job for job in group if job.id not in task.ended)
-        ignore_warning()
         reports = Reports(task.path.with_suffix(".jsonl"))
-        run_group(left, settings, versions, self.local, reports.write)
+        left = []
+        for job in group:
+            failed = [
+                task.ended[need] for need in job.needs if need in task.ended and task.ended[need].status != "done"
+            ]
+            if job.id not in task.ended and failed:
+                task.ended[job.id] = failed[0]
+                reports.write(Event(job.id, failed[0]))
+            elif job.id not in task.ended:
+                left.append(job)
+        if left:
+            ignore_warning()
+            run_group(tuple(left), settings, versions, self.local, reports.write)
 
     def checkpoint(self, path: str) -> DelayedSubmission:
-        """The same task: what it has computed is in the results folder."""
+        """The same task, which goes on from what is in the results folder; a job that never ends in time has failed."""
+        task = Task.of(Path(path))
+        task.read_events()
+        reports = Reports(task.path.with_suffix(".jsonl"))
+        for job in task.jobs:
+            if job not in task.ended and task.begun[job] >= MOST_BEGINNINGS:
+                reason = f"it was begun {task.begun[job]} times and never ended before its task had to"
+                outcome = Outcome("timeout", "TaskTimeout", f"{reason}; raise the executor's time", kind=_kind_of(job))
+                reports.write(Event(job, outcome))
         return DelayedSubmission(self, path)
+
+
+def _kind_of(job: str) -> str:
+    return job.partition(":")[0]
 
 
 def ignore_warning() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from backdoor_bench_none.contracts.executor import Event
+from backdoor_bench_none.contracts.job import Outcome
 from backdoor_bench_none.executors.place import pack_event, unpack_event
 
 #: seconds between two reports of a job's epochs
@@ -22,7 +24,9 @@ class Task:
     jobs: tuple[str, ...]
     #: bytes of its reports that were read
     read: int = 0
-    ended: set[str] = field(default_factory=set)
+    ended: dict[str, Outcome] = field(default_factory=dict)
+    #: how often each job has begun
+    begun: Counter[str] = field(default_factory=Counter)
     #: when it was first seen to be in the queue no longer, in seconds of `time.monotonic`
     gone_since: float | None = None
 
@@ -34,7 +38,7 @@ class Task:
     @property
     def is_over(self) -> bool:
         """Whether all its jobs have ended."""
-        return self.ended.issuperset(self.jobs)
+        return self.ended.keys() >= set(self.jobs)
 
     def read_events(self) -> list[Event]:
         """What it has reported since the last call."""
@@ -47,7 +51,8 @@ class Task:
         whole = text[: text.rfind(b"\n") + 1]  # the last line may still be written
         self.read += len(whole)
         events = [unpack_event(json.loads(line)) for line in whole.splitlines()]
-        self.ended |= {event.job for event in events if event.outcome is not None}
+        self.begun.update(event.job for event in events if event.outcome is None and not event.total)
+        self.ended |= {event.job: event.outcome for event in events if event.outcome is not None}
         return events
 
 

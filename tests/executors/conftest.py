@@ -27,6 +27,9 @@ matrix:
 executor: EXECUTOR
 """
 CELLS = 24
+#: `bbn run` with them runs half of the cells, those of four victims
+ONE_SEED = ("-s", "0")
+HALF = CELLS // 2
 #: a defense that takes its time, and notes when it begins and ends
 BBNFILE = """\
 import os, time
@@ -100,6 +103,11 @@ def eventually(condition: Callable[[], bool], seconds: float = 200.0) -> bool:
             return False
         time.sleep(0.2)
     return True
+
+
+def are_part_of(results: dict[str, Any], others: dict[str, Any]) -> bool:
+    """Whether these are half of the results, each equal to the other of its key."""
+    return len(results) == HALF and results == {key: others[key] for key in results}
 
 
 def results_of(folder: Path) -> dict[str, Any]:

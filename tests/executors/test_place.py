@@ -95,7 +95,7 @@ def test_reports_are_read_as_they_grow_and_half_a_line_is_left(tmp_path: Path) -
     with reports.path.open("a") as file:
         file.write('{"job": "cell:2", "outcome": nu')
     assert task.read_events() == [Event("data:1"), Event("data:1", Outcome("done"))]
-    assert task.ended == {"data:1"}
+    assert list(task.ended) == ["data:1"]
     with reports.path.open("a") as file:
         file.write('ll, "done": 0, "total": 0}\n')
     reports.write(Event("cell:2", Outcome("failed", "E", "why")))
@@ -123,3 +123,24 @@ def test_files_that_travel_are_the_artifacts_and_the_records(tmp_path: Path) -> 
     (tmp_path / "index.sqlite").touch()
     (tmp_path / "records/ab/.ab13.json.77").touch()
     assert list_files(tmp_path) == names
+
+
+def test_a_job_that_never_ends_in_its_task_has_failed_and_so_have_those_that_need_it(tmp_path: Path) -> None:
+    slurm_task = pytest.importorskip("backdoor_bench_none.executors.slurm_task")
+    settings = Settings(tmp_path, "cpu", external=False)
+    path = tmp_path / "task-0.json"
+    path.write_text(json.dumps(pack_group(JOBS, settings, find_versions(settings))))
+    task, slurm = Task.of(path), slurm_task.SlurmTask(Local())
+    for count in range(slurm_task.MOST_BEGINNINGS):
+        assert task.read_events() == []
+        Reports(path.with_suffix(".jsonl")).write(Event("data:1"))
+        task.read_events()
+        assert (task.begun["data:1"], dict(task.ended)) == (count + 1, {})
+        slurm.checkpoint(str(path))
+    (ended,) = task.read_events()
+    assert ended.outcome is not None
+    assert ended.outcome.status == "timeout"
+    assert "begun 5 times and never ended" in ended.outcome.message
+    slurm(str(path))  # in the next task the cell that needs the data is not tried
+    assert task.read_events() == [Event("cell:2", ended.outcome)]
+    assert task.is_over

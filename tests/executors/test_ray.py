@@ -12,25 +12,44 @@ from typing import Any
 
 import pytest
 
-from tests.executors.conftest import CELLS, ROOT, eventually, finish, notes, results_of, start, write_files
+from tests.executors.conftest import (
+    CELLS,
+    HALF,
+    ONE_SEED,
+    ROOT,
+    are_part_of,
+    eventually,
+    finish,
+    notes,
+    results_of,
+    start,
+    write_files,
+)
 
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a cluster of three nodes with a core each, and of a head without, to which runs connect."""
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    """A cluster of three nodes with a core each, which see this checkout, and of a head to which runs connect."""
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     paths = [str(ROOT), str(ROOT / "attacks"), str(ROOT / "defenses")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    cluster = cluster_utils.Cluster()
-    try:
-        for cores in (0, 1, 1, 1):
-            cluster.add_node(num_cpus=cores, object_store_memory=200 * 2**20, include_dashboard=False)
-        yield cluster.address
-    finally:
-        cluster.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        cluster = cluster_utils.Cluster()
+        try:
+            for cores in (0, 1, 1, 1):
+                cluster.add_node(num_cpus=cores, object_store_memory=200 * 2**20, include_dashboard=False)
+            yield cluster
+        finally:
+            cluster.shutdown()
+
+
+@pytest.fixture
+def cluster(nodes: Any) -> str:
+    """Its address."""
+    return str(nodes.address)
 
 
 def without_warnings(results: dict[str, Any]) -> dict[str, Any]:
@@ -47,32 +66,17 @@ def test_cells_on_all_nodes_have_the_records_of_one_machine(
     assert f"{CELLS} done before" in finish(start(tmp_path))
 
 
-def test_the_jobs_of_a_killed_node_end_elsewhere_and_say_so(
-    cluster: str, tmp_path: Path, local_results: dict[str, Any]
-) -> None:
-    write_files(tmp_path, f"{{name: ray, address: '{cluster}'}}", seconds=5)
-    run = start(tmp_path)
-    assert eventually(lambda: len({note.split()[1] for note in notes(tmp_path, "began")}) == 3)
-    os.kill(int(notes(tmp_path, "began")[-1].split()[1]), signal.SIGKILL)
-    assert f"{CELLS} done" in finish(run)
-    results = results_of(tmp_path)
-    assert without_warnings(results) == local_results
-    told = [key for key, result in results.items() if result["warnings"]]
-    assert 1 <= len(told) <= 3  # the cells of one victim
-    assert all("was lost while it computed this" in results[key]["warnings"][0] for key in told)
-
-
 def test_a_run_that_was_stopped_goes_on(cluster: str, tmp_path: Path, local_results: dict[str, Any]) -> None:
     write_files(tmp_path, f"{{name: ray, address: '{cluster}'}}", seconds=4)
-    run = start(tmp_path)
+    run = start(tmp_path, *ONE_SEED)
     assert eventually(lambda: bool(notes(tmp_path, "ended")))
     run.send_signal(signal.SIGINT)
     output, _ = run.communicate(timeout=200)
     assert run.returncode == 130, output
     ended = Counter(note.split()[0] for note in notes(tmp_path, "ended"))
-    assert f"{CELLS} done" not in output
-    finish(start(tmp_path))
-    assert results_of(tmp_path) == local_results
+    assert f"{HALF} done" not in output
+    finish(start(tmp_path, *ONE_SEED))
+    assert are_part_of(results_of(tmp_path), local_results)
     again = Counter(note.split()[0] for note in notes(tmp_path, "ended"))
     assert set(again.values()) == {1}
     assert again >= ended
@@ -82,17 +86,17 @@ def test_nodes_that_do_not_see_the_results_send_them(
     cluster: str, tmp_path: Path, local_results: dict[str, Any]
 ) -> None:
     write_files(tmp_path, f"{{name: ray, address: '{cluster}', shared: false}}")
-    assert f"{CELLS} done" in finish(start(tmp_path))
-    assert results_of(tmp_path) == local_results
+    assert f"{HALF} done" in finish(start(tmp_path, *ONE_SEED))
+    assert are_part_of(results_of(tmp_path), local_results)
     victims = list((tmp_path / "results/artifacts/victim").rglob("*.safetensors"))
-    assert len(victims) == 8
+    assert len(victims) == 4
     # artifacts that are there already travel to the nodes
     for record in (tmp_path / "results/records").rglob("*.json"):
         if "/none/" in json.loads(record.read_bytes())["title"]:
             record.unlink()
     before = {path: path.stat().st_mtime_ns for path in victims}
-    assert "8 done" in finish(start(tmp_path))
-    assert results_of(tmp_path) == local_results
+    assert "4 done" in finish(start(tmp_path, *ONE_SEED))
+    assert are_part_of(results_of(tmp_path), local_results)
     assert {path: path.stat().st_mtime_ns for path in victims} == before
 
 
@@ -109,3 +113,18 @@ def test_bad_requests_are_refused_before_anything_runs(cluster: str, tmp_path: P
         assert run.returncode == 2, output
         assert reason in output
         assert "Traceback" not in output
+
+
+def test_the_jobs_of_a_killed_node_end_elsewhere_and_say_so(
+    cluster: str, tmp_path: Path, local_results: dict[str, Any]
+) -> None:
+    write_files(tmp_path, f"{{name: ray, address: '{cluster}'}}", seconds=5)
+    run = start(tmp_path)
+    assert eventually(lambda: len({note.split()[1] for note in notes(tmp_path, "began")}) == 3)
+    os.kill(int(notes(tmp_path, "began")[-1].split()[1]), signal.SIGKILL)
+    assert f"{CELLS} done" in finish(run)
+    results = results_of(tmp_path)
+    assert without_warnings(results) == local_results
+    told = [key for key, result in results.items() if result["warnings"]]
+    assert 1 <= len(told) <= 3  # the cells of one victim
+    assert all("was lost while it computed this" in results[key]["warnings"][0] for key in told)

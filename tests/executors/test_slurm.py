@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,18 @@ import pytest
 
 from backdoor_bench_none.executors import slurm
 from backdoor_bench_none.executors.slurm import count_states, read_queue
-from tests.executors.conftest import CELLS, eventually, finish, notes, results_of, start, write_files
+from tests.executors.conftest import (
+    CELLS,
+    HALF,
+    ONE_SEED,
+    are_part_of,
+    eventually,
+    finish,
+    notes,
+    results_of,
+    start,
+    write_files,
+)
 
 NODES = Path(__file__).with_name("slurm_nodes.sh")
 
@@ -53,37 +65,41 @@ def test_cells_on_both_nodes_have_the_records_of_one_machine(tmp_path: Path, loc
 
 def test_the_jobs_of_a_lost_node_end_elsewhere(tmp_path: Path, local_results: dict[str, Any]) -> None:
     write_files(tmp_path, "{name: slurm, time: 10m, groups: 2}", seconds=10)
-    run = start(tmp_path)
+    run = start(tmp_path, *ONE_SEED)
     assert eventually(lambda: any(note.endswith("n2") for note in notes(tmp_path, "began")))
     ask("bash", str(NODES), "lose", "n2")
     try:
         output = finish(run)
     finally:
         ask("bash", str(NODES), "restore", "n2")
-    assert f"{CELLS} done" in output
-    assert results_of(tmp_path) == local_results
+    assert f"{HALF} done" in output
+    assert are_part_of(results_of(tmp_path), local_results)
 
 
 def test_a_time_limit_shorter_than_its_group_computes_nothing_twice(
     tmp_path: Path, local_results: dict[str, Any]
 ) -> None:
-    """Two tasks of half a minute's waiting each: the warning comes in the middle of it."""
-    write_files(tmp_path, "{name: slurm, time: 1m, warning: 25s, groups: 2}", seconds=15)
-    output = finish(start(tmp_path, "-s", "0"), 600)
-    assert f"{CELLS // 2} done" in output
-    results = results_of(tmp_path)
-    assert len(results) == CELLS // 2
-    assert results == {key: local_results[key] for key in results}
+    """A task that waits for a minute and a half: the warning, which may come a minute early, comes in its middle."""
+    write_files(tmp_path, "{name: slurm, time: 2m, warning: 30s, groups: 8}", seconds=12)
+    run = start(tmp_path)
+    while run.poll() is None:
+        time.sleep(1)
+        # Slurm lets a task that was queued again wait for two minutes
+        for identity in ask("squeue", "-h", "-r", "--me", "-t", "PENDING", "-o", "%A").split():
+            subprocess.run(["scontrol", "update", f"JobId={identity}", "StartTime=now"], check=False)
+    output = finish(run)
+    assert f"{CELLS} done" in output
+    assert results_of(tmp_path) == local_results
     ended = Counter(note.split()[0] for note in notes(tmp_path, "ended"))
     began = Counter(note.split()[0] for note in notes(tmp_path, "began"))
-    assert len(ended) == 4  # one for each victim
+    assert len(ended) == 8  # one for each victim
     assert set(ended.values()) == {1}
     assert max(began.values()) > 1  # at least one was interrupted
 
 
 def test_a_run_that_was_stopped_finds_its_tasks_again(tmp_path: Path, local_results: dict[str, Any]) -> None:
     write_files(tmp_path, "{name: slurm, time: 10m}", seconds=5)
-    run = start(tmp_path)
+    run = start(tmp_path, *ONE_SEED)
     assert eventually(lambda: bool(notes(tmp_path, "began")))
     run.send_signal(signal.SIGINT)
     output, _ = run.communicate(timeout=60)
@@ -91,25 +107,24 @@ def test_a_run_that_was_stopped_finds_its_tasks_again(tmp_path: Path, local_resu
     assert "comes back to it" in output
     before = {queued.id.partition("_")[0] for queued in read_queue().values()}
     assert len(before) == 1  # one array, which goes on
-    output = finish(start(tmp_path))
-    assert results_of(tmp_path) == local_results
+    finish(start(tmp_path, *ONE_SEED))
+    assert are_part_of(results_of(tmp_path), local_results)
     assert set(Counter(note.split()[0] for note in notes(tmp_path, "ended")).values()) == {1}
-    arrays = {path.parent.name + path.parent.parent.name for path in (tmp_path / "results/slurm").rglob("task-*.json")}
+    arrays = {path.parent for path in (tmp_path / "results/slurm").rglob("task-*.json")}
     assert len(arrays) == 1  # nothing was submitted again
 
 
-def test_a_cancelled_task_fails_its_cells_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancelled_task_fails_its_cells_and_nothing_else(tmp_path: Path) -> None:
     write_files(tmp_path, "{name: slurm, time: 10m}", seconds=5)
-    run = start(tmp_path)
+    run = start(tmp_path, *ONE_SEED)
     assert eventually(lambda: bool(notes(tmp_path, "began")))
     waiting = [queued.id for queued in read_queue().values() if queued.state == "PENDING"]
     ask("scancel", waiting[-1])
     output, _ = run.communicate(timeout=400)
     assert run.returncode == 1, output
     statuses = Counter(result["status"] for result in results_of(tmp_path).values())
-    assert statuses == {"done": CELLS - 3, "failed": 3}
+    assert statuses == {"done": HALF - 3, "failed": 3}
     assert output.count("ended without a result") >= 3
-    assert f"{CELLS} done" not in output
     assert "3 done" in finish(start(tmp_path, "--only", "failed"))
 
 
