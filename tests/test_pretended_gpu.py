@@ -12,6 +12,7 @@ from bbn_attacks.hidden_trigger import HiddenTrigger
 from bbn_attacks.natural import Natural
 from bbn_attacks.trojannet import all_patterns, train_steps
 from bbn_attacks.trojannet_networks import SmallNetwork
+from bbn_defenses.ac import AC
 from bbn_defenses.none import NONE
 from torch import Tensor, nn
 
@@ -228,6 +229,14 @@ def test_an_inspection_of_none_does_not_wait_for_each_class_and_layer(gpu: Gpu) 
     waits = gpu.seen.lap()[0]
     # whether all scores are equal, and the scores themselves
     assert sum(count for (_, line), count in waits.items() if "compromised_neurons.py" in line) == 2
+
+
+def test_activation_clustering_brings_the_features_to_the_host_once(gpu: Gpu) -> None:
+    waits_of(gpu, "victim", defense=AC(dimensions=3))
+    gpu.seen.lap()
+    waits_of(gpu, "defense", defense=AC(dimensions=3))
+    copies = [count for (kind, line), count in gpu.seen.lap()[0].items() if "/ac.py" in line and "copy" in kind]
+    assert sum(copies) == 2  # the labels too
 
 
 # What the networks of a defense and of a leaderboard are.
