@@ -70,11 +70,7 @@ def test_plain_training_runs_the_compiled_network(make_task: Callable[..., Any],
     assert not isinstance(model, Watched)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"loss": own_loss}, {"gradients": own_gradients}, {"hooked": True}],
-    ids=lambda options: next(iter(options)),
-)
+@pytest.mark.parametrize("options", [{"loss": own_loss}, {"gradients": own_gradients}, {"hooked": True}], ids=" ".join)
 def test_what_reads_more_than_the_output_is_not_compiled(
     make_task: Callable[..., Any], compiled: list[Watched], options: dict[str, Any]
 ) -> None:
@@ -88,7 +84,9 @@ def test_only_what_the_recipe_asks_for_is_compiled(make_task: Callable[..., Any]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("defense", [NAD(teacher_epochs=1, epochs=1, clean_fraction=0.3), DPSGD(epochs=1)], ids=type)
+@pytest.mark.parametrize(
+    "defense", [NAD(teacher_epochs=1, epochs=1, clean_fraction=0.3), DPSGD(epochs=1)], ids=["nad", "dp_sgd"]
+)
 def test_defenses_that_read_inside_run_with_it(
     make_task: Callable[..., Any],
     stripes: Callable[..., Any],
