@@ -20,8 +20,8 @@ from torch import Tensor
 
 from backdoor_bench_none.cli.main import run_cli
 from backdoor_bench_none.contracts.context import Context
-from backdoor_bench_none.contracts.executor import Event
-from backdoor_bench_none.contracts.job import Job, Settings
+from backdoor_bench_none.contracts.executor import Event, Group
+from backdoor_bench_none.contracts.job import Settings
 from backdoor_bench_none.executors.local import Local
 from backdoor_bench_none.leaderboard import track as tracks
 from backdoor_bench_none.leaderboard.pack import pack
@@ -83,13 +83,15 @@ class Arena:
 class ThisProcess:
     """A pool that does each job at once in this process: what is forged is the same, and nothing has to start."""
 
-    slots = 1
-
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.events: list[Event] = []
 
-    def submit(self, job: Job) -> None:
+    def has_room(self, group: Group) -> bool:
+        return not self.events
+
+    def submit(self, group: Group) -> None:
+        (job,) = group
         outcome = run_job(job, self.settings, "cpu", 1, lambda done, total: None)
         self.events.append(Event(job.id, outcome=outcome))
 
