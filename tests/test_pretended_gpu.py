@@ -121,12 +121,17 @@ def evaluate(gpu: Gpu, **under_test: Component) -> None:
     assert record.warnings == []
 
 
-@pytest.mark.parametrize("name", REGISTRY.names("attack"))
+def all_of(kind: str, *quick: str) -> list[Any]:
+    """The names of a kind of component; all but the quick ones are slow tests."""
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in REGISTRY.names(kind)]
+
+
+@pytest.mark.parametrize("name", all_of("attack", "badnets", "wanet"))
 def test_attacks(gpu: Gpu, name: str) -> None:
     evaluate(gpu, attack=create("attack", name), architecture=SMALL)
 
 
-@pytest.mark.parametrize("name", REGISTRY.names("defense"))
+@pytest.mark.parametrize("name", all_of("defense", "nad", "fine_tune"))
 def test_defenses(gpu: Gpu, name: str) -> None:
     evaluate(gpu, defense=create("defense", name))
 
@@ -139,6 +144,7 @@ def test_defenses(gpu: Gpu, name: str) -> None:
         {"standardize": "robust"},
     ],
 )
+@pytest.mark.slow
 def test_procedures_of_none(gpu: Gpu, params: dict[str, Any]) -> None:
     evaluate(gpu, defense=create("defense", "none", **params))
 
@@ -151,23 +157,24 @@ def test_procedures_of_none(gpu: Gpu, params: dict[str, Any]) -> None:
         ("abl", {"isolation": "flooding", "reduction": "sample"}),
     ],
 )
+@pytest.mark.slow
 def test_variants_of_defenses(gpu: Gpu, name: str, params: dict[str, Any]) -> None:
     evaluate(gpu, defense=create("defense", name, **params), architecture=SMALL)
 
 
-@pytest.mark.parametrize("name", REGISTRY.names("trainer"))
+@pytest.mark.parametrize("name", all_of("trainer", "centralized"))
 def test_trainers(gpu: Gpu, name: str) -> None:
     evaluate(gpu, trainer=create("trainer", name), defense=create("defense", "abl"), architecture=SMALL)
 
 
-@pytest.mark.parametrize("name", REGISTRY.names("architecture"))
+@pytest.mark.parametrize("name", all_of("architecture", "mlp", "nin"))
 def test_architectures(gpu: Gpu, name: str) -> None:
     stages = gpu.bench.stages(architecture=create("architecture", name))
     stages.cell = replace(stages.cell, recipe=GENTLE)
     assert stages.evaluate().counts is not None
 
 
-@pytest.mark.parametrize("name", REGISTRY.names("activation"))
+@pytest.mark.parametrize("name", all_of("activation", "relu", "prelu"))
 def test_activations(gpu: Gpu, name: str) -> None:
     evaluate(gpu, activation=create("activation", name), architecture=SMALL)
 
@@ -203,6 +210,7 @@ def test_hidden_trigger_waits_every_fifty_steps(gpu: Gpu) -> None:
     assert few == some == many - 1
 
 
+@pytest.mark.slow
 def test_trojannet_waits_every_hundred_steps(gpu: Gpu) -> None:
     network, context, known = SmallNetwork(3).to("cuda"), gpu.bench.context, all_patterns()[:3].to("cuda")
     optimizer = torch.optim.Adadelta(network.parameters())
@@ -231,6 +239,7 @@ def test_an_inspection_of_none_does_not_wait_for_each_class_and_layer(gpu: Gpu) 
     assert sum(count for (_, line), count in waits.items() if "compromised_neurons.py" in line) == 2
 
 
+@pytest.mark.slow
 def test_activation_clustering_brings_the_features_to_the_host_once(gpu: Gpu) -> None:
     waits_of(gpu, "victim", defense=AC(dimensions=3))
     gpu.seen.lap()
@@ -282,6 +291,7 @@ def test_what_an_attack_or_a_defense_adds_to_a_network_is_on_the_device(gpu: Gpu
 
 
 @pytest.mark.parametrize("name", ["abl", "dp_sgd", "group_norm", "oracle_filter"])
+@pytest.mark.slow
 def test_defenses_that_build_networks_leave_the_generators_alone(gpu: Gpu, name: str) -> None:
     verdicts = verdicts_of(gpu, create("defense", name), "global_state_left_alone")
     assert verdicts == {"global_state_left_alone": ""}
@@ -308,6 +318,7 @@ UNREPEATABLE = "two runs differ on cuda; run it on a CPU"
         ("trainer", "centralized", ()),
     ],
 )
+@pytest.mark.slow
 def test_the_checks_of_the_kit_pass_or_say_that_they_are_skipped(
     gpu: Gpu, kind: str, name: str, skipped: tuple[str, ...]
 ) -> None:

@@ -152,7 +152,13 @@ def run(folder: Path, defenses: str, slots: int = 2, *, keeps: bool = False) -> 
     return Ended(outcomes, records, events, time.monotonic() - started)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["a process for each job", "processes are kept"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(False, id="a process for each job"),
+        pytest.param(True, id="processes are kept", marks=pytest.mark.slow),
+    ],
+)
 def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
     folder, before = tmp_path_factory.mktemp("run"), Path.cwd()
     os.chdir(folder)
