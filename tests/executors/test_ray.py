@@ -37,6 +37,7 @@ def nodes() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # 15 by default: nothing moves beside other work
         cluster = cluster_utils.Cluster()
         try:
             for cores in (0, 1, 1, 1):
