@@ -39,11 +39,18 @@ def idle_nodes() -> set[str]:
     return set(ask("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split())
 
 
-@pytest.fixture
-def cluster() -> Iterator[None]:
-    """Both nodes, with an empty queue before and after."""
+@pytest.fixture(scope="module")
+def nodes() -> None:
+    """Two nodes that are ready."""
     if shutil.which("sinfo") is None or subprocess.run(["sinfo"], check=False, capture_output=True).returncode:
         pytest.skip("there is no Slurm cluster; tests/executors/slurm_nodes.sh start")
+    if not eventually(lambda: idle_nodes() == {"n1", "n2"}, 60):
+        pytest.skip(f"the nodes of the Slurm cluster are not ready: {ask('sinfo', '-N')}")
+
+
+@pytest.fixture
+def cluster(nodes: None) -> Iterator[None]:
+    """Both nodes, with an empty queue before and after."""
     assert eventually(lambda: idle_nodes() == {"n1", "n2"}, 60)
     yield
     subprocess.run(["scancel", "--me"], check=False)
