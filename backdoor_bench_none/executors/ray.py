@@ -185,7 +185,7 @@ class _RayPool:
 
         self._assign()
         waited_for = [place.greeting or place.end for place in self._places if not place.is_idle]
-        if not self._events:
+        if waited_for and not self._events:
             ray.wait(waited_for, timeout=min(timeout, LOOK))
         for place in list(self._places):
             try:
@@ -258,6 +258,7 @@ class _RayPool:
                 ray.get(place.end)
             except ray.exceptions.RayTaskError as error:
                 self._fail(assignment, f"node {place.node}: {str(error).strip().splitlines()[-1]}")
+            self._fail(assignment, f"node {place.node} ended without a word on this job")
 
     def _note(self, assignment: _Assignment, event: Event) -> None:
         self._events.append(event)
