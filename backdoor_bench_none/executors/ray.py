@@ -82,6 +82,8 @@ class Ray(Executor):
         import ray
 
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # of a cluster that starts here; Ray's 15 lets workers starve beside anything else
+        os.environ.setdefault("RAY_worker_niceness", "0")
         self._knock()
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         try:
