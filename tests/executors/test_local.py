@@ -202,6 +202,7 @@ def test_progress_counts_epochs(ended: Ended) -> None:
     assert told[0] == (1, 1_000_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("defenses", "keeps", "processes"), [
     ("good, also_good", True, 1), ("good, also_good", False, 2), ("lingers_well, good", True, 2),
 ])  # fmt: skip
