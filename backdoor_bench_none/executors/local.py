@@ -270,8 +270,8 @@ def find_gpus(device: str, context: BaseContext) -> list[Gpu]:
 def _send_gpus(connection: Connection) -> None:
     import torch
 
-    found = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    connection.send([Gpu(f"cuda:{index}", torch.cuda.get_device_properties(index).total_memory) for index in found])
+    indices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    connection.send([Gpu(f"cuda:{index}", torch.cuda.get_device_properties(index).total_memory) for index in indices])
 
 
 def _describe_end(process: BaseProcess) -> str:

@@ -52,12 +52,12 @@ def find_versions(settings: Settings) -> dict[str, str]:
 
 def find_other_versions(settings: Settings, wanted: Mapping[str, str]) -> str | None:
     """The first package that is missing here or has another version than `wanted`, in words; None if none has."""
-    found = find_versions(settings)
+    installed = find_versions(settings)
     for name, version in wanted.items():
-        if name not in found:
+        if name not in installed:
             return f"{name} {version} is not installed; install there what is installed here"
-        if found[name] != version:
-            return f"{name} has version {found[name]}, here it is {version}; install the same everywhere"
+        if installed[name] != version:
+            return f"{name} has version {installed[name]}, here it is {version}; install the same everywhere"
     return None
 
 

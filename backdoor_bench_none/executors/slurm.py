@@ -243,12 +243,12 @@ def find_states(root: Path) -> dict[Path, list[tuple[Task, str]]]:
     """The tasks below `root`, the folder of all runs, by the folder of their array; queued, running, done or lost."""
     paths = sorted(root.glob("*/array-*/task-*.json"))
     queue = read_queue() if paths else {}
-    found: dict[Path, list[tuple[Task, str]]] = {}
+    by_folder: dict[Path, list[tuple[Task, str]]] = {}
     for path in paths:
         task = Task.of(path)
         task.read_events()
-        found.setdefault(path.parent, []).append((task, _state_of(task, queue.get(path))))
-    return found
+        by_folder.setdefault(path.parent, []).append((task, _state_of(task, queue.get(path))))
+    return by_folder
 
 
 def _state_of(task: Task, queued: Queued | None) -> str:
@@ -273,7 +273,8 @@ def _ask(*command: str) -> str:
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         raise BenchError(
-            f"executor slurm: {command[0]} failed: {_last_line(done.stderr)}", "see `sinfo` and the manual"
+            f"executor slurm: {command[0]} failed: {_last_line(done.stderr)}",
+            "`sinfo -o '%P %c %m %G'` shows cores, memory and GPUs of the nodes",
         )
     return done.stdout
 

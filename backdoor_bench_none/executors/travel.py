@@ -20,11 +20,11 @@ TRAVELS = re.compile(r"artifacts/\w+/[0-9a-f]{2}/[0-9a-f]+\.[0-9a-f]+\.safetenso
 
 def list_files(results: Path) -> set[str]:
     """The paths of all artifacts and records in a results folder, relative to it."""
-    found = set()
+    paths = set()
     for top in ("artifacts", "records"):
         for where, _, names in os.walk(results / top):
-            found |= {(Path(where) / name).relative_to(results).as_posix() for name in names}
-    return {path for path in found if TRAVELS.fullmatch(path)}
+            paths |= {(Path(where) / name).relative_to(results).as_posix() for name in names}
+    return {path for path in paths if TRAVELS.fullmatch(path)}
 
 
 def find_needed(group: Group, results: Path, registry: Registry) -> Iterator[str]:

@@ -88,6 +88,16 @@ def finish(process: subprocess.Popen[str], seconds: float = 400.0) -> str:
     return output
 
 
+def check_refused(folder: Path, executor: str, reason: str) -> None:
+    """A run with this executor ends at once as a wrong usage, with the reason."""
+    write_files(folder, executor)
+    run = start(folder)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 2, output
+    assert reason in output
+    assert "Traceback" not in output
+
+
 def notes(folder: Path, word: str) -> list[str]:
     """What the defense noted: the seed of the stage and the node, each time it began or ended."""
     path = folder / "notes"

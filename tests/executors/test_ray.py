@@ -18,6 +18,7 @@ from tests.executors.conftest import (
     ONE_SEED,
     ROOT,
     are_part_of,
+    check_refused,
     eventually,
     finish,
     notes,
@@ -108,12 +109,7 @@ def test_bad_requests_are_refused_before_anything_runs(cluster: str, tmp_path: P
         "{name: ray, address: '127.0.0.1:1'}": "no cluster answers at '127.0.0.1:1'",
     }
     for executor, reason in refused.items():
-        write_files(tmp_path, executor)
-        run = start(tmp_path)
-        output, _ = run.communicate(timeout=120)
-        assert run.returncode == 2, output
-        assert reason in output
-        assert "Traceback" not in output
+        check_refused(tmp_path, executor, reason)
 
 
 def test_the_jobs_of_a_killed_node_end_elsewhere_and_say_so(

@@ -20,6 +20,7 @@ from tests.executors.conftest import (
     HALF,
     ONE_SEED,
     are_part_of,
+    check_refused,
     eventually,
     finish,
     notes,
@@ -143,11 +144,6 @@ def test_bad_requests_are_refused_before_anything_runs(tmp_path: Path) -> None:
         "{name: slurm, memory: 900G}": "Requested node configuration is not available",
     }
     for executor, reason in refused.items():
-        write_files(tmp_path, executor)
-        run = start(tmp_path)
-        output, _ = run.communicate(timeout=60)
-        assert run.returncode == 2, output
-        assert reason in output
-        assert "Traceback" not in output
+        check_refused(tmp_path, executor, reason)
     assert not (tmp_path / "results" / "slurm").exists()
     assert slurm.read_queue() == {}
